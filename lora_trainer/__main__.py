@@ -1,0 +1,6 @@
+"""`python -m lora_trainer` is the same program as `lora-trainer`."""
+
+from lora_trainer.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Files that matter are written aside, synced to the disk, then renamed: a reader sees the old file or the new one.
+
+Every change of the disk goes through one of the primitives at the foot of this page. `observe_operations` sees each of
+them before and after it happens, so that a test can count them and let the n-th one fail.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lora_trainer.errors import HostError, Problem
+
+TEMPORARY_PREFIX = ".tmp-"
+Observer = Callable[[str, str, Path], None]  # ("before" | "after", operation, path)
+_observer: Observer | None = None
+
+
+def write_file(path: Path, chunks: bytes | Iterable[bytes]) -> None:
+    """Replace `path` by the bytes given, atomically and durably; its folder is made where missing."""
+    make_folder(path.parent)
+    aside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
+    try:
+        write_synced(aside, chunks)
+        rename(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` by the content as sorted, indented JSON, atomically and durably."""
+    write_file(path, to_json(content))
+
+
+def to_json(content: Any) -> bytes:
+    """Canonical JSON bytes: sorted keys, two spaces, a final newline; NaN is refused."""
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_synced(path: Path, chunks: bytes | Iterable[bytes]) -> None:
+    """Write a new file under its final name and sync it; for files inside a folder that is still aside."""
+    with _observed("write", path), path.open("wb") as file:
+        for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+            file.write(chunk)
+        file.flush()
+        _sync(file, path)
+
+
+def publish_folder(aside: Path, final: Path) -> None:
+    """Give a folder whose files are synced its final name, durably."""
+    sync_folder(aside)
+    rename(aside, final)
+    sync_folder(final.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder of ours; it is renamed first, so that a half-deleted one is never taken for a whole one."""
+    doomed = folder.with_name(f"{TEMPORARY_PREFIX}delete-{folder.name}-{os.getpid()}")
+    rename(folder, doomed)
+    with _observed("delete", folder):
+        shutil.rmtree(doomed)
+
+
+class AppendLog:
+    """A file of lines that only grows, and that a resume cuts back to a known length."""
+
+    def __init__(self, path: Path, *, keep_bytes: int) -> None:
+        """Open `path` for appending, cut back to `keep_bytes` first (0 starts anew)."""
+        make_folder(path.parent)
+        self._path = path
+        self._file = path.open("ab")
+        if self._file.tell() > keep_bytes:
+            with _observed("truncate", path):
+                self._file.truncate(keep_bytes)
+                self._file.seek(keep_bytes)
+
+    def append(self, line: str) -> None:
+        """Add one line; it is in the kernel's hands when this returns."""
+        with _observed("append", self._path):
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+
+    def sync(self) -> int:
+        """Bring all lines to the disk; the file's length in bytes."""
+        _sync(self._file, self._path)
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: one writer at a time. The kernel frees it when the process dies, however it dies.
+
+    Raises:
+        HostError: another process holds it; its pid and host are named.
+    """
+    make_folder(folder)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "an unknown process"
+            raise HostError(
+                Problem(
+                    "another process is writing this run",
+                    where=str(folder),
+                    why=f"its lock is held by {owner}",
+                    fix="wait for it, stop it, or give this run another `name`",
+                )
+            ) from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Remove what a killed writer left aside in this folder."""
+    for left_behind in sorted(folder.glob(f"{TEMPORARY_PREFIX}*")):
+        if left_behind.is_dir():
+            shutil.rmtree(left_behind)
+        else:
+            left_behind.unlink()
+
+
+@contextmanager
+def observe_operations(observer: Observer) -> Iterator[None]:
+    """Let `observer` see every operation, before and after; what it raises is raised in the operation's place."""
+    global _observer
+    _observer = observer
+    try:
+        yield
+    finally:
+        _observer = None
+
+
+def make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        with _observed("mkdir", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    with _observed("rename", target):
+        source.replace(target)
+
+
+def sync_folder(folder: Path) -> None:
+    with _observed("sync_folder", folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sync(file: BinaryIO, path: Path) -> None:
+    with _observed("sync", path):
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _observed(operation: str, path: Path) -> Iterator[None]:
+    if _observer is not None:
+        _observer("before", operation, path)
+    yield
+    if _observer is not None:
+        _observer("after", operation, path)

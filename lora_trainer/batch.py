@@ -1,0 +1,45 @@
+"""What flows through one micro-step, and the legend of the shape suffixes used in this package.
+
+B images of a micro-batch, C latent channels, h x w latent height and width (pixels / VAE factor), L tokens, D text
+width, P trials of one packed pass, K trials in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Slot(NamedTuple):
+    """One place of a sample in an epoch: the key of all its random draws."""
+
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What the denoiser is told beside the noisy latents."""
+
+    prompt_embeds_BLD: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The clean side of a micro-step, on the device; `slots` and `files` name each image."""
+
+    latents_BChw: torch.Tensor
+    conditioning: Conditioning
+    weight_B: torch.Tensor
+    slots: tuple[Slot, ...]
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The random side of a micro-step, on the device."""
+
+    noise_BChw: torch.Tensor
+    timesteps_B: torch.Tensor

@@ -1,0 +1,243 @@
+"""Latents and prompt embeddings, encoded once, kept by content, and checked at every use.
+
+An entry's name is the hash of everything that shapes it: the image's bytes and framing, or the text, and the encoder's
+weights. Each image is encoded alone, so an entry never depends on its neighbours. The folder may be deleted any time.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from lora_trainer import streams, tensor_file
+from lora_trainer.config.places import cache_folder
+from lora_trainer.config.schema import DataConfig, RunConfig
+from lora_trainer.data.batches import LatentStore, PromptStore
+from lora_trainer.data.images import Framing, apply_frame, decode
+from lora_trainer.data.records import Dataset, Progress, Record
+from lora_trainer.errors import DataError, Problem
+from lora_trainer.families.stable_diffusion import StableDiffusion
+from lora_trainer.runtime import Runtime
+
+LAYOUT = "1"  # part of every entry's name: raise it when the way of encoding changes
+DEFAULT_CROPS = 4
+
+
+@dataclass(frozen=True)
+class Cache:
+    """All that the loop reads, in memory."""
+
+    latents: LatentStore
+    prompts: PromptStore
+    num_encoded: int
+    """Entries that were not there before."""
+    num_cut_captions: int
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """One framing of one record."""
+
+    record: int
+    crop: int
+    mirrored: bool
+    framing: Framing
+
+    def key(self, image_sha256: str, encoder: str) -> str:
+        frame = (self.framing.scaled_size, self.framing.left, self.framing.top, self.framing.resolution)
+        return _hash("latent", encoder, image_sha256, frame, self.mirrored)
+
+
+def build_cache(
+    config: RunConfig,
+    family: StableDiffusion,
+    dataset: Dataset,
+    base_digests: Mapping[str, str],
+    runtime: Runtime,
+    progress: Progress,
+) -> Cache:
+    """Encode what is missing, free the encoders, and read everything into memory.
+
+    `base_digests` are the contents of the base's components: an entry belongs to one encoder's weights.
+    With several processes each encodes its share; all read the whole.
+
+    Raises:
+        DataError: captions are longer than the text encoder reads (policy `error`), or an image has no finite latents.
+    """
+    folder = cache_folder(config)
+    num_cut = _check_lengths(config.data, family, dataset)
+    texts = _texts(config, dataset)
+    encoder = base_digests["tokenizer"] + base_digests["text_encoder"]
+    text_files = {text: folder / "prompts" / f"{_hash('prompt', encoder, text)}.safetensors" for text in texts}
+    views = _views(config, dataset.records)
+    view_files = {
+        view: folder / "latents" / f"{view.key(dataset.records[view.record].sha256, base_digests['vae'])}.safetensors"
+        for view in views
+    }
+    missing_texts = [text for text in _share(texts, runtime) if not _is_whole(text_files[text])]
+    missing_views = [view for view in _share(views, runtime) if not _is_whole(view_files[view])]
+    if missing_texts:
+        _encode_texts(family, runtime, missing_texts, text_files, progress)
+    if missing_views:
+        _encode_views(family, runtime, missing_views, view_files, dataset.records, progress)
+    runtime.wait_for_everyone()
+    latents = _read_latents(views, view_files, config, runtime.device)
+    prompts = _read_prompts(texts, text_files, runtime.device)
+    return Cache(latents, prompts, len(missing_texts) + len(missing_views), num_cut)
+
+
+def _texts(config: RunConfig, dataset: Dataset) -> list[str]:
+    """Every prompt that a run may ask for: captions, the empty one, samples."""
+    captions = (caption for record in dataset.records for caption in record.captions)
+    samples = (text for p in config.sample.prompts for text in (p.prompt, p.negative_prompt))
+    return list(dict.fromkeys(["", *captions, *samples]))
+
+
+def _views(config: RunConfig, records: Sequence[Record]) -> list[_View]:
+    data = config.data
+    views = []
+    for index, record in enumerate(records):
+        for crop in range(num_crops(data)):
+            place = (0.5, 0.5)
+            if data.crop == "random":
+                x, y = streams.stream(config.seed, "crop place", record.sha256, crop).random(2)
+                place = (float(x), float(y))
+            framing = record.framing(data.resolution, place)
+            views += [_View(index, crop, mirrored, framing) for mirrored in ((False, True) if data.flip else (False,))]
+    return views
+
+
+def num_crops(data: DataConfig) -> int:
+    """Cached places per image."""
+    return 1 if data.crop == "center" else data.crops_per_image or DEFAULT_CROPS
+
+
+def _check_lengths(data: DataConfig, family: StableDiffusion, dataset: Dataset) -> int:
+    """Number of captions that are cut; an error for each where the policy says so."""
+    tokenizer = family.load_tokenizer()
+    limit = tokenizer.model_max_length
+    long = [
+        (record, count)
+        for record in dataset.records
+        for caption in record.captions
+        if (count := family.count_tokens(tokenizer, caption)) > limit
+    ]
+    if long and data.captions.too_long == "error":
+        raise DataError(
+            *(
+                Problem(
+                    f"the caption has {count - 2} tokens, the text encoder reads {limit - 2}",
+                    str(record.path),
+                    fix="shorten it, or set data.captions.too_long: cut",
+                )
+                for record, count in long
+            )
+        )
+    return len(long)
+
+
+def _share(items: Sequence[Any], runtime: Runtime) -> list[Any]:
+    """This process's part of the work."""
+    return list(items[runtime.launch.rank :: runtime.launch.num_processes])
+
+
+def _encode_texts(
+    family: StableDiffusion, runtime: Runtime, texts: Sequence[str], files: dict[str, Path], progress: Progress
+) -> None:
+    tokenizer, encoder = family.load_tokenizer(), family.load_text_encoder(runtime.device)
+    for text in progress(texts, "encoding prompts", len(texts)):
+        embeds_LD = family.encode_prompts(tokenizer, encoder, [text])[0].cpu()
+        _write_entry(files[text], {"embeds": embeds_LD})
+    del encoder
+    _free(runtime.device)
+
+
+def _encode_views(
+    family: StableDiffusion,
+    runtime: Runtime,
+    views: Sequence[_View],
+    files: dict[_View, Path],
+    records: Sequence[Record],
+    progress: Progress,
+) -> None:
+    vae = family.load_vae(runtime.device)
+    for view in progress(views, "encoding images", len(views)):
+        record = records[view.record]
+        square = apply_frame(_image(record), view.framing, mirrored=view.mirrored)
+        pixels_HWC = torch.from_numpy(square).to(runtime.device).float() / 127.5 - 1
+        mean, std = family.encode_images(vae, pixels_HWC.permute(2, 0, 1)[None])
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+            raise DataError(
+                Problem(
+                    "the image's latents are not finite",
+                    str(record.path),
+                    fix="take the image out, or check the base's VAE",
+                )
+            )
+        _write_entry(files[view], {"mean": mean[0].cpu(), "std": std[0].cpu()})
+    del vae
+    _free(runtime.device)
+
+
+def _image(record: Record) -> Any:
+    data = record.path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise DataError(Problem("the image changed while the run was starting", str(record.path), fix="start again"))
+    return decode(data)
+
+
+def _read_latents(
+    views: Sequence[_View], files: dict[_View, Path], config: RunConfig, device: torch.device
+) -> LatentStore:
+    entries = [tensor_file.load(files[view])[0] for view in views]
+    return LatentStore(
+        mean_NChw=_place(torch.stack([entry["mean"] for entry in entries]), device),
+        std_NChw=_place(torch.stack([entry["std"] for entry in entries]), device),
+        rows={(view.record, view.crop, view.mirrored): row for row, view in enumerate(views)},
+        num_crops=num_crops(config.data),
+        flips=config.data.flip,
+    )
+
+
+def _read_prompts(texts: Sequence[str], files: dict[str, Path], device: torch.device) -> PromptStore:
+    embeds = torch.stack([tensor_file.load(files[text])[0]["embeds"] for text in texts])
+    return PromptStore(_place(embeds, device), {text: row for row, text in enumerate(texts)})
+
+
+def _place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the GPU where it takes under a tenth of the memory that is free there; pinned on the host otherwise."""
+    if device.type != "cuda":
+        return tensor
+    free, _ = torch.cuda.mem_get_info(device)
+    return tensor.to(device) if tensor.numel() * tensor.element_size() < free // 10 else tensor.pin_memory()
+
+
+def _write_entry(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    tensor_file.save(file, tensors, {"content": tensor_file.payload_sha256(tensors)})
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the entry is there and its content is what was written."""
+    try:
+        tensors, metadata = tensor_file.load(file)
+    except (SafetensorError, OSError):
+        return False
+    return metadata.get("content") == tensor_file.payload_sha256(tensors)
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([LAYOUT, *parts]).encode()).hexdigest()
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,148 @@
+"""The command line. Each command imports what it needs when it is called, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lora_trainer import __version__
+
+app = typer.Typer(
+    name="lora-trainer",
+    help="Train LoRAs for Stable Diffusion, with learning-rate schedules that do what they say.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML configuration file (docs/config.md).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the file's.")
+]
+Layout = Literal["kohya", "diffusers"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+Weights = Literal["exported", "raw"]
+_debug = False
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of reported errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        print(f"lora_trainer {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Examples:  lora-trainer train -c configs/demo.yaml   |   "
+    "lora-trainer train -c configs/demo.yaml optimizer.lr=3e-4 train.max_steps=600   |   "
+    "accelerate launch train.py --config configs/demo.yaml"
+)
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move an earlier run of this name aside and start anew.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a reported error.")] = False,
+) -> None:
+    """Train a LoRA. The same command resumes a run that was stopped."""
+    global _debug
+    _debug = _debug or debug
+    from lora_trainer.commands.train import train as run
+
+    run(config, overrides or [], dry_run=dry_run, fresh=fresh)
+
+
+@app.command(
+    epilog="Example:  lora-trainer sample --lora runs/demo/demo.safetensors --prompt 'a large pink zinnia' -n 4 -o out"
+)
+def sample(
+    lora: Annotated[Path, typer.Option("--lora", help="LoRA file (.safetensors) in either layout.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Base folder; default: that of the run the LoRA lies in.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a Hub id given as --model.")] = None,
+    negative_prompt: Annotated[str, typer.Option("--negative-prompt", help="What to steer away from.")] = "",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first image; the next ones count up.")] = 0,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images per prompt.")] = 1,
+    num_inference_steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option("--guidance", min=1, help="Classifier-free guidance.")] = 7.5,
+    lora_scale: Annotated[float, typer.Option("--scale", help="Strength of the LoRA; 0 is the base alone.")] = 1.0,
+    size: Annotated[
+        int | None, typer.Option("--size", min=8, help="Width and height, px; default: the base's.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNG files.")] = Path(),
+) -> None:
+    """Draw images with a LoRA, through stock diffusers."""
+    from lora_trainer.commands.sample import SampleRequest
+    from lora_trainer.commands.sample import sample as run
+
+    request = SampleRequest(
+        tuple(prompt), negative_prompt, seed, num_images, num_inference_steps, guidance_scale, lora_scale, size
+    )
+    run(lora, model, revision, request, output)
+
+
+@app.command(
+    epilog="Examples:  lora-trainer export runs/demo --step 200 -o early.safetensors   |   "
+    "lora-trainer export runs/demo/demo.safetensors --layout diffusers -o for-diffusers.safetensors"
+)
+def export(
+    source: Annotated[Path, typer.Argument(help="A run directory, or a LoRA file that lora-trainer wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="LoRA file to write.")],
+    layout: Annotated[Layout, typer.Option("--layout", help="kohya: A1111, ComfyUI. diffusers: load_lora_weights.")] = (
+        "kohya"
+    ),
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the tensors in the file.")] = "fp16",
+    step: Annotated[int | None, typer.Option("--step", help="Checkpoint of a run; default: the newest.")] = None,
+    weights: Annotated[
+        Weights, typer.Option("--weights", help="exported: the moving average if the run keeps one; raw: without it.")
+    ] = "exported",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Base folder; default: that of the run the file lies in.")
+    ] = None,
+) -> None:
+    """Write a LoRA file from a run's checkpoint, or a LoRA file in another layout or dtype."""
+    from lora_trainer.commands.export import convert_file, export_run
+
+    if source.is_dir():
+        export_run(source, step, layout, dtype, weights, output)
+    else:
+        convert_file(source, layout, dtype, model, output)
+    print(output)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program and exit with its documented code."""
+    from lora_trainer.errors import TrainerError
+
+    _hush_libraries()
+    try:
+        app(arguments, standalone_mode=True)
+    except TrainerError as error:
+        from lora_trainer.commands.session import report_error
+
+        sys.exit(report_error(error, debug=_debug))
+
+
+def _hush_libraries() -> None:
+    """Our own screen says what happens; and no library may run code that a checkpoint brings along."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,71 @@
+"""What surrounds every command that works in a run directory: signals, the exit record, the way errors are shown."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from lora_trainer import atomicio
+from lora_trainer.errors import HostError, Problem, TrainerError
+
+
+class StopRequest:
+    """Set by the first SIGTERM or SIGINT; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+        os.write(2, b"\nstopping after this update; once more ends at once\n")
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def report_error(error: TrainerError, *, debug: bool) -> int:
+    """Show an error's problems on stderr, and its traceback only where asked; the exit code."""
+    sys.stdout.flush()
+    problems = "\n".join(f"  {problem}".replace("\n", "\n  ") for problem in error.problems)
+    count = f" ({len(error.problems)} problems)" if len(error.problems) > 1 else ""
+    print(f"lora-trainer: {error.title}{count}\n{problems}", file=sys.stderr, flush=True)
+    if debug:
+        traceback.print_exception(error)
+    return int(error.exit_code)
+
+
+def record_exit(run_dir: Path, code: int, status: str, message: str) -> None:
+    """`exit.json`: the code, which `accelerate launch` would turn into 1, and the first line of the message."""
+    if run_dir.is_dir():
+        atomicio.write_json(run_dir / "exit.json", {"code": code, "status": status, "message": message})
+
+
+def check_platform() -> None:
+    """Linux and WSL2 are what the trainer is made for and tested on.
+
+    Raises:
+        HostError: this is another system.
+    """
+    if sys.platform != "linux":
+        raise HostError(
+            Problem(
+                f"lora_trainer runs on Linux and WSL2, not on {sys.platform}", fix="on Windows, start it inside WSL2"
+            )
+        )

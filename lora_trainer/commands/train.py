@@ -1,0 +1,69 @@
+"""`lora-trainer train`: plan, train, say where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from lora_trainer import atomicio
+from lora_trainer.commands.session import StopRequest, check_platform, record_exit
+from lora_trainer.config.load import load_config
+from lora_trainer.config.places import run_directory
+from lora_trainer.errors import ExitCode, TrainerError
+from lora_trainer.launch import read_launch
+from lora_trainer.prepare import Prepared, plan_rows, prepare
+from lora_trainer.tracking.console import Screen
+
+
+def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False) -> None:
+    """Run one training to its end, or print its plan.
+
+    Raises:
+        TrainerError: whatever went wrong, with its exit code; also recorded in the run directory's exit.json.
+    """
+    check_platform()
+    config = load_config(config_file, overrides)
+    launch = read_launch(config)
+    screen = Screen(silent=not launch.is_main)
+    run_dir = run_directory(config)
+    with ExitStack() as stack:
+        if launch.is_main and not dry_run:
+            stack.enter_context(atomicio.sole_writer(run_dir))
+            if fresh:
+                _set_aside(run_dir, screen)
+        try:
+            prepared = prepare(config, launch, screen.track)
+            screen.table(f"Plan of {config.name}", plan_rows(prepared))
+            if not dry_run:
+                _train(prepared, screen)
+        except TrainerError as error:
+            if launch.is_main and not dry_run:
+                record_exit(run_dir, error.exit_code, error.title, str(error.problems[0].what))
+            raise
+
+
+def _train(prepared: Prepared, screen: Screen) -> None:
+    from lora_trainer.fit import fit
+    from lora_trainer.trial import TrialSpec
+
+    with StopRequest().listening() as stop:
+        result = fit(prepared, [TrialSpec(prepared.config.name, prepared.config)], screen=screen, should_stop=stop)
+    if prepared.launch.is_main:
+        record_exit(prepared.run_dir, ExitCode.DONE, "finished", f"{result.step} updates")
+    screen.table("Done", [(file.name, str(file)) for file in result.files])
+
+
+def _set_aside(run_dir: Path, screen: Screen) -> None:
+    """Move an old run's files to `<name>.before-1` (2, 3 ...) beside its directory, so that a new run starts empty."""
+    old = [path for path in run_dir.iterdir() if path.name != ".lock"]
+    if not old:
+        return
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.before-{number}")).exists():
+        number += 1
+    atomicio.make_folder(aside)
+    for path in old:
+        atomicio.rename(path, aside / path.name)
+    atomicio.sync_folder(aside)
+    screen.say(f"the earlier run was moved to {aside}")

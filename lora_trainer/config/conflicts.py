@@ -1,0 +1,89 @@
+"""Settings that are each allowed but make no sense together. All of them are reported at once, each with its fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lora_trainer.config.optimizers import SGD
+from lora_trainer.config.schema import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Two settings that exclude each other; `key` is the one to point at."""
+
+    key: tuple[str, ...]
+    what: str
+    fix: str
+    why: str | None = None
+
+
+def conflicts(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
+    """What cannot stand together; `written` is what the user wrote, before defaults."""
+    yield from _run_length(config)
+    yield from _data(config, written)
+    yield from _inert(config, written)
+
+
+def _run_length(config: RunConfig) -> Iterator[Conflict]:
+    train = config.train
+    if (train.max_steps is None) == (train.epochs is None):
+        both = train.max_steps is not None
+        yield Conflict(
+            ("train", "epochs" if both else ""),
+            f"exactly one of `train.max_steps` and `train.epochs` is set; here {'both are' if both else 'neither is'}",
+            "keep one of them; on the command line: train.epochs=10 train.max_steps=null"
+            if both
+            else "add train.max_steps: 1500 (updates) or train.epochs: 10",
+        )
+
+
+def _data(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
+    data = config.data
+    if (data.dir is None) == (data.sources is None):
+        yield Conflict(
+            ("data",),
+            "exactly one of `data.dir` and `data.sources` names the images",
+            "add data.dir: path/to/images, or a list data.sources: [{dir: ..., repeats: ...}]",
+        )
+    if data.crops_per_image is not None and data.crop != "random":
+        yield Conflict(
+            ("data", "crops_per_image"),
+            "`data.crops_per_image` has no effect with `crop: center`",
+            "remove it, or write crop: random",
+        )
+    if data.resolution % 8:
+        yield Conflict(
+            ("data", "resolution"),
+            f"`data.resolution` {data.resolution} is no multiple of 8, the factor of Stable Diffusion's autoencoder",
+            f"write {data.resolution // 8 * 8} or {data.resolution // 8 * 8 + 8}",
+        )
+
+
+def _inert(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
+    if isinstance(config.optimizer, SGD) and config.optimizer.nesterov and not config.optimizer.momentum:
+        yield Conflict(
+            ("optimizer", "nesterov"),
+            "`optimizer.nesterov` needs momentum",
+            "set optimizer.momentum: 0.9, or remove nesterov",
+        )
+    if config.adapter.use_rslora and config.adapter.use_dora:
+        yield Conflict(
+            ("adapter", "use_dora"),
+            "`use_rslora` and `use_dora` together are in no consumer's format",
+            "keep one of them",
+        )
+    if config.sample.every_steps is not None and not config.sample.prompts:
+        yield Conflict(
+            ("sample", "every_steps"),
+            "`sample.every_steps` has no effect without `sample.prompts`",
+            "add prompts, or remove it",
+        )
+    if config.model.revision is not None and "/" not in config.model.path:
+        yield Conflict(
+            ("model", "revision"),
+            "`model.revision` has no effect on a folder",
+            "remove it, or write a Hub id such as org/name in model.path",
+        )

@@ -1,0 +1,193 @@
+"""Turn what the user wrote into a checked, frozen `RunConfig`, or into one report of everything that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+
+from lora_trainer.config.conflicts import conflicts
+from lora_trainer.config.optimizers import AdamW
+from lora_trainer.config.peer_names import PEER_NAMES
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.source import KeyPath, Source, read_source
+from lora_trainer.errors import ConfigError, Problem
+
+
+def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and check a configuration.
+
+    Raises:
+        ConfigError: with every problem found, each with its place and a fix.
+    """
+    return check_source(read_source(file, overrides))
+
+
+def check_source(source: Source) -> RunConfig:
+    """The checked configuration of plain data.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        config = RunConfig.model_validate(source.data)
+    except ValidationError as error:
+        raise ConfigError(*_problems(error, source)) from None
+    found = [Problem(c.what, source.place(c.key), c.why, c.fix) for c in conflicts(config, source.data)]
+    if found:
+        raise ConfigError(*found)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, every default written out; reading it again gives an equal one."""
+    text = StringIO()
+    yaml = YAML()
+    yaml.version = (1, 2)
+    yaml.explicit_start = False
+    yaml.width = 100
+    yaml.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    yaml.dump(config.model_dump(mode="json"), text)
+    return text.getvalue().removeprefix("%YAML 1.2\n---\n")
+
+
+def _problems(error: ValidationError, source: Source) -> Iterator[Problem]:
+    """One problem per key, however many alternatives of a union complained about it."""
+    by_path: dict[KeyPath, list[ErrorDetails]] = {}
+    for detail in error.errors():
+        by_path.setdefault(_written_path(detail["loc"], source.data), []).append(detail)
+    for path, details in by_path.items():
+        yield _problem(path, details, source)
+
+
+def _written_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
+    """A pydantic location without the names of union members, which nobody wrote."""
+    path: list[str | int] = []
+    node: Any = data
+    for position, part in enumerate(loc):
+        if part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int):
+            node = node[part]
+            path.append(part)
+        elif isinstance(node, dict) and position == len(loc) - 1:
+            path.append(part)
+    return tuple(path)
+
+
+def _problem(path: KeyPath, details: list[ErrorDetails], source: Source) -> Problem:
+    key = _dotted(path)
+    kinds = {detail["type"] for detail in details}
+    where = source.place(path)
+    if "extra_forbidden" in kinds:
+        return _unknown_key(path, source, where)
+    if "missing" in kinds:
+        return Problem(f"`{key}` is required", where, fix=f"add {key}: ... (docs/config.md)")
+    if "union_tag_not_found" in kinds:
+        return Problem(f"`{key}` needs a `type`", where, fix=f"add {key}.type; docs/config.md lists them")
+    if "union_tag_invalid" in kinds:
+        context = details[0].get("ctx", {})
+        tag, tags = str(context.get("tag")), [t.strip("' ") for t in str(context.get("expected_tags")).split(",")]
+        return Problem(
+            f"`{key}.type: {tag}` is not known", where, fix=_nearest(tag, tags) + f"; known: {', '.join(tags)}"
+        )
+    expectations = dict.fromkeys(_expectation(detail) for detail in details)
+    return Problem(f"`{key}`: {', or '.join(expectations)}", where, why=f"it is {details[0]['input']!r}")
+
+
+def _expectation(detail: ErrorDetails) -> str:
+    text = detail["msg"].removeprefix("Value error, ")
+    return text.replace("Input should be", "expected").replace("a valid tuple", "a list")
+
+
+def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
+    name = str(path[-1])
+    siblings = _known_keys(path[:-1], source.data)
+    section = _dotted(path[:-1]) or "the top level"
+    what = f"`{_dotted(path)}` is not a setting"
+    owners = [kind for kind, keys in _options_by_type(path[:-1]).items() if name in keys]
+    if owners:
+        return Problem(
+            f"`{_dotted(path)}` has no effect on this `{section}.type`",
+            where,
+            f"its options are: {', '.join(siblings)}",
+            f"remove it, or choose a type that has it: {', '.join(owners)}",
+        )
+    if name in PEER_NAMES:
+        return Problem(what, where, fix=f"here it is called `{PEER_NAMES[name]}`")
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
+    if close:
+        return Problem(what, where, fix=f"did you mean `{close[0]}`?")
+    elsewhere = [f"`{key}`" for key in all_keys() if key.rpartition(".")[2] == name]
+    fix = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"settings of {section}: {', '.join(siblings)}"
+    return Problem(what, where, fix=fix)
+
+
+def _options_by_type(section: KeyPath) -> dict[str, list[str]]:
+    """The keys of each type that may stand in a section where `type` decides; empty for any other section."""
+    names = tuple(part for part in section if isinstance(part, str))
+    models = section_models(RunConfig).get(names, [])
+    if len(models) < 2:
+        return {}
+    return {model.model_fields["type"].default: [*model.model_fields] for model in models}
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else "choose one of the known types"
+
+
+def _dotted(path: KeyPath) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _known_keys(path: KeyPath, data: dict[str, Any]) -> list[str]:
+    """The keys that the section at this path may have, as far as what is written there decides it."""
+    models = section_models(RunConfig)
+    names = tuple(part for part in path if isinstance(part, str))
+    node: Any = data
+    for part in path:
+        node = node.get(part, {}) if isinstance(node, dict) else node[int(part)]
+    kind = node.get("type") if isinstance(node, dict) else None
+    candidates = models.get(names, [RunConfig] if not names else [])
+    if names == ("optimizer",) and kind is None:
+        kind = AdamW.model_fields["type"].default
+    chosen = [m for m in candidates if "type" not in m.model_fields or m.model_fields["type"].default == kind]
+    return [key for model in chosen or candidates for key in model.model_fields]
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the configuration, once each."""
+    keys = [*RunConfig.model_fields]
+    for names, models in section_models(RunConfig).items():
+        keys += [".".join((*names, key)) for model in models for key in model.model_fields]
+    return list(dict.fromkeys(keys))
+
+
+def section_models(model: type[BaseModel], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], list[type[BaseModel]]]:
+    """The models that may stand in each section, by the section's key path."""
+    found: dict[tuple[str, ...], list[type[BaseModel]]] = {}
+    for name, field in model.model_fields.items():
+        inner = list(models_in(field.annotation))
+        if inner:
+            found[(*path, name)] = inner
+            for each in inner:
+                found |= section_models(each, (*path, name))
+    return found
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models named anywhere in a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from models_in(argument)

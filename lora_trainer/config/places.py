@@ -1,0 +1,28 @@
+"""Where a run writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_trainer.config.schema import RunConfig
+
+
+def run_directory(config: RunConfig) -> Path:
+    """`<output_dir>/<name>`."""
+    return Path(config.output_dir).expanduser() / config.name
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """`data.cache_dir`, by default `<output_dir>/.cache`."""
+    return Path(config.data.cache_dir or Path(config.output_dir) / ".cache").expanduser()
+
+
+def lora_file(config: RunConfig, step: int | None = None) -> Path:
+    """The LoRA in kohya's layout: the final one, or a numbered one."""
+    numbered = config.name if step is None else f"{config.name}-step{step:08d}"
+    return run_directory(config) / f"{numbered}.safetensors"
+
+
+def diffusers_lora_file(config: RunConfig) -> Path:
+    """The LoRA in diffusers' layout."""
+    return run_directory(config) / "diffusers" / "pytorch_lora_weights.safetensors"

@@ -1,0 +1,225 @@
+"""The whole configuration, section by section. What is written here is what `docs/config.md` says.
+
+A field marked `Observational` may change between a run and its resume; any other is part of the run's identity.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from lora_trainer.config.optimizers import AdamW, AnyOptimizerOptions
+from lora_trainer.schedules.classic import Constant
+from lora_trainer.schedules.durations import Duration, check_duration
+from lora_trainer.schedules.registry import LRSchedulerOptions
+from lora_trainer.section import Count, Integer, NotBool, Observational, Ratio, Section
+
+
+def _check_period(value: Any) -> Any:
+    if value is not None and check_duration(value) in (0, "0%", "0ep"):
+        raise ValueError("a period is at least 1; write null for never")
+    return value
+
+
+def _check_name(value: str) -> str:
+    if re.fullmatch(r"[\w][\w.+-]{0,99}", value) is None:
+        raise ValueError("a run's name becomes a folder's name: letters, digits, `_`, `-`, `.`, `+`, at most 100")
+    return value
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _adamw_unless_said(value: Any) -> Any:
+    return {"type": "adamw", **value} if isinstance(value, dict) else value
+
+
+Period = Annotated[Duration | None, AfterValidator(_check_period)]
+
+
+class ModelConfig(Section):
+    """The base checkpoint, which stays frozen."""
+
+    path: Annotated[str, Field(min_length=1), Observational()]
+    """A diffusers folder (with model_index.json), or a Hub id such as `org/name` together with `revision`."""
+    family: Literal["auto", "sd"] = "auto"
+    """Model family; `auto` reads it from the folder. `sd` is Stable Diffusion 1.x and 2.x."""
+    revision: Annotated[str | None, Observational()] = None
+    """Commit, tag or branch of a Hub id; required there, so that a run means one set of weights."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the denoiser predicts; `auto` takes it from the base's noise scheduler."""
+
+
+class SourceConfig(Section):
+    """One folder of images."""
+
+    dir: Annotated[str, Field(min_length=1), Observational()]
+    """Folder of images with captions beside them; subfolders count too."""
+    repeats: Annotated[Count, Observational()] = 1
+    """How often each image is seen per epoch, on top of any `N_name` folder's own N."""
+
+
+class CaptionConfig(Section):
+    """Text beside each image."""
+
+    extension: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9]+$"), Observational()] = ".txt"
+    """Ending of the caption files, in the image's place and under its name."""
+    missing: Annotated[Literal["error", "filename", "empty"], Observational()] = "error"
+    """An image without a caption: refuse, use its file name's words (or its folder's), or the empty prompt."""
+    lines: Annotated[Literal["first", "all"], Observational()] = "first"
+    """`first` line only, or `all` lines as variants of which one is drawn each time."""
+    too_long: Annotated[Literal["error", "cut"], Observational()] = "error"
+    """A caption of more tokens than the text encoder reads: refuse, or cut and count."""
+    dropout: Ratio = 0.0
+    """Probability of training a sample on the empty prompt (0.05-0.1 keeps classifier-free guidance strong)."""
+
+
+class DataConfig(Section):
+    """The images and how they are framed. They are only ever read."""
+
+    dir: Annotated[str | None, Field(min_length=1), Observational()] = None
+    """Folder of images; exactly one of `dir` and `sources`."""
+    sources: Annotated[tuple[SourceConfig, ...] | None, Field(min_length=1)] = None
+    """Several folders with repeats."""
+    resolution: Annotated[int, NotBool, Field(ge=32, le=4096)] = 512
+    """Side of the square that each image is scaled and cropped to, px."""
+    crop: Literal["center", "random"] = "center"
+    """Where the square is cut out; `random` draws one of `crops_per_image` places each time."""
+    crops_per_image: Annotated[Count | None, Field(le=64)] = None
+    """Number of cached places with `crop: random` (default 4)."""
+    flip: bool = False
+    """Mirror left-right half of the time; not for text, logos or asymmetric subjects."""
+    captions: CaptionConfig = CaptionConfig()
+    cache_dir: Annotated[str | None, Observational()] = None
+    """Where latents and prompt embeddings are kept; default `<output_dir>/.cache`."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on the denoiser, injected by peft."""
+
+    type: Literal["lora"] = "lora"
+    rank: Annotated[Count, Field(le=1024)] = 16
+    """Rank of each adapter."""
+    alpha: Annotated[float, NotBool, Field(gt=0)] = 16
+    """The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with `use_rslora`)."""
+    targets: (
+        Literal["attention", "attention+feedforward", "transformer", "transformer+resnet", "all-linear"]
+        | Annotated[tuple[str, ...], Field(min_length=1)]
+    ) = "attention"
+    """A named list of layers (docs/targets.md), or patterns for the end of a layer's name (`attn2.to_k`)."""
+    dropout: Annotated[float, NotBool, Field(ge=0, lt=1)] = 0.0
+    """Dropout on each adapter's input."""
+    use_rslora: bool = False
+    """Rank-stabilised scale alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters with a learned magnitude per output (Liu et al. 2024)."""
+
+
+class ObjectiveConfig(Section):
+    """What is minimised: the squared error of the predicted noise (or v), averaged over each image."""
+
+    min_snr_gamma: Annotated[float, NotBool, Field(gt=0)] | None = None
+    """Weight timesteps by min(SNR, gamma) / SNR (Hang et al. 2023); 5 is the paper's value, null is off."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    max_steps: Count | None = None
+    """Optimizer updates in all; exactly one of `max_steps` and `epochs`."""
+    epochs: Count | None = None
+    """Passes over all samples; exactly one of `max_steps` and `epochs`."""
+    batch_size: Count = 1
+    """Images per process and forward."""
+    gradient_accumulation_steps: Count = 1
+    """Forwards per update; global batch = processes x batch_size x this."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    max_grad_norm: Annotated[float, NotBool, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm; null does not clip."""
+    ema_decay: Annotated[float, NotBool, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the adapter (0.999, say) and export that; null is off."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of base and forward pass; adapters are always fp32. `auto`: bf16 on a GPU that has it, else fp16; CPU fp32."""
+    threads: Literal["auto"] | Count = "auto"
+    """CPU threads per process; `auto` is physical cores / local processes, stored with the run."""
+
+
+class PromptConfig(Section):
+    """One sample image."""
+
+    prompt: str
+    """What to draw."""
+    negative_prompt: str = ""
+    """What to steer away from."""
+    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
+    """Of the image's initial noise; the same at every step, so that samples can be compared."""
+
+
+def _prompt(value: Any) -> Any:
+    return {"prompt": value} if isinstance(value, str) else value
+
+
+class SampleConfig(Section):
+    """Images drawn before, during and after training. They never touch the training's randomness."""
+
+    prompts: Annotated[
+        tuple[Annotated[PromptConfig, BeforeValidator(_prompt)], ...], BeforeValidator(_one_or_more)
+    ] = ()
+    """Texts, or mappings of prompt, negative_prompt and seed."""
+    every_steps: Period = None
+    """Period between the first sample (before training) and the last (after it)."""
+    num_inference_steps: Annotated[Count, Field(le=1000)] = 25
+    """Denoising steps per image."""
+    guidance_scale: Annotated[float, NotBool, Field(ge=1)] = 7.5
+    """Classifier-free guidance; 1 is none."""
+
+
+class CheckpointConfig(Section):
+    """What a resume needs. The last update always saves."""
+
+    every_steps: Period = 250
+    """Period of checkpoints; null saves at the end and on a signal only."""
+    keep_last: Annotated[Integer, Field(ge=2)] = 2
+    """Number of checkpoints kept."""
+
+
+class ExportConfig(Section):
+    """The LoRA files. The last update always exports."""
+
+    every_steps: Period = None
+    """Period of numbered exports `<name>-step00000500.safetensors`, which are never removed."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp16"
+    """Of the tensors in the files."""
+
+
+class TrackingConfig(Section):
+    """Where the numbers of each step go beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events under `tensorboard/` in the run directory."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    name: Annotated[str, AfterValidator(_check_name), Observational()]
+    """Name of the run directory and of the LoRA file."""
+    output_dir: Annotated[str, Field(min_length=1), Observational()] = "runs"
+    """The run directory is `<output_dir>/<name>`."""
+    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 42
+    """Of everything random: adapter init, order, crops, flips, captions, timesteps, noise."""
+    model: ModelConfig
+    data: DataConfig
+    adapter: LoraConfig = LoraConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: Annotated[AnyOptimizerOptions, BeforeValidator(_adamw_unless_said)] = AdamW()
+    lr_scheduler: LRSchedulerOptions = Constant()
+    train: TrainConfig
+    sample: Annotated[SampleConfig, Observational()] = SampleConfig()
+    checkpoint: Annotated[CheckpointConfig, Observational()] = CheckpointConfig()
+    export: Annotated[ExportConfig, Observational()] = ExportConfig()
+    tracking: Annotated[TrackingConfig, Observational()] = TrackingConfig()

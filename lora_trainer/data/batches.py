@@ -1,0 +1,127 @@
+"""Which sample stands in which slot, and what it looks like this time: all of it a function of the counters.
+
+Attempt u of a run takes the global slots [uG, uG + G) of its epoch; process r takes, in micro-step a, the B slots from
+(a P + r) B on. Order, crop, flip, caption and caption dropout are keyed by (seed, purpose, epoch, slot).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_trainer import streams
+from lora_trainer.batch import Batch, Conditioning, Slot
+from lora_trainer.data.records import Record
+
+
+@dataclass(frozen=True)
+class LatentStore:
+    """Cached latents of every framing of every record: one row each."""
+
+    mean_NChw: torch.Tensor
+    std_NChw: torch.Tensor
+    rows: Mapping[tuple[int, int, bool], int]
+    """Row of (record, crop, mirrored)."""
+    num_crops: int
+    flips: bool
+
+
+@dataclass(frozen=True)
+class PromptStore:
+    """Cached prompt embeddings: one row per text."""
+
+    embeds_TLD: torch.Tensor
+    rows: Mapping[str, int]
+
+    def conditioning(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
+        rows = torch.tensor([self.rows[prompt] for prompt in prompts], device=self.embeds_TLD.device)
+        return Conditioning(self.embeds_TLD[rows].to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What one slot shows."""
+
+    record: int
+    row: int
+    prompt: str
+
+
+class BatchSource:
+    """Micro-batches by (attempt, micro-step, process), read from the caches."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        samples: Sequence[int],
+        latents: LatentStore,
+        prompts: PromptStore,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int,
+        num_processes: int,
+        caption_dropout: float,
+        device: torch.device,
+    ) -> None:
+        self._records, self._samples = records, samples
+        self._latents, self._prompts = latents, prompts
+        self._seed, self._dropout, self._device = seed, caption_dropout, device
+        self._batch, self._accumulation, self._processes = batch_size, accumulation, num_processes
+        self._order: tuple[int, list[int]] | None = None
+
+    @property
+    def global_batch(self) -> int:
+        return self._batch * self._accumulation * self._processes
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return -(-len(self._samples) // self.global_batch)
+
+    def num_samples_of(self, attempt: int) -> int:
+        """Real samples of an attempt over all processes: the last of an epoch may have fewer than G."""
+        position = attempt % self.updates_per_epoch
+        return min(self.global_batch, len(self._samples) - position * self.global_batch)
+
+    def slots_of(self, attempt: int, micro_step: int, rank: int) -> list[Slot]:
+        """The slots of one micro-batch; empty where the epoch's last update has no sample for it."""
+        epoch, position = divmod(attempt, self.updates_per_epoch)
+        first = position * self.global_batch + (micro_step * self._processes + rank) * self._batch
+        return [Slot(epoch, index) for index in range(first, min(first + self._batch, len(self._samples)))]
+
+    def at(self, slots: Sequence[Slot]) -> Batch:
+        """The batch of these slots, on the device."""
+        choices = [self._choose(slot) for slot in slots]
+        rows = torch.tensor([choice.row for choice in choices], device=self._latents.mean_NChw.device)
+        mean = self._latents.mean_NChw[rows].to(self._device, non_blocking=True)
+        std = self._latents.std_NChw[rows].to(self._device, non_blocking=True)
+        shape = mean.shape[1:]
+        jitter = torch.stack([streams.normal(shape, self._seed, "latent", *slot) for slot in slots])
+        return Batch(
+            latents_BChw=mean + std * jitter.to(self._device, non_blocking=True),
+            conditioning=self._prompts.conditioning([choice.prompt for choice in choices], self._device),
+            weight_B=torch.ones(len(slots), device=self._device),
+            slots=tuple(slots),
+            files=tuple(self._records[choice.record].name for choice in choices),
+        )
+
+    def _choose(self, slot: Slot) -> _Choice:
+        record = self._samples[self._permutation(slot.epoch)[slot.position]]
+        crop = self._integer("crop", slot, self._latents.num_crops)
+        mirrored = self._latents.flips and self._integer("flip", slot, 2) == 1
+        captions = self._records[record].captions
+        prompt = captions[self._integer("caption", slot, len(captions))]
+        if self._dropout and streams.stream(self._seed, "caption dropout", *slot).random() < self._dropout:
+            prompt = ""
+        return _Choice(record, self._latents.rows[record, crop, mirrored], prompt)
+
+    def _integer(self, purpose: str, slot: Slot, bound: int) -> int:
+        return 0 if bound == 1 else int(streams.stream(self._seed, purpose, *slot).integers(bound))
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if self._order is None or self._order[0] != epoch:
+            order = streams.stream(self._seed, "order", epoch).permutation(len(self._samples))
+            self._order = (epoch, order.tolist())
+        return self._order[1]

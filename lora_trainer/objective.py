@@ -1,0 +1,77 @@
+"""Diffusion training as plain arithmetic: noise, target, per-sample loss.
+
+x_t = sqrt(a_t) x + sqrt(1 - a_t) eps with a_t the cumulative product of the noise schedule (Ho et al. 2020); the target
+is eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x (Salimans and Ho 2022). The loss weight min(SNR, gamma) / SNR (over
+SNR + 1 for v) is that of Hang et al. 2023.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler
+
+from lora_trainer import streams
+from lora_trainer.batch import Batch, Draw, Slot
+from lora_trainer.config.schema import ObjectiveConfig
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+
+class Objective:
+    """Draws noise and timesteps by counter, and turns a prediction into one loss per sample."""
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        noise_schedule: dict[str, Any],
+        prediction_type: PredictionType,
+        device: torch.device,
+    ) -> None:
+        self.prediction_type = prediction_type
+        alphas = DDPMScheduler.from_config(noise_schedule).alphas_cumprod
+        self.num_timesteps = len(alphas)
+        self._signal_T = alphas.sqrt().to(device)
+        self._noise_T = (1 - alphas).sqrt().to(device)
+        self._weight_T = _snr_weights(alphas, config.min_snr_gamma, prediction_type).to(device)
+
+    def draw(self, batch: Batch, seed: int) -> Draw:
+        """Noise [B, C, h, w] and timesteps [B], each sample's own by its slot."""
+        shape = batch.latents_BChw.shape[1:]
+        device = batch.latents_BChw.device
+        noise = torch.stack([streams.normal(shape, seed, "noise", *slot) for slot in batch.slots])
+        timesteps = torch.tensor([self._timestep(slot, seed) for slot in batch.slots])
+        return Draw(noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True))
+
+    def noisy(self, batch: Batch, draw: Draw) -> torch.Tensor:
+        """Noisy latents [B, C, h, w] at the drawn timesteps."""
+        signal, noise = self._signal_T[draw.timesteps_B], self._noise_T[draw.timesteps_B]
+        return _scale(signal, batch.latents_BChw) + _scale(noise, draw.noise_BChw)
+
+    def target(self, batch: Batch, draw: Draw) -> torch.Tensor:
+        """What the denoiser should predict [B, C, h, w]."""
+        if self.prediction_type == "epsilon":
+            return draw.noise_BChw
+        signal, noise = self._signal_T[draw.timesteps_B], self._noise_T[draw.timesteps_B]
+        return _scale(signal, draw.noise_BChw) - _scale(noise, batch.latents_BChw)
+
+    def loss(self, prediction_BChw: torch.Tensor, batch: Batch, draw: Draw) -> torch.Tensor:
+        """Weighted mean squared error of each sample [B], in fp32."""
+        error_B = (prediction_BChw.float() - self.target(batch, draw)).square().flatten(1).mean(1)
+        return error_B * self._weight_T[draw.timesteps_B]
+
+    def _timestep(self, slot: Slot, seed: int) -> int:
+        return int(streams.stream(seed, "timestep", *slot).integers(self.num_timesteps))
+
+
+def _snr_weights(alphas_T: torch.Tensor, gamma: float | None, prediction_type: PredictionType) -> torch.Tensor:
+    if gamma is None:
+        return torch.ones_like(alphas_T)
+    snr_T = alphas_T / (1 - alphas_T)
+    capped = snr_T.clamp(max=gamma)
+    return capped / snr_T if prediction_type == "epsilon" else capped / (snr_T + 1)
+
+
+def _scale(factor_B: torch.Tensor, values_BChw: torch.Tensor) -> torch.Tensor:
+    return factor_B[:, None, None, None] * values_BChw

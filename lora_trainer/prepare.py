@@ -1,0 +1,151 @@
+"""Everything that can be known and checked before the first tensor: base, data, targets, plan. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from lora_trainer.adapters.targets import select_targets
+from lora_trainer.config.identity import identity_fields
+from lora_trainer.config.places import cache_folder, diffusers_lora_file, lora_file, run_directory
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.data.records import Dataset, Progress, discover
+from lora_trainer.errors import ConfigError, HostError, ModelError, Problem
+from lora_trainer.families.folder import BaseFolder, inspect_base, locate_base
+from lora_trainer.launch import Launch, default_threads
+from lora_trainer.plan import RunPlan, plan_run
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is checked and planned."""
+
+    config: RunConfig
+    launch: Launch
+    base: BaseFolder
+    base_digests: dict[str, str]
+    prediction_type: PredictionType
+    dataset: Dataset
+    target_shapes: dict[str, Any]
+    plan: RunPlan
+    threads: int
+
+    @property
+    def run_dir(self) -> Path:
+        return run_directory(self.config)
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is learned: settings, content of data and base, and how the sums are split."""
+        return identity_fields(self.config) | {
+            "base content": "-".join(digest[:12] for digest in self.base_digests.values()),
+            "data content": self.dataset.digest()[:16],
+            "model.prediction_type": self.prediction_type,
+            "num_processes": self.launch.num_processes,
+            "train.threads": self.threads,
+        }
+
+
+def prepare(config: RunConfig, launch: Launch, progress: Progress) -> Prepared:
+    """Check the base's folder, every image and caption, and work out the plan.
+
+    Raises:
+        ConfigError, DataError, ModelError, HostError: each with all problems of its kind.
+    """
+    base = inspect_base(locate_base(config.model.path, config.model.revision), config.model.family)
+    _check_places(config)
+    dataset = discover(config.data, cache_folder(config) / "checked-images.json", progress)
+    targets = select_targets(base.denoiser_shapes(), config.adapter.targets)
+    plan = plan_run(
+        config,
+        num_images=len(dataset.records),
+        bucket_sizes=[dataset.num_samples],
+        num_processes=launch.num_processes,
+        target_shapes=targets,
+    )
+    threads = default_threads(launch) if config.train.threads == "auto" else config.train.threads
+    return Prepared(
+        config, launch, base, base.digests(), prediction_type(config, base), dataset, dict(targets), plan, threads
+    )
+
+
+def prediction_type(config: RunConfig, base: BaseFolder) -> PredictionType:
+    """What the denoiser predicts: as the config says, else as the base's noise scheduler says.
+
+    Raises:
+        ModelError: the base's scheduler names something else than epsilon or v_prediction.
+    """
+    said = str(base.component_config("scheduler").get("prediction_type", "epsilon"))
+    chosen = said if config.model.prediction_type == "auto" else config.model.prediction_type
+    if chosen not in ("epsilon", "v_prediction"):
+        raise ModelError(
+            Problem(
+                f"prediction type `{chosen}` is not supported",
+                str(base.path / "scheduler"),
+                fix="set model.prediction_type",
+            )
+        )
+    return cast(PredictionType, chosen)
+
+
+def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    """The plan in words, row by row."""
+    config, plan, dataset = prepared.config, prepared.plan, prepared.dataset
+    repeats = f", {plan.num_samples} samples with repeats" if plan.num_samples != plan.num_images else ""
+    yield "images", f"{plan.num_images}{repeats}, {config.data.resolution} px"
+    for note in dataset.notes:
+        yield "", note
+    split = f"{plan.num_processes} process(es) x batch {plan.batch_size} x accumulation {plan.accumulation}"
+    yield "global batch", f"{plan.global_batch} = {split}"
+    yield (
+        "updates per epoch",
+        f"{plan.updates_per_epoch} = {plan.num_samples} samples / {plan.global_batch}, rounded up",
+    )
+    yield "updates", f"{plan.num_updates} ({plan.num_epochs:.2f} epochs), warmup {plan.warmup_updates}"
+    yield (
+        "learning rate",
+        f"{config.lr_scheduler.type}: start {plan.lr_start:.3e}, peak {plan.lr_peak:.3e}, last {plan.lr_end:.3e}",
+    )
+    yield "optimizer", f"{config.optimizer.type}, weight decay {config.optimizer.weight_decay:g}"
+    kind = "DoRA" if config.adapter.use_dora else "LoRA"
+    scale = "alpha / sqrt(rank)" if config.adapter.use_rslora else "alpha / rank"
+    yield "adapter", f"{kind} rank {config.adapter.rank}, {scale} with alpha {config.adapter.alpha:g}"
+    targets = config.adapter.targets if isinstance(config.adapter.targets, str) else "patterns"
+    yield "", f"{plan.num_modules} layers ({targets}), {plan.num_parameters:,} trainable parameters"
+    yield "base", f"{prepared.base.family}, {prepared.prediction_type}, {config.model.path}"
+    yield "saves", _saves(plan)
+    yield "files to come", ", ".join(str(file) for file in files_to_come(config, plan))
+
+
+def files_to_come(config: RunConfig, plan: RunPlan) -> list[Path]:
+    """What lies in the run directory in the end."""
+    run_dir = run_directory(config)
+    files = [lora_file(config), diffusers_lora_file(config), run_dir / "metrics.jsonl", run_dir / "curves.png"]
+    return files + ([run_dir / "samples" / "grid.png"] if config.sample.prompts else [])
+
+
+def _saves(plan: RunPlan) -> str:
+    periods = {"checkpoint": plan.periods.checkpoint, "sample": plan.periods.sample, "export": plan.periods.export}
+    said = [f"{name} every {period}" for name, period in periods.items() if period]
+    return ", ".join([*said, "all at the end"])
+
+
+def _check_places(config: RunConfig) -> None:
+    """The output must be writable and must not lie among the images."""
+    run_dir = run_directory(config).resolve()
+    folders = [config.data.dir] if config.data.dir else [source.dir for source in config.data.sources or ()]
+    for folder in folders:
+        if folder and run_dir.is_relative_to(Path(folder).expanduser().resolve()):
+            raise ConfigError(
+                Problem(
+                    "the run directory would lie inside the image folder", str(run_dir), fix="set another output_dir"
+                )
+            )
+    place = run_dir
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise HostError(Problem("a file is in the way of the run directory", str(place), fix="set another output_dir"))

@@ -1,0 +1,137 @@
+"""The machine side of a run: processes, device, precision, threads, and what to write down about them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from accelerate.utils import reduce as reduce_over_processes
+
+from lora_trainer import __version__
+from lora_trainer.errors import HostError, Problem
+from lora_trainer.launch import Launch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how tensors are computed in this process."""
+
+    launch: Launch
+    device: torch.device
+    precision: Precision
+    threads: int
+    state: PartialState
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen base and of the forward pass."""
+        return _DTYPES[self.precision]
+
+    def autocast(self) -> Any:
+        """Matrix products in the run's precision; nothing at fp32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes; the tensor itself for one."""
+        if self.launch.num_processes == 1:
+            return values
+        return reduce_over_processes(values, "sum")
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        if self.launch.num_processes == 1:
+            return value
+        return broadcast_object_list([value])[0]
+
+    def wait_for_everyone(self) -> None:
+        self.state.wait_for_everyone()
+
+    def peak_memory_gib(self) -> float:
+        """Highest memory of this process so far: of the GPU where there is one, else of the host."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def start_runtime(launch: Launch, precision: str, threads: int) -> Iterator[Runtime]:
+    """Join the other processes and set threads and precision; leave them in order at the end.
+
+    Raises:
+        HostError: the precision asked for does not exist on this device.
+    """
+    _die_with_launcher()
+    torch.set_num_threads(threads)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    try:
+        chosen = _choose_precision(precision, state.device)
+        yield Runtime(launch, state.device, chosen, threads, state)
+    finally:
+        state.destroy_process_group()
+
+
+def environment_report(runtime: Runtime) -> dict[str, Any]:
+    """Versions and hardware: what another person needs to repeat the run. No host or user names."""
+    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else _processor()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.system() + " " + platform.machine(),
+        "packages": {"lora_trainer": __version__} | {name: metadata.version(name) for name in _PACKAGES},
+        "device": device,
+        "num_processes": runtime.launch.num_processes,
+        "precision": runtime.precision,
+        "threads": runtime.threads,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def _processor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
+def _choose_precision(asked: str, device: torch.device) -> Precision:
+    on_gpu = device.type == "cuda"
+    if asked == "auto":
+        if not on_gpu:
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if asked == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise HostError(
+            Problem("this GPU has no bf16", "train.precision", torch.cuda.get_device_name(device), "write fp16 or auto")
+        )
+    assert asked in _DTYPES
+    return asked  # type: ignore[return-value]
+
+
+def _die_with_launcher() -> None:
+    """Ask the kernel for SIGTERM when the launcher dies: `accelerate launch` passes no signal on.
+
+    Only under a launcher: a run started from a shell must outlive the shell's end where the user wants that (nohup).
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

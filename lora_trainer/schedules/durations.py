@@ -1,0 +1,56 @@
+"""Lengths of training in the units people think in: updates (100), epochs ("2ep") or a share of the run ("5%")."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from lora_trainer.section import NotBool
+
+_DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ep|%)")
+
+
+@dataclass(frozen=True, slots=True)
+class Horizon:
+    """What a run is measured against: N optimizer updates in all, and how many of them make an epoch."""
+
+    num_updates: int
+    updates_per_epoch: int
+
+
+def check_duration(value: Any) -> Any:
+    """Accept a whole number >= 0, "2ep" or "5%".
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError("a length is not negative")
+        return value
+    match = _DURATION.fullmatch(value.strip())
+    if match is None:
+        raise ValueError('a length is a whole number of updates (100), epochs ("2ep") or a percentage ("5%")')
+    if match["unit"] == "%" and float(match["number"]) > 100:
+        raise ValueError("a percentage of the run is at most 100%")
+    return value.strip()
+
+
+Duration = Annotated[int | str, NotBool, AfterValidator(check_duration)]
+
+
+def to_updates(duration: int | str, horizon: Horizon) -> int:
+    """The duration in optimizer updates: rounded half up and at least 1, unless it is written as nothing (0)."""
+    if isinstance(duration, int):
+        return duration
+    match = _DURATION.fullmatch(duration)
+    assert match is not None, f"unchecked duration {duration!r}"
+    number = float(match["number"])
+    if number == 0:
+        return 0
+    whole = horizon.updates_per_epoch if match["unit"] == "ep" else horizon.num_updates / 100
+    return max(1, math.floor(number * whole + 0.5))

@@ -1,0 +1,36 @@
+"""The base of every configuration section: strict, frozen, documented by the text below each field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Unknown keys are refused, values never change after load, infinities and NaN are no numbers."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+
+class Observational:
+    """Marks a field that does not change what is learned: a resumed run may change it."""
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is expected here, not true or false")
+    return value
+
+
+NotBool = BeforeValidator(_no_bool)
+Integer = Annotated[int, NotBool]
+Count = Annotated[int, NotBool, Field(ge=1)]
+Number = Annotated[float, NotBool]
+Ratio = Annotated[float, NotBool, Field(ge=0, le=1)]

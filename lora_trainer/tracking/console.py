@@ -1,0 +1,72 @@
+"""What a person sees: the plan, progress bars with the time left, and one line of numbers that moves along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lora_trainer.tracking.metrics import StepRow
+
+
+class Screen:
+    """The console of the main process; the other processes write nothing."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        """A title and rows of name and value; a value may be longer than the line."""
+        self.console.print(f"\n[bold]{title}[/bold]")
+        for name, value in rows:
+            self.say(f"  {name:<18} {value}")
+
+    def track(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+        """Pass the items through while a bar shows how many are done and the time left."""
+        with self._bar() as bar:
+            task = bar.add_task(what, total=total, numbers="")
+            for item in items:
+                yield item
+                bar.advance(task)
+
+    @contextmanager
+    def training(self, num_updates: int, start: int) -> Iterator[TrainingLine]:
+        """The bar of the loop."""
+        with self._bar() as bar:
+            task = bar.add_task("training", total=num_updates, completed=start, numbers="")
+            yield TrainingLine(self, bar, task, num_updates)
+
+    def _bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+
+class TrainingLine:
+    """Loss, LR and speed beside the bar; a plain line per step where there is no terminal."""
+
+    def __init__(self, screen: Screen, bar: Progress, task: Any, num_updates: int) -> None:
+        self._screen, self._bar, self._task, self._num_updates = screen, bar, task, num_updates
+
+    def step(self, row: StepRow) -> None:
+        numbers = f"loss {row.loss:.4f}  lr {row.lr:.3e}  {row.images_per_s:.1f} images/s"
+        self._bar.update(self._task, completed=row.step, numbers=numbers)
+        if self._bar.disable:
+            self._screen.say(f"step {row.step}/{self._num_updates}  {numbers}  grad norm {row.grad_norm:.3f}")
+
+    def say(self, text: str) -> None:
+        self._screen.say(text)

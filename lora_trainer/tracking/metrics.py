@@ -1,0 +1,89 @@
+"""metrics.jsonl: one JSON object per completed update and trial, and events. The record that everything else reads."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.atomicio import AppendLog
+
+TIMING_FIELDS = ("images_per_s", "step_s", "peak_memory_gib", "elapsed_s")
+"""Fields that differ between two otherwise equal runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One completed update of one trial; `lr` is the rate that this update used."""
+
+    step: int
+    attempt: int
+    trial: str
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    clipped: bool
+    images_per_s: float
+    peak_memory_gib: float
+
+
+class MetricsLog:
+    """Appends rows; a resume cuts the file back to the length that the checkpoint knows."""
+
+    def __init__(self, path: Path, *, keep_bytes: int) -> None:
+        self._log = AppendLog(path, keep_bytes=keep_bytes)
+
+    def step(self, row: StepRow) -> None:
+        content = {
+            "step": row.step,
+            "attempt": row.attempt,
+            "trial": row.trial,
+            "epoch": round(row.epoch, 6),
+            "loss": row.loss,
+            "lr": row.lr,
+            "lr/unet": row.lr,
+            "grad_norm": row.grad_norm,
+            "clipped": row.clipped,
+            "images_per_s": round(row.images_per_s, 3),
+            "peak_memory_gib": round(row.peak_memory_gib, 3),
+        }
+        self._log.append(json.dumps(content, allow_nan=False))
+
+    def event(self, name: str, step: int, **content: Any) -> None:
+        """A line with an `event` field: validation, sample, checkpoint, resume, skip ..."""
+        self._log.append(json.dumps({"event": name, "step": step, **finite(content)}, allow_nan=False))
+
+    def sync(self) -> int:
+        """All rows are on the disk; the file's length in bytes."""
+        return self._log.sync()
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def finite(content: Any) -> Any:
+    """The same content with NaN and infinities spelled as strings, which JSON has no numbers for."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return content
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """All rows of a metrics file; a last line that a kill cut short is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def step_rows(path: Path, trial: str | None = None) -> list[dict[str, Any]]:
+    """The rows of completed updates, of one trial where it is named."""
+    return [r for r in read_rows(path) if "event" not in r and (trial is None or r["trial"] == trial)]

@@ -1,0 +1,150 @@
+"""One trial: an adapter, its optimizer and its LR schedule. `train` runs one of them, a sweep runs many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_trainer.adapters.bank import AdapterBank
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.optimizers import build_optimizer
+from lora_trainer.plan import RunPlan, lay_schedule
+from lora_trainer.schedules.schedule import LRSchedule
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSpec:
+    """What makes a trial: a name and the configuration it runs with."""
+
+    name: str
+    config: RunConfig
+
+
+class Trial:
+    """Adapter, optimizer, schedule and average of one trial, moved on one update at a time."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        adapter: str,
+        parameters: Mapping[str, nn.Parameter],
+        schedule: LRSchedule,
+        ema_decay: float | None,
+    ) -> None:
+        self.name, self.config, self.adapter = spec.name, spec.config, adapter
+        self.parameters = dict(parameters)
+        self.schedule = schedule
+        self.base_lr = spec.config.optimizer.lr
+        self.optimizer = build_optimizer(spec.config.optimizer, self.parameters.values())
+        self.average = None if ema_decay is None else Average(self.parameters, ema_decay)
+
+    @classmethod
+    def build(cls, spec: TrialSpec, bank: AdapterBank, adapter: str, plan: RunPlan) -> Trial:
+        """The trial over its adapter in the bank, with its schedule laid over the plan."""
+        schedule = lay_schedule(spec.config, plan.horizon)
+        return cls(spec, adapter, bank.parameters(adapter), schedule, spec.config.train.ema_decay)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of the update after `step` completed ones."""
+        return self.schedule.lr(step, self.base_lr)
+
+    def clip(self) -> torch.Tensor:
+        """Scale the gradients down to the norm allowed; the norm before that, on the device."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        limit = self.config.train.max_grad_norm
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, norm)
+        return norm
+
+    def apply_update(self, step: int) -> float:
+        """One optimizer update with the LR of `step`, which is returned; then the average follows."""
+        lr = self.lr(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.follow(self.parameters, step)
+        return lr
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
+        """All that a resume needs: tensors by part and `<trial>/<name>`, and the optimizer's plain values."""
+        tensors, plain = self._optimizer_state()
+        parts: dict[str, Tensors] = {
+            "adapter": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": tensors,
+        }
+        if self.average is not None:
+            parts["average"] = self.average.tensors
+        named = {part: {f"{self.name}/{k}": v for k, v in own.items()} for part, own in parts.items()}
+        return named, plain
+
+    @torch.no_grad()
+    def load_state(self, parts: Mapping[str, Tensors], plain: Mapping[str, Any]) -> None:
+        """The inverse of `state`; `parts` may hold other trials too."""
+        prefix = f"{self.name}/"
+        own = {
+            part: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            for part, tensors in parts.items()
+        }
+        for name, parameter in self.parameters.items():
+            parameter.copy_(own["adapter"][name])
+        self._load_optimizer_state(own["optimizer"], plain)
+        if self.average is not None:
+            self.average.load(own["average"])
+
+    def _optimizer_state(self) -> tuple[Tensors, dict[str, Any]]:
+        """The optimizer's tensors by `<parameter>/<key>`, and its plain values."""
+        state = self.optimizer.state_dict()
+        names = list(self.parameters)
+        tensors: Tensors = {}
+        values: dict[str, Any] = {}
+        for index, entries in state["state"].items():
+            for key, value in entries.items():
+                (tensors if isinstance(value, torch.Tensor) else values)[f"{names[index]}/{key}"] = value
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+        return tensors, {"values": values, "groups": groups}
+
+    def _load_optimizer_state(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+        indices = {name: index for index, name in enumerate(self.parameters)}
+        entries: dict[int, dict[str, Any]] = {}
+        for place, value in [*tensors.items(), *plain["values"].items()]:
+            name, _, key = place.rpartition("/")
+            entries.setdefault(indices[name], {})[key] = value
+        groups = [
+            {**saved, "params": own["params"]}
+            for saved, own in zip(plain["groups"], self.optimizer.state_dict()["param_groups"], strict=True)
+        ]
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+class Average:
+    """Exponential moving average of a trial's parameters, in fp32.
+
+    Update k (0-based) moves it by 1 - min(decay, (1 + k) / (10 + k)): the short start of TensorFlow's and diffusers'
+    EMA, so that the random start is forgotten soon.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.tensors: Tensors = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def follow(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
+        """Move towards the parameters after update `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, own in self.tensors.items():
+            own.copy_(tensors[name])

@@ -1,0 +1,1 @@
+"""The procedural world of the demo: drawn by `world`, widened by `wider`, judged from pixels by `judge`."""

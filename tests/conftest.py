@@ -1,0 +1,79 @@
+"""Fixtures shared by all tests: a toy base, image folders, and a way to train in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+ROOT = Path(__file__).parent.parent
+
+TOY_CONFIG = """
+name: toy
+output_dir: {output}
+model: {{path: {base}}}
+data: {{dir: {images}, resolution: 64}}
+adapter: {{rank: 4, alpha: 4, targets: attention}}
+optimizer: {{type: adamw, lr: 1e-3}}
+lr_scheduler: {{type: cosine, warmup_steps: 2}}
+train: {{max_steps: 6, batch_size: 2, threads: 1}}
+checkpoint: {{every_steps: null}}
+tracking: {{tensorboard: false}}
+"""
+
+
+@pytest.fixture(scope="session")
+def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from toys import build_toy_base
+
+    return build_toy_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def toy_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from toys import write_images
+
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def toy_config(tmp_path: Path, toy_base: Path, toy_images: Path) -> Path:
+    """A configuration file for a run of six updates under `tmp_path/runs/toy`."""
+    file = tmp_path / "toy.yaml"
+    file.write_text(TOY_CONFIG.format(output=tmp_path / "runs", base=toy_base, images=toy_images))
+    return file
+
+
+@pytest.fixture
+def train_toy(toy_config: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Train the toy config with overrides in this process; the run directory."""
+    from lora_trainer.commands.train import train
+
+    def run(*overrides: str, name: str = "toy") -> Path:
+        train(toy_config, [f"name={name}", *overrides])
+        return tmp_path / "runs" / name
+
+    return run
+
+
+@pytest.fixture
+def program() -> Callable[..., object]:
+    """Start a command in a process of its own, with this interpreter's packages and without network."""
+    import subprocess
+
+    def start(command: Sequence[str], timeout: float = 180, **environment: str) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_", "RANK", "WORLD"))}
+        paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}", "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            list(command), cwd=ROOT, env=clean | paths | environment, timeout=timeout, capture_output=True, text=True
+        )
+
+    return start

@@ -1,0 +1,93 @@
+"""Small real things to test with: a Stable Diffusion of a few thousand parameters, and image folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TEXT_WIDTH = 16
+MAX_TOKENS = 16
+
+
+def toy_unet() -> UNet2DConditionModel:
+    """A UNet with every kind of layer that an SD UNet has: attention, feed-forward, resnets, up- and downsampling."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
+def toy_tokenizer() -> CLIPTokenizer:
+    """Bytes only: every letter is a token."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=MAX_TOKENS)
+
+
+def build_toy_base(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """Save a random-weight Stable Diffusion as a diffusers folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = toy_tokenizer()
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=64,
+        )
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=CLIPTextModel(text_config),
+            tokenizer=tokenizer,
+            unet=toy_unet(),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+                prediction_type=prediction_type,
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def write_images(folder: Path, num: int = 6, size: tuple[int, int] = (64, 64), captions: bool = True) -> Path:
+    """Seeded pictures with captions `picture 0` ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(num):
+        pixels = np.random.default_rng(index).integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR).save(folder / f"{index:02d}.png")
+        if captions:
+            (folder / f"{index:02d}.txt").write_text(f"picture {index}\n")
+    return folder

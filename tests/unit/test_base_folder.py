@@ -1,0 +1,126 @@
+"""A base is looked at before it is loaded: what it is, what is missing, and that nothing pickled is ever opened."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_trainer.errors import ExitCode, ModelError
+from lora_trainer.families.folder import inspect_base, locate_base
+
+
+@pytest.fixture
+def base(toy_base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(toy_base, tmp_path / "base"))
+
+
+def refusal(folder: Path, family: str = "auto") -> str:
+    with pytest.raises(ModelError) as caught:
+        inspect_base(folder, family)
+    assert caught.value.exit_code == ExitCode.MODEL
+    return str(caught.value)
+
+
+def test_a_whole_folder_is_taken(base: Path) -> None:
+    found = inspect_base(base)
+    assert found.family == "sd"
+    assert found.denoiser_shapes()["conv_in"] == (16, 4, 3, 3)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_is_named(base: Path, component: str) -> None:
+    shutil.rmtree(base / component)
+    assert f"no {component}" in refusal(base)
+
+
+def test_missing_weights_are_named(base: Path) -> None:
+    (base / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    message = refusal(base)
+    assert "unet" in message
+    assert "vae" in message
+
+
+def test_pickled_weights_are_refused_and_never_opened(base: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return (Path.touch, (canary,))  # type: ignore[return-value]
+
+    payload = pickle.dumps(Hostile())
+    (base / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (base / "unet" / "diffusion_pytorch_model.bin").write_bytes(payload)
+    assert "only pickled weights" in refusal(base)
+    for name in ("model.ckpt", "model.pt", "model.safetensors"):
+        single = tmp_path / name
+        single.write_bytes(payload)
+        refusal(single)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "HTML"),
+        (b"\x00" * 100, "damaged"),
+        (b"", "damaged"),
+    ],
+)
+def test_what_is_no_safetensors_file(base: Path, content: bytes, said: str) -> None:
+    (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(content)
+    assert said in refusal(base)
+
+
+def test_a_truncated_file_is_damaged(base: Path) -> None:
+    file = base / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "the vae's weights are damaged" in refusal(base)
+
+
+def test_a_single_file_gets_the_conversion_recipe(tmp_path: Path) -> None:
+    single = tmp_path / "sd15.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, single)
+    assert "from_single_file" in refusal(single)
+    assert "from_single_file" in refusal(tmp_path)
+
+
+def test_a_lora_in_the_bases_place_is_told(tmp_path: Path) -> None:
+    lora = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, lora)
+    assert "this is a LoRA" in refusal(lora)
+
+
+def test_another_pipeline_is_named(base: Path) -> None:
+    index = json.loads((base / "model_index.json").read_text())
+    index["_class_name"] = "FluxPipeline"
+    (base / "model_index.json").write_text(json.dumps(index))
+    assert "`FluxPipeline` is not supported" in refusal(base)
+
+
+def test_no_folder_and_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="does not exist"):
+        locate_base(str(tmp_path / "absent" / "deep"), None)
+    with pytest.raises(ModelError, match="needs a fixed revision"):
+        locate_base("org/name", None)
+    with pytest.raises(ModelError, match="cannot be fetched"):
+        locate_base("org/name", "main")
+    with pytest.raises(ModelError, match="no effect on a folder"):
+        locate_base(str(tmp_path), "main")
+
+
+def test_digests_follow_content_component_by_component(base: Path) -> None:
+    before = inspect_base(base).digests()
+    moved = base.rename(base.with_name("elsewhere"))
+    assert inspect_base(moved).digests() == before
+    config = moved / "vae" / "config.json"
+    config.write_text(config.read_text().replace("64", "65"))
+    after = inspect_base(moved).digests()
+    assert {name for name in before if before[name] != after[name]} == {"vae"}

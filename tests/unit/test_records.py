@@ -1,0 +1,185 @@
+"""Finding images and captions: every layout people use, and one report of all that is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_trainer.config.schema import DataConfig
+from lora_trainer.data.records import Dataset, discover
+from lora_trainer.errors import DataError, ExitCode
+
+
+def picture(file: Path, colour: int = 0, caption: str | None = "a cat") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 48), (colour, 0, 0)).save(file)
+    if caption is not None:
+        file.with_suffix(".txt").write_text(caption)
+    return file
+
+
+def found(folder: Path, **options: object) -> Dataset:
+    settings = {"dir": str(folder / "images"), "resolution": 32, **options}
+    return discover(DataConfig.model_validate(settings), folder / "checked.json", lambda items, *_: items)
+
+
+def refusal(folder: Path, **options: object) -> str:
+    with pytest.raises(DataError) as caught:
+        found(folder, **options)
+    assert caught.value.exit_code == ExitCode.DATA
+    return str(caught.value)
+
+
+def test_flat_nested_and_repeat_folders(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    picture(images / "a.png", 1)
+    picture(images / "deep" / "er" / "b.JPG", 2)
+    picture(images / "10_cat" / "c.webp", 3)
+    picture(images / "3_dog" / "in" / "d.bmp", 4)
+    (images / ".hidden").mkdir()
+    picture(images / ".hidden" / "e.png", 5)
+    dataset = found(tmp_path)
+    assert {r.name: r.repeats for r in dataset.records} == {
+        "10_cat/c.webp": 10,
+        "3_dog/in/d.bmp": 3,
+        "a.png": 1,
+        "deep/er/b.JPG": 1,
+    }
+    assert dataset.num_samples == 15
+    assert dataset.samples() == [0] * 10 + [1] * 3 + [2] + [3]
+
+
+def test_sources_multiply_repeats(tmp_path: Path) -> None:
+    picture(tmp_path / "one" / "2_x" / "a.png", 1)
+    picture(tmp_path / "two" / "b.png", 2)
+    sources = [{"dir": str(tmp_path / "one"), "repeats": 3}, {"dir": str(tmp_path / "two")}]
+    dataset = found(tmp_path, dir=None, sources=sources)
+    assert [r.repeats for r in dataset.records] == [6, 1]
+
+
+def test_captions_first_line_all_lines_bom(tmp_path: Path) -> None:
+    file = picture(tmp_path / "images" / "a.png")
+    file.with_suffix(".txt").write_bytes("\ufeffein Bär\r\n\r\nzweite Zeile \r\n".encode())
+    assert found(tmp_path).records[0].captions == ("ein Bär",)
+    assert found(tmp_path, captions={"lines": "all"}).records[0].captions == ("ein Bär", "zweite Zeile")
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ("schön".encode("latin-1"), "byte 3 is 0xf6"),
+        ("a cat".encode("utf-16"), "UTF-16"),
+        (b"a\0cat", "NUL"),
+        (b"x" * 100_001, "is this really a caption"),
+    ],
+)
+def test_unreadable_captions_name_the_file(tmp_path: Path, raw: bytes, said: str) -> None:
+    file = picture(tmp_path / "images" / "a.png")
+    file.with_suffix(".txt").write_bytes(raw)
+    message = refusal(tmp_path)
+    assert "a.txt" in message
+    assert said in message
+
+
+def test_missing_captions_by_policy(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "my_black-cat (2).png", caption=None)
+    picture(tmp_path / "images" / "5_tabby cat" / "001.png", caption=None)
+    assert "has no caption" in refusal(tmp_path)
+    assert [r.captions for r in found(tmp_path, captions={"missing": "empty"}).records] == [("",), ("",)]
+    named = found(tmp_path, captions={"missing": "filename"})
+    assert [r.captions for r in named.records] == [("tabby cat",), ("my black cat",)]
+    assert "captions: 0 of 2 from .txt files; 2 by policy `filename`" in named.notes
+
+
+def test_captions_under_another_ending_are_noticed(tmp_path: Path) -> None:
+    file = picture(tmp_path / "images" / "a.png", caption=None)
+    file.with_suffix(".caption").write_text("a cat")
+    assert "data.captions.extension: .caption" in refusal(tmp_path)
+    assert found(tmp_path, captions={"extension": ".caption"}).records[0].captions == ("a cat",)
+
+
+def test_all_broken_files_in_one_report(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    whole = picture(images / "good.png").read_bytes()
+    for name, content in {"empty.png": b"", "text.jpg": b"hello", "half.png": whole[: len(whole) // 2]}.items():
+        (images / name).write_bytes(content)
+        (images / name).with_suffix(".txt").write_text("x")
+    picture(images / "silent.png", caption=None)
+    message = refusal(tmp_path)
+    for name in ("empty.png", "text.jpg", "half.png", "silent.png"):
+        assert name in message
+    assert "good.png" not in message
+
+
+def test_an_empty_folder_says_what_was_looked_for_and_found(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "notes.md").write_text("x")
+    message = refusal(tmp_path)
+    assert str(tmp_path / "images") in message
+    assert ".png, .jpg" in message
+    assert "1 x .md" in message
+
+
+def test_a_missing_folder_or_a_file_in_its_place(tmp_path: Path) -> None:
+    assert f"{tmp_path / 'images'}: the image folder does not exist" in refusal(tmp_path)
+    (tmp_path / "images").write_text("x")
+    assert "is a file" in refusal(tmp_path)
+
+
+def test_links_out_of_the_folder_are_refused_and_loops_end(tmp_path: Path) -> None:
+    outside = picture(tmp_path / "outside.png")
+    picture(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "loop").symlink_to(tmp_path / "images")
+    assert len(found(tmp_path).records) == 1
+    (tmp_path / "images" / "b.png").symlink_to(outside)
+    assert "link out of its folder" in refusal(tmp_path)
+
+
+def test_names_of_every_kind(tmp_path: Path) -> None:
+    names = ["ünï cödé.png", "emoji 🐈.png", "new\nline.png", "x" * 200 + ".png"]
+    for index, name in enumerate(names):
+        picture(tmp_path / "images" / name, index)
+    assert {r.name for r in found(tmp_path).records} == set(names)
+
+
+def test_notes_tell_crops_enlargements_twins_and_shared_captions(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.png", 1)
+    picture(tmp_path / "images" / "a.bmp", 1)
+    picture(tmp_path / "images" / "b.png", 1)
+    notes = " | ".join(found(tmp_path, resolution=56).notes)
+    assert "loses 25% of the picture on average" in notes
+    assert "3 of 3 images are smaller than 56 px" in notes
+    assert "same content" in notes
+    assert "share one caption" in notes
+
+
+def test_the_digest_follows_content_not_names(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.png", 1)
+    before = found(tmp_path).digest()
+    (tmp_path / "images" / "a.png").rename(tmp_path / "images" / "z.png")
+    (tmp_path / "images" / "a.txt").rename(tmp_path / "images" / "z.txt")
+    assert found(tmp_path).digest() == before
+    (tmp_path / "images" / "z.txt").write_text("another cat")
+    assert found(tmp_path).digest() != before
+
+
+def test_user_files_stay_as_they_are(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.png", 1)
+
+    def state() -> list[tuple[str, str, int]]:
+        files = sorted((tmp_path / "images").rglob("*"))
+        return [(f.name, hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns) for f in files]
+
+    before = state()
+    found(tmp_path)
+    assert state() == before
+
+
+def test_checking_images_never_loads_torch() -> None:
+    code = "import sys, lora_trainer.prepare, lora_trainer.data.records; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
