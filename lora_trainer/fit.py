@@ -65,6 +65,9 @@ def fit(
     config, plan = prepared.config, prepared.plan
     with start_runtime(prepared.launch, config.train.precision, prepared.threads) as runtime:
         checkpoint = _find_checkpoint(prepared, runtime, screen)
+        if _is_finished(prepared, checkpoint):
+            screen.say("this run is finished; nothing to do")
+            return FitResult(plan.num_updates, tuple(files_to_come(config, plan)))
         if runtime.launch.is_main:
             _write_run_files(prepared, runtime)
         family = open_family(prepared.base)
@@ -131,6 +134,7 @@ class _Run:
                 trial.load_state(parts, plain[trial.name])
             self.updater.load_state(checkpoint.state["scaler"])
             self.progress = checkpoint.progress
+        self.resumed_at_end = self.progress.step == self.plan.num_updates
         if not self.is_main:
             return
         self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", keep_bytes=self.progress.metrics_bytes)
@@ -228,7 +232,8 @@ class _Run:
 
     def finish(self) -> None:
         """The last checkpoint, the LoRA, the last samples and the pictures."""
-        self.checkpoint()
+        if not self.resumed_at_end:
+            self.checkpoint()
         self.export(numbered=False)
         self.sample()
         if self.is_main:
@@ -300,6 +305,13 @@ def _find_checkpoint(prepared: Prepared, runtime: Runtime, screen: Screen) -> Ch
     if found is not None:
         check_identity(found.identity, prepared.identity(), prepared.run_dir)
     return found
+
+
+def _is_finished(prepared: Prepared, checkpoint: Checkpoint | None) -> bool:
+    """Whether the last update is done and all its files are there."""
+    if checkpoint is None or checkpoint.progress.step < prepared.plan.num_updates:
+        return False
+    return all(file.is_file() for file in files_to_come(prepared.config, prepared.plan))
 
 
 def check_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:

@@ -1,0 +1,174 @@
+"""The program as a user starts it: launchers, processes, signals, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_trainer.tracking.metrics import step_rows
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[2]
+Program = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_accelerate_launch_and_lora_trainer_give_the_same_bytes(
+    program: Program, toy_config: Path, tmp_path: Path
+) -> None:
+    files = {}
+    starts = {
+        "accelerate": ["accelerate", "launch", "train.py", "--config"],
+        "lora_trainer": [sys.executable, "-m", "lora_trainer", "train", "--config"],
+    }
+    for name, start in starts.items():
+        run = program([*start, str(toy_config), f"output_dir={tmp_path / name}", "train.threads=auto"])
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert "step 6/6  loss" in run.stdout
+        assert "Traceback" not in run.stderr
+        files[name] = (tmp_path / name / "toy" / "toy.safetensors").read_bytes()
+        assert json.loads((tmp_path / name / "toy" / "exit.json").read_text())["code"] == 0
+    assert files["accelerate"] == files["lora_trainer"]
+
+
+def test_two_processes_have_the_gradients_of_one(program: Program, toy_config: Path, tmp_path: Path) -> None:
+    common = ["export.dtype=fp32", "train.max_steps=5"]
+    starts = {
+        "one": [sys.executable, "train.py", "--config", str(toy_config), "train.batch_size=4"],
+        "two": [
+            *("torchrun", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d"),
+            *("--rdzv-endpoint", "localhost:0", "train.py", "--config", str(toy_config), "train.batch_size=2"),
+        ],
+    }
+    for name, start in starts.items():
+        run = program([*start, f"output_dir={tmp_path / name}", *common])
+        assert run.returncode == 0, run.stdout + run.stderr
+    one, two = (step_rows(tmp_path / name / "toy" / "metrics.jsonl") for name in starts)
+    assert [row["lr"] for row in one] == [row["lr"] for row in two]
+    assert [row["epoch"] for row in one] == [row["epoch"] for row in two]
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], rel=1e-5)
+    assert [row["grad_norm"] for row in one] == pytest.approx([row["grad_norm"] for row in two], rel=1e-4)
+    files = [load_file(tmp_path / name / "toy" / "toy.safetensors") for name in starts]
+    for name, tensor in files[0].items():
+        assert (tensor - files[1][name]).abs().max() < 1e-4, name
+
+
+def test_two_processes_asked_of_accelerates_cpu_launcher_are_not_silently_one(
+    program: Program, toy_config: Path
+) -> None:
+    run = program(["accelerate", "launch", "--cpu", "--num_processes", "2", "train.py", "--config", str(toy_config)])
+    assert run.returncode != 0
+    assert "torchrun --nproc_per_node 2 train.py" in run.stderr
+
+
+@pytest.fixture
+def long_run(toy_config: Path) -> Iterator[Callable[[list[str]], Any]]:
+    """Start a run that would take minutes and wait until it trains; killed at the end of the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(command: list[str]) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "PYTHONUNBUFFERED": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        process = subprocess.Popen(
+            [*command, "--config", str(toy_config), "train.max_steps=20000"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                return process
+        raise AssertionError(f"the run ended with {process.wait()}")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def last_step(run_dir: Path) -> int:
+    (newest,) = sorted((run_dir / "checkpoints").iterdir())[-1:]
+    return int(newest.name.removeprefix("step-"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_75(
+    long_run: Callable[[list[str]], Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    process = long_run([sys.executable, "train.py"])
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    run_dir = tmp_path / "runs" / "toy"
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
+    rows = step_rows(run_dir / "metrics.jsonl")
+    assert last_step(run_dir) == rows[-1]["step"] == len(rows)
+
+
+def test_the_death_of_accelerate_reaches_the_trainer(long_run: Callable[[list[str]], Any], tmp_path: Path) -> None:
+    process = long_run(["accelerate", "launch", "train.py"])
+    process.kill()
+    exit_file = tmp_path / "runs" / "toy" / "exit.json"
+    for _ in range(300):
+        if exit_file.is_file():
+            break
+        time.sleep(0.1)
+    assert json.loads(exit_file.read_text())["code"] == 75
+    assert last_step(tmp_path / "runs" / "toy") >= 3
+
+
+def test_errors_have_codes_and_no_traceback(program: Program, toy_config: Path, tmp_path: Path) -> None:
+    cases = {
+        2: ["optimizer.lrr=1"],
+        3: [f"data.dir={tmp_path / 'absent'}"],
+        4: [f"model.path={tmp_path / 'absent'}"],
+    }
+    for code, overrides in cases.items():
+        run = program([sys.executable, "-m", "lora_trainer", "train", "--config", str(toy_config), *overrides])
+        assert run.returncode == code, run.stderr
+        assert "Traceback" not in run.stderr
+        assert "fix:" in run.stderr
+
+
+def test_help_and_dry_run_never_load_torch(program: Program, toy_config: Path) -> None:
+    for arguments in (["--help"], ["train", "--help"], ["train", "--config", str(toy_config), "--dry-run"]):
+        code = f"import sys; from lora_trainer.cli import main\ntry: main({arguments!r})\nfinally: assert 'torch' not in sys.modules"
+        run = program([sys.executable, "-c", code])
+        assert run.returncode == 0, run.stderr
+    assert "updates per epoch" in run.stdout
+    assert "trainable parameters" in run.stdout
+
+
+def test_sample_and_export_work_from_a_finished_run(
+    program: Program, train_toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    run_dir = train_toy("checkpoint.every_steps=3")
+    start = [sys.executable, "-m", "lora_trainer"]
+    lora = run_dir / "toy.safetensors"
+    drawn = program(
+        [*start, "sample", "--lora", str(lora), "-p", "a cat", "-n", "2", "--steps", "2", "-o", str(tmp_path / "out")]
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    written = program([*start, "export", str(run_dir), "--step", "3", "-o", str(tmp_path / "early.safetensors")])
+    assert written.returncode == 0, written.stderr
+    assert load_file(tmp_path / "early.safetensors").keys() == load_file(lora).keys()
+    other = tmp_path / "other.safetensors"
+    converted = program([*start, "export", str(lora), "--layout", "diffusers", "-o", str(other)], timeout=60)
+    assert converted.returncode == 0, converted.stderr
+    assert other.read_bytes() == (run_dir / "diffusers" / "pytorch_lora_weights.safetensors").read_bytes()
