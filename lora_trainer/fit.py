@@ -8,27 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_trainer import atomicio
 from lora_trainer.adapters.bank import AdapterBank
 from lora_trainer.cache import Cache, build_cache
-from lora_trainer.checkpoint import Checkpoint, Progress, newest_checkpoint, save_checkpoint
+from lora_trainer.checkpoint import Checkpoint, Progress, newest_checkpoint
 from lora_trainer.config.identity import difference
-from lora_trainer.config.load import to_yaml
-from lora_trainer.config.places import diffusers_lora_file, lora_file
 from lora_trainer.data.batches import BatchSource
 from lora_trainer.errors import ConfigError, NumericStop, Problem, StoppedBySignal
-from lora_trainer.export.lora_files import base_facts, write_lora
-from lora_trainer.export.recipe import recipe_of
 from lora_trainer.families.registry import open_family
 from lora_trainer.objective import Objective
 from lora_trainer.prepare import Prepared, files_to_come
-from lora_trainer.report.curves import draw_curves
-from lora_trainer.report.sample_grid import draw_grid
-from lora_trainer.runtime import Runtime, environment_report, start_runtime
-from lora_trainer.sampling import Sampler, save_samples
-from lora_trainer.tracking.console import Screen, TrainingLine
-from lora_trainer.tracking.metrics import MetricsLog, StepRow
-from lora_trainer.tracking.tensorboard import TensorBoardLog
+from lora_trainer.recorder import Recorder
+from lora_trainer.runtime import Runtime, start_runtime
+from lora_trainer.sampling import Sampler
+from lora_trainer.tracking.console import Screen
 from lora_trainer.trial import Trial, TrialSpec
 from lora_trainer.update import Updater, UpdateResult
 
@@ -63,13 +55,13 @@ def fit(
         TrainerError: the data, base, host or disk is at fault.
     """
     config, plan = prepared.config, prepared.plan
+    result = FitResult(plan.num_updates, tuple(files_to_come(config, plan)))
     with start_runtime(prepared.launch, config.train.precision, prepared.threads) as runtime:
         checkpoint = _find_checkpoint(prepared, runtime, screen)
-        if _is_finished(prepared, checkpoint):
+        if _is_finished(checkpoint, result):
             screen.say("this run is finished; nothing to do")
-            return FitResult(plan.num_updates, tuple(files_to_come(config, plan)))
-        if runtime.launch.is_main:
-            _write_run_files(prepared, runtime)
+            return result
+
         family = open_family(prepared.base)
         cache = build_cache(config, family, prepared.dataset, prepared.base_digests, runtime, screen.track)
         _say_cache(cache, screen)
@@ -79,221 +71,64 @@ def fit(
         if config.train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         denoiser.train()
+
         trials = [Trial.build(spec, bank, name, plan) for spec, name in zip(specs, adapters, strict=True)]
         objective = Objective(config.objective, family.noise_schedule, prepared.prediction_type, runtime.device)
+        batches = _batches(prepared, cache, runtime)
         updater = Updater(
-            family,
-            bank,
-            trials,
-            _batches(prepared, cache, runtime),
-            objective,
-            runtime,
-            seed=config.seed,
-            accumulation=plan.accumulation,
+            family, bank, trials, batches, objective, runtime, seed=config.seed, accumulation=plan.accumulation
         )
-        sampler = Sampler(
-            family, denoiser, cache.prompts, config.sample, config.data.resolution, prepared.prediction_type, runtime
-        )
-        run = _Run(prepared, runtime, family, bank, trials, updater, sampler, screen, should_stop)
-        run.restore(checkpoint)
+        start = _restore(checkpoint, trials, updater)
+
+        recorder = None
+        if runtime.launch.is_main:
+            sampler = Sampler(family, denoiser, cache.prompts, config, prepared.prediction_type, runtime)
+            recorder = Recorder(prepared, runtime, family, bank, trials, updater, sampler, screen)
+            recorder.open(checkpoint)
         try:
-            run.train()
+            _loop(start, plan.num_updates, updater, recorder, screen, should_stop)
         finally:
-            run.close()
+            if recorder is not None:
+                recorder.close()
         runtime.wait_for_everyone()
-    return FitResult(run.progress.step, tuple(files_to_come(config, plan)))
+    return result
 
 
-class _Run:
-    """The loop and what happens around it: log, sample, checkpoint, export. Only the main process writes."""
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        runtime: Runtime,
-        family: Any,
-        bank: AdapterBank,
-        trials: Sequence[Trial],
-        updater: Updater,
-        sampler: Sampler,
-        screen: Screen,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.prepared, self.config, self.plan = prepared, prepared.config, prepared.plan
-        self.runtime, self.family, self.bank, self.trials = runtime, family, bank, list(trials)
-        self.updater, self.sampler, self.screen, self.should_stop = updater, sampler, screen, should_stop
-        self.progress = Progress()
-        self.run_dir = prepared.run_dir
-        self.is_main = runtime.launch.is_main
-
-    def restore(self, checkpoint: Checkpoint | None) -> None:
-        """Start where the checkpoint left off, or at 0; open the logs there."""
-        if checkpoint is not None:
-            parts, plain = checkpoint.parts(), checkpoint.state["plain"]
-            for trial in self.trials:
-                trial.load_state(parts, plain[trial.name])
-            self.updater.load_state(checkpoint.state["scaler"])
-            self.progress = checkpoint.progress
-        self.resumed_at_end = self.progress.step == self.plan.num_updates
-        if not self.is_main:
-            return
-        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", keep_bytes=self.progress.metrics_bytes)
-        self.tensorboard = None
-        if self.config.tracking.tensorboard:
-            self.tensorboard = TensorBoardLog(self.run_dir / "tensorboard", start_step=self.progress.step)
-        if checkpoint is not None:
-            self.metrics.event("resume", self.progress.step)
-            self.screen.say(f"resuming after step {self.progress.step} of {self.plan.num_updates}")
-
-    def train(self) -> None:
-        """Updates until the planned number is done; then everything is exported."""
-        skips = 0
-        if self.progress.step == 0:
-            self.sample()
-        with self.screen.training(self.plan.num_updates, self.progress.step) as line:
-            while self.progress.step < self.plan.num_updates:
-                started = time.perf_counter()
-                attempt, step = self.progress.attempt, self.progress.step
-                result = self.updater.run(attempt, step, stop_asked=self.should_stop())
-                applied = result.skipped is None
-                self.progress = Progress(step + applied, attempt + 1)
-                skips = 0 if applied else skips + 1
+def _loop(
+    start: Progress,
+    num_updates: int,
+    updater: Updater,
+    recorder: Recorder | None,
+    screen: Screen,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Updates until the planned number is done; `recorder` is that of the main process."""
+    progress, skips = start, 0
+    if recorder is not None and start.step == 0:
+        recorder.sample(start)
+    with screen.training(num_updates, start.step) as line:
+        while progress.step < num_updates:
+            started = time.perf_counter()
+            result = updater.run(progress.attempt, progress.step, stop_asked=should_stop())
+            applied = result.skipped is None
+            progress = Progress(progress.step + applied, progress.attempt + 1)
+            skips = 0 if applied else skips + 1
+            last = progress.step == num_updates
+            if recorder is not None:
                 if applied:
-                    self.log(result, time.perf_counter() - started, line)
-                    self.after_update()
+                    recorder.update(progress, result, time.perf_counter() - started, line)
                 else:
-                    self.log_skip(result, skips)
-                if result.stop_asked and self.progress.step < self.plan.num_updates:
-                    self.checkpoint()
-                    raise StoppedBySignal(
-                        Problem(
-                            f"stopped as asked after step {self.progress.step} of {self.plan.num_updates}; all saved",
-                            fix="the same command resumes here",
-                        )
-                    )
-        self.finish()
-
-    def log(self, result: UpdateResult, seconds: float, line: TrainingLine) -> None:
-        if not self.is_main:
-            return
-        for name, trial in result.trials.items():
-            row = StepRow(
-                step=self.progress.step,
-                attempt=self.progress.attempt,
-                trial=name,
-                epoch=self.progress.attempt / self.plan.updates_per_epoch,
-                loss=trial.loss,
-                lr=trial.lr,
-                grad_norm=trial.grad_norm,
-                clipped=trial.clipped,
-                images_per_s=result.num_samples / seconds,
-                peak_memory_gib=self.runtime.peak_memory_gib(),
-            )
-            self.metrics.step(row)
-            if self.tensorboard is not None:
-                self.tensorboard.step(row)
-            line.step(row)
-
-    def log_skip(self, result: UpdateResult, skips: int) -> None:
-        """Write down a skipped update; stop after too many in a row, with the last good state saved."""
-        files = ", ".join(result.files)
-        if self.is_main:
-            self.metrics.event(
-                "skip",
-                self.progress.step,
-                attempt=self.progress.attempt,
-                reason=result.skipped,
-                files=list(result.files),
-            )
-            self.screen.say(f"attempt {self.progress.attempt} skipped: {result.skipped} not finite ({files})")
-        overflow = result.skipped == "fp16 overflow"
-        if skips >= (MAX_OVERFLOWS_IN_A_ROW if overflow else MAX_SKIPS_IN_A_ROW):
-            self.checkpoint()
-            raise NumericStop(
-                Problem(
-                    f"{skips} updates in a row had a {result.skipped} that is not finite; the state of step "
-                    f"{self.progress.step} is saved",
-                    f"images {files}",
-                    fix="lower optimizer.lr (a tenth), use precision bf16 or fp32, and look at the images named",
-                )
-            )
-
-    def after_update(self) -> None:
-        """What is due after a completed update; the last one's is left to `finish`."""
-        step, periods = self.progress.step, self.plan.periods
-        if step == self.plan.num_updates:
-            return
-        if _due(step, periods.export):
-            self.export(numbered=True)
-        if _due(step, periods.checkpoint):
-            self.checkpoint()
-        if _due(step, periods.sample):
-            self.sample()
-
-    def finish(self) -> None:
-        """The last checkpoint, the LoRA, the last samples and the pictures."""
-        if not self.resumed_at_end:
-            self.checkpoint()
-        self.export(numbered=False)
-        self.sample()
-        if self.is_main:
-            draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "curves.png", self.config.name)
-            if self.config.sample.prompts:
-                texts = [prompt.prompt for prompt in self.config.sample.prompts]
-                draw_grid(self.run_dir / "samples", texts, self.run_dir / "samples" / "grid.png")
-
-    def checkpoint(self) -> None:
-        if not self.is_main:
-            return
-        parts: dict[str, dict[str, Any]] = {}
-        plain = {}
-        for trial in self.trials:
-            own, plain[trial.name] = trial.state()
-            for part, tensors in own.items():
-                parts.setdefault(part, {}).update(tensors)
-        self.metrics.event("checkpoint", self.progress.step)
-        self.progress = Progress(self.progress.step, self.progress.attempt, self.metrics.sync())
-        save_checkpoint(
-            self.run_dir / "checkpoints",
-            self.progress,
-            parts,
-            plain=plain,
-            identity=self.prepared.identity(),
-            scaler=self.updater.state(),
-            keep_last=self.config.checkpoint.keep_last,
-        )
-
-    def export(self, *, numbered: bool) -> None:
-        """The LoRA files of the first trial: the average where one is kept, else the adapter itself."""
-        if not self.is_main:
-            return
-        step, weights = self.progress.step, self.weights(self.trials[0])
-        facts = base_facts(self.family, self.prepared.prediction_type)
-        recipe = recipe_of(self.config, self.plan, facts, step)
-        file = lora_file(self.config, step if numbered else None)
-        write_lora(file, weights, recipe, self.family, "kohya", self.config.export.dtype)
-        if not numbered:
-            file = diffusers_lora_file(self.config)
-            write_lora(file, weights, recipe, self.family, "diffusers", self.config.export.dtype)
-
-    def sample(self) -> None:
-        """Images of the prompts with what would be exported now."""
-        if not self.is_main or not self.config.sample.prompts:
-            return
-        trial = self.trials[0]
-        with self.bank.active([trial.adapter]), self.bank.swapped(trial.adapter, self.weights(trial)):
-            images = self.sampler.draw()
-        files = save_samples(self.run_dir / "samples", self.progress.step, images)
-        self.metrics.event("sample", self.progress.step, files=[file.name for file in files])
-
-    def weights(self, trial: Trial) -> dict[str, Any]:
-        return self.bank.state(trial.adapter) if trial.average is None else trial.average.tensors
-
-    def close(self) -> None:
-        if self.is_main:
-            self.metrics.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+                    recorder.skip(progress, result)
+                if last or result.stop_asked or _too_many(skips, result):
+                    recorder.checkpoint(progress)
+                elif applied:
+                    recorder.after_update(progress)
+            if _too_many(skips, result):
+                raise _numeric_stop(progress, skips, result)
+            if result.stop_asked and not last:
+                raise _stopped(progress, num_updates)
+    if recorder is not None:
+        recorder.finish(progress)
 
 
 def _find_checkpoint(prepared: Prepared, runtime: Runtime, screen: Screen) -> Checkpoint | None:
@@ -305,13 +140,6 @@ def _find_checkpoint(prepared: Prepared, runtime: Runtime, screen: Screen) -> Ch
     if found is not None:
         check_identity(found.identity, prepared.identity(), prepared.run_dir)
     return found
-
-
-def _is_finished(prepared: Prepared, checkpoint: Checkpoint | None) -> bool:
-    """Whether the last update is done and all its files are there."""
-    if checkpoint is None or checkpoint.progress.step < prepared.plan.num_updates:
-        return False
-    return all(file.is_file() for file in files_to_come(prepared.config, prepared.plan))
 
 
 def check_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
@@ -333,6 +161,23 @@ def check_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -
         )
 
 
+def _is_finished(checkpoint: Checkpoint | None, result: FitResult) -> bool:
+    """Whether the last update is done and all its files are there."""
+    at_end = checkpoint is not None and checkpoint.progress.step >= result.step
+    return at_end and all(file.is_file() for file in result.files)
+
+
+def _restore(checkpoint: Checkpoint | None, trials: Sequence[Trial], updater: Updater) -> Progress:
+    """Bring everything to the checkpoint's state; where to go on."""
+    if checkpoint is None:
+        return Progress()
+    parts, plain = checkpoint.parts(), checkpoint.state["plain"]
+    for trial in trials:
+        trial.load_state(parts, plain[trial.name])
+    updater.load_state(checkpoint.state["scaler"])
+    return checkpoint.progress
+
+
 def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:
     config, plan = prepared.config, prepared.plan
     return BatchSource(
@@ -349,18 +194,30 @@ def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:
     )
 
 
-def _write_run_files(prepared: Prepared, runtime: Runtime) -> None:
-    """config.yaml, plan.json, environment.json: what this run is, for people and for a rerun."""
-    atomicio.write_file(prepared.run_dir / "config.yaml", to_yaml(prepared.config).encode())
-    atomicio.write_json(prepared.run_dir / "plan.json", prepared.plan.as_json() | {"identity": prepared.identity()})
-    atomicio.write_json(prepared.run_dir / "environment.json", environment_report(runtime))
+def _too_many(skips: int, result: UpdateResult) -> bool:
+    return skips >= (MAX_OVERFLOWS_IN_A_ROW if result.skipped == "fp16 overflow" else MAX_SKIPS_IN_A_ROW)
+
+
+def _numeric_stop(progress: Progress, skips: int, result: UpdateResult) -> NumericStop:
+    return NumericStop(
+        Problem(
+            f"{skips} updates in a row had a {result.skipped} that is not finite; step {progress.step} is saved",
+            f"images {', '.join(result.files)}",
+            fix="lower optimizer.lr (a tenth), use precision bf16 or fp32, and look at the images named",
+        )
+    )
+
+
+def _stopped(progress: Progress, num_updates: int) -> StoppedBySignal:
+    return StoppedBySignal(
+        Problem(
+            f"stopped as asked after step {progress.step} of {num_updates}; all is saved",
+            fix="the same command resumes here",
+        )
+    )
 
 
 def _say_cache(cache: Cache, screen: Screen) -> None:
     if cache.num_cut_captions:
         screen.say(f"{cache.num_cut_captions} captions are longer than the text encoder reads and were cut")
     screen.say(f"cache: {cache.num_encoded} encoded now, {cache.latents.mean_NChw.shape[0]} latents in all")
-
-
-def _due(step: int, period: int | None) -> bool:
-    return period is not None and step % period == 0

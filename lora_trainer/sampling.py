@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from lora_trainer import atomicio
-from lora_trainer.config.schema import PromptConfig, SampleConfig
+from lora_trainer.config.schema import PromptConfig, RunConfig
 from lora_trainer.data.batches import PromptStore
 from lora_trainer.families.stable_diffusion import StableDiffusion
 from lora_trainer.runtime import Runtime
@@ -26,13 +26,13 @@ class Sampler:
         family: StableDiffusion,
         denoiser: torch.nn.Module,
         prompts: PromptStore,
-        config: SampleConfig,
-        resolution: int,
+        config: RunConfig,
         prediction_type: str,
         runtime: Runtime,
     ) -> None:
         self._family, self._denoiser, self._prompts = family, denoiser, prompts
-        self._config, self._resolution, self._prediction_type = config, resolution, prediction_type
+        self._config, self._prediction_type = config.sample, prediction_type
+        self._resolution = config.data.resolution
         self._runtime = runtime
         self._vae: AutoencoderKL | None = None
 

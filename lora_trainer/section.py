@@ -30,7 +30,6 @@ def _no_bool(value: Any) -> Any:
 
 
 NotBool = BeforeValidator(_no_bool)
-Integer = Annotated[int, NotBool]
-Count = Annotated[int, NotBool, Field(ge=1)]
+Count = Annotated[int, Field(ge=1), NotBool]
 Number = Annotated[float, NotBool]
-Ratio = Annotated[float, NotBool, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(ge=0, le=1), NotBool]

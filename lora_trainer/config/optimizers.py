@@ -8,10 +8,10 @@ from pydantic import Field
 
 from lora_trainer.section import NotBool, Ratio, Section
 
-LearningRate = Annotated[float, NotBool, Field(gt=0, lt=1)]
-NotNegative = Annotated[float, NotBool, Field(ge=0)]
-Positive = Annotated[float, NotBool, Field(gt=0)]
-Beta = Annotated[float, NotBool, Field(ge=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0, lt=1), NotBool]
+NotNegative = Annotated[float, Field(ge=0), NotBool]
+Positive = Annotated[float, Field(gt=0), NotBool]
+Beta = Annotated[float, Field(ge=0, lt=1), NotBool]
 
 
 class OptimizerOptions(Section):

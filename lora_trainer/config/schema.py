@@ -14,7 +14,7 @@ from lora_trainer.config.optimizers import AdamW, AnyOptimizerOptions
 from lora_trainer.schedules.classic import Constant
 from lora_trainer.schedules.durations import Duration, check_duration
 from lora_trainer.schedules.registry import LRSchedulerOptions
-from lora_trainer.section import Count, Integer, NotBool, Observational, Ratio, Section
+from lora_trainer.section import Count, NotBool, Observational, Ratio, Section
 
 
 def _check_period(value: Any) -> Any:
@@ -84,11 +84,11 @@ class DataConfig(Section):
     """Folder of images; exactly one of `dir` and `sources`."""
     sources: Annotated[tuple[SourceConfig, ...] | None, Field(min_length=1)] = None
     """Several folders with repeats."""
-    resolution: Annotated[int, NotBool, Field(ge=32, le=4096)] = 512
+    resolution: Annotated[int, Field(ge=32, le=4096), NotBool] = 512
     """Side of the square that each image is scaled and cropped to, px."""
     crop: Literal["center", "random"] = "center"
     """Where the square is cut out; `random` draws one of `crops_per_image` places each time."""
-    crops_per_image: Annotated[Count | None, Field(le=64)] = None
+    crops_per_image: Annotated[int, Field(ge=1, le=64), NotBool] | None = None
     """Number of cached places with `crop: random` (default 4)."""
     flip: bool = False
     """Mirror left-right half of the time; not for text, logos or asymmetric subjects."""
@@ -101,16 +101,16 @@ class LoraConfig(Section):
     """Low-rank adapters on the denoiser, injected by peft."""
 
     type: Literal["lora"] = "lora"
-    rank: Annotated[Count, Field(le=1024)] = 16
+    rank: Annotated[int, Field(ge=1, le=1024), NotBool] = 16
     """Rank of each adapter."""
-    alpha: Annotated[float, NotBool, Field(gt=0)] = 16
+    alpha: Annotated[float, Field(gt=0), NotBool] = 16
     """The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with `use_rslora`)."""
     targets: (
         Literal["attention", "attention+feedforward", "transformer", "transformer+resnet", "all-linear"]
         | Annotated[tuple[str, ...], Field(min_length=1)]
     ) = "attention"
     """A named list of layers (docs/targets.md), or patterns for the end of a layer's name (`attn2.to_k`)."""
-    dropout: Annotated[float, NotBool, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1), NotBool] = 0.0
     """Dropout on each adapter's input."""
     use_rslora: bool = False
     """Rank-stabilised scale alpha / sqrt(rank) (Kalajdzievski 2023)."""
@@ -121,14 +121,14 @@ class LoraConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimised: the squared error of the predicted noise (or v), averaged over each image."""
 
-    min_snr_gamma: Annotated[float, NotBool, Field(gt=0)] | None = None
+    min_snr_gamma: Annotated[float, Field(gt=0), NotBool] | None = None
     """Weight timesteps by min(SNR, gamma) / SNR (Hang et al. 2023); 5 is the paper's value, null is off."""
 
 
 class TrainConfig(Section):
     """The loop."""
 
-    max_steps: Count | None = None
+    max_steps: Annotated[int, Field(ge=1, le=10_000_000), NotBool] | None = None
     """Optimizer updates in all; exactly one of `max_steps` and `epochs`."""
     epochs: Count | None = None
     """Passes over all samples; exactly one of `max_steps` and `epochs`."""
@@ -138,9 +138,9 @@ class TrainConfig(Section):
     """Forwards per update; global batch = processes x batch_size x this."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
-    max_grad_norm: Annotated[float, NotBool, Field(gt=0)] | None = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0), NotBool] | None = 1.0
     """Gradients are scaled down to this norm; null does not clip."""
-    ema_decay: Annotated[float, NotBool, Field(gt=0, lt=1)] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1), NotBool] | None = None
     """Keep an exponential moving average of the adapter (0.999, say) and export that; null is off."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of base and forward pass; adapters are always fp32. `auto`: bf16 on a GPU that has it, else fp16; CPU fp32."""
@@ -155,7 +155,7 @@ class PromptConfig(Section):
     """What to draw."""
     negative_prompt: str = ""
     """What to steer away from."""
-    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), NotBool] = 0
     """Of the image's initial noise; the same at every step, so that samples can be compared."""
 
 
@@ -172,9 +172,9 @@ class SampleConfig(Section):
     """Texts, or mappings of prompt, negative_prompt and seed."""
     every_steps: Period = None
     """Period between the first sample (before training) and the last (after it)."""
-    num_inference_steps: Annotated[Count, Field(le=1000)] = 25
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000), NotBool] = 25
     """Denoising steps per image."""
-    guidance_scale: Annotated[float, NotBool, Field(ge=1)] = 7.5
+    guidance_scale: Annotated[float, Field(ge=1), NotBool] = 7.5
     """Classifier-free guidance; 1 is none."""
 
 
@@ -183,7 +183,7 @@ class CheckpointConfig(Section):
 
     every_steps: Period = 250
     """Period of checkpoints; null saves at the end and on a signal only."""
-    keep_last: Annotated[Integer, Field(ge=2)] = 2
+    keep_last: Annotated[int, Field(ge=2), NotBool] = 2
     """Number of checkpoints kept."""
 
 
@@ -210,7 +210,7 @@ class RunConfig(Section):
     """Name of the run directory and of the LoRA file."""
     output_dir: Annotated[str, Field(min_length=1), Observational()] = "runs"
     """The run directory is `<output_dir>/<name>`."""
-    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63), NotBool] = 42
     """Of everything random: adapter init, order, crops, flips, captions, timesteps, noise."""
     model: ModelConfig
     data: DataConfig

@@ -55,7 +55,7 @@ class Cosine(FlooredDecayOptions):
     """Half a cosine down: (1 + cos(2 pi c p)) / 2 with c = 0.5."""
 
     type: Literal["cosine"] = "cosine"
-    num_cycles: Annotated[float, NotBool, Field(gt=0)] = 0.5
+    num_cycles: Annotated[float, Field(gt=0), NotBool] = 0.5
     """Waves over the run; 0.5 is the usual half wave that ends at the floor."""
     summary: ClassVar[str] = "slow at first, fast in the middle, slow again towards the floor"
     limits: ClassVar[str] = "the length of the run must be right from the start: the curve is laid over it"
@@ -92,9 +92,9 @@ class Polynomial(DecayOptions):
     """A fall by a power: (1 - p) ** power, down to `lr_end`."""
 
     type: Literal["polynomial"] = "polynomial"
-    power: Annotated[float, NotBool, Field(gt=0)] = 1.0
+    power: Annotated[float, Field(gt=0), NotBool] = 1.0
     """1 is a straight line; larger falls faster at first."""
-    lr_end: Annotated[float, NotBool, Field(ge=0)] | None = None
+    lr_end: Annotated[float, Field(ge=0), NotBool] | None = None
     """Absolute learning rate at the end (1e-7 where neither this nor `min_ratio` is given)."""
     min_ratio: Ratio | None = None
     """Floor as a share of the base LR, in place of `lr_end`."""

@@ -60,7 +60,7 @@ class WarmupOptions(ScheduleOptions):
     """Length of the rise from zero: updates (100), epochs ("2ep") or a share of the run ("5%")."""
     warmup_shape: Literal["linear", "cosine"] = "linear"
     """Form of the rise."""
-    warmup_start: Literal["zero", "one"] | Annotated[float, NotBool, Field(ge=0, lt=1)] = "zero"
+    warmup_start: Literal["zero", "one"] | Annotated[float, Field(ge=0, lt=1), NotBool] = "zero"
     """Multiplier of the first update: `zero` (as diffusers), `one` ((k+1)/W, no update is spent at 0) or a ratio."""
 
     def warmup_over(self, horizon: Horizon) -> Warmup:

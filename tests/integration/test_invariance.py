@@ -1,4 +1,4 @@
-"""What must not change a run: the split of the batch, samples, previews, the place of the files, the threads' number."""
+"""What must not change a run: the split of the batch, samples, exports, recomputation."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ LAYERS: list[tuple[str, float]] = [
     ("lora_trainer.__main__", 7),
     ("lora_trainer.commands", 5),
     ("lora_trainer.fit", 4),
+    ("lora_trainer.recorder", 3.8),
     ("lora_trainer.update", 3.5),
     ("lora_trainer.cache", 3),
     ("lora_trainer.trial", 3),

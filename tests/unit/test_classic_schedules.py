@@ -13,17 +13,17 @@ from lora_trainer.schedules.registry import SCHEDULES
 from lora_trainer.schedules.schedule import LRSchedule, ScheduleError
 
 GOLDEN = {
-    "linear": (dict(warmup_steps=2), [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+    "linear": ({"warmup_steps": 2}, [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
     "cosine": (
-        dict(warmup_steps=2),
+        {"warmup_steps": 2},
         [0, 0.5, 1, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060],
     ),
     "cosine_with_restarts": (
-        dict(warmup_steps=2, num_cycles=2),
+        {"warmup_steps": 2, "num_cycles": 2},
         [0, 0.5, 1, 0.853553, 0.5, 0.146447, 1, 0.853553, 0.5, 0.146447],
     ),
     "constant": ({}, [1] * 10),
-    "constant_with_warmup": (dict(warmup_steps=2), [0, 0.5] + [1] * 8),
+    "constant_with_warmup": ({"warmup_steps": 2}, [0, 0.5] + [1] * 8),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -20,8 +21,18 @@ class Cut(Exception):
     """The moment at which the test pulls the plug."""
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_cut_at_any_operation_leaves_the_old_file_or_the_new_one(tmp_path: Path, when: str) -> None:
+def cut_at(number: int) -> atomicio.Observer:
+    """Raise at the `number`-th moment (0-based)."""
+    seen = itertools.count()
+
+    def cut(moment: str, _name: str, _path: Path) -> None:
+        if next(seen) == number:
+            raise Cut(moment)
+
+    return cut
+
+
+def test_a_cut_at_any_operation_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     target = tmp_path / "file"
     operations: list[str] = []
     with atomicio.observe_operations(lambda moment, name, _: operations.append(f"{moment} {name}")):
@@ -29,15 +40,7 @@ def test_a_cut_at_any_operation_leaves_the_old_file_or_the_new_one(tmp_path: Pat
     assert operations.count("before rename") == 1
     for number in range(len(operations)):
         atomicio.write_file(target, b"old")
-        seen = 0
-
-        def cut(moment: str, _name: str, _path: Path) -> None:
-            nonlocal seen
-            seen += 1
-            if seen == number + 1:
-                raise Cut(moment)
-
-        with pytest.raises(Cut), atomicio.observe_operations(cut):
+        with pytest.raises(Cut), atomicio.observe_operations(cut_at(number)):
             atomicio.write_file(target, b"new")
         assert target.read_bytes() in (b"old", b"new")
         assert [f.name for f in tmp_path.iterdir()] == ["file"]

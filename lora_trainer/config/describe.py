@@ -1,0 +1,95 @@
+"""The configuration as a page for people: `docs/config.md` is what this prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from lora_trainer.config.load import section_models
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.section import Observational
+
+_HEAD = """\
+# Configuration
+
+One YAML 1.2 file, and `key.path=value` on the command line (applied from left to right; a mapping replaces the whole
+section). Unknown keys, wrong types and settings without effect are refused before anything is loaded.
+
+Lengths and periods are optimizer updates (`100`), epochs (`"2ep"`) or a share of the run (`"5%"`).
+Keys marked *may change* can differ between a run and its resume; all others are the run's identity.
+
+This page is written by `scripts/make_docs.py` from the schema.
+"""
+_JSON_TYPES = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "true / false",
+    "null": "null",
+}
+_LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def describe() -> str:
+    """The whole page in Markdown."""
+    parts = [_HEAD, "## Top level\n", _table(RunConfig)]
+    for names, models in section_models(RunConfig).items():
+        title = ".".join(names)
+        if len(models) == 1:
+            parts += [f"## {title}\n", f"{_summary(models[0])}\n", _table(models[0])]
+            continue
+        parts.append(f"## {title}\n\n`type` says which; each type has its own keys.\n")
+        for model in models:
+            parts += [f"### {title}.type: {model.model_fields['type'].default}\n", f"{_summary(model)}\n"]
+            parts.append(_table(model, skip=("type",)))
+    return "\n".join(parts)
+
+
+def _summary(model: type[BaseModel]) -> str:
+    return " ".join((model.__doc__ or "").split())
+
+
+def _table(model: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
+    sections = {names[0] for names in section_models(model)}
+    rows = [row for name, row in _rows(model) if name not in sections and name not in skip]
+    if not rows:
+        return "No keys of its own.\n"
+    return "\n".join(["| key | value | default | |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _rows(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+    for name, field in model.model_fields.items():
+        entry = schema["properties"][name]
+        default = "**required**" if field.is_required() else f"`{json.dumps(entry.get('default'), ensure_ascii=False)}`"
+        free = " *May change.*" if any(isinstance(mark, Observational) for mark in field.metadata) else ""
+        text = " ".join((field.description or "").split())
+        yield name, f"| `{name}` | {_type(entry, definitions)} | {default} | {text}{free} |"
+
+
+def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
+    if "$ref" in entry:
+        return _type(definitions[entry["$ref"].rpartition("/")[2]], definitions)
+    if options := entry.get("anyOf") or entry.get("oneOf"):
+        return " or ".join(dict.fromkeys(_type(option, definitions) for option in options))
+    if "enum" in entry:
+        return " / ".join(f"`{value}`" for value in entry["enum"])
+    if "const" in entry:
+        return f"`{entry['const']}`"
+    if entry.get("type") == "array":
+        if "prefixItems" in entry:
+            return f"{len(entry['prefixItems'])} numbers"
+        return f"list of {_type(entry['items'], definitions)}"
+    if entry.get("type") == "object":
+        return "mapping"
+    kind = _JSON_TYPES[entry["type"]]
+    limits = [f"{sign} {_number(entry[key])}" for key, sign in _LIMITS.items() if key in entry]
+    return " ".join([kind, ", ".join(limits)]).strip()
+
+
+def _number(value: float) -> str:
+    return "2^63" if value == 2**63 else f"{value:g}"
