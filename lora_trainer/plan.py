@@ -13,8 +13,8 @@ from typing import Any
 
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.schedules.durations import Horizon, to_updates
-from lora_trainer.schedules.schedule import LRSchedule, ScheduleError
+from lora_trainer.schedules.durations import Horizon, ScheduleError, to_updates
+from lora_trainer.schedules.schedule import LRSchedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lora_trainer.config.load import section_models
 from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.structure import section_models, type_name
 from lora_trainer.section import Observational
 
 _HEAD = """\
@@ -43,7 +43,7 @@ def describe() -> str:
             continue
         parts.append(f"## {title}\n\n`type` says which; each type has its own keys.\n")
         for model in models:
-            parts += [f"### {title}.type: {model.model_fields['type'].default}\n", f"{_summary(model)}\n"]
+            parts += [f"### {title}.type: {type_name(model)}\n", f"{_summary(model)}\n"]
             parts.append(_table(model, skip=("type",)))
     return "\n".join(parts)
 
@@ -63,6 +63,8 @@ def _table(model: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
 def _rows(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
+    if "$ref" in schema:  # a section that may stand inside itself
+        schema = definitions[schema["$ref"].rpartition("/")[2]]
     for name, field in model.model_fields.items():
         entry = schema["properties"][name]
         default = "**required**" if field.is_required() else f"`{json.dumps(entry.get('default'), ensure_ascii=False)}`"

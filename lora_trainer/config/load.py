@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
@@ -17,6 +17,7 @@ from lora_trainer.config.optimizers import AdamW
 from lora_trainer.config.peer_names import PEER_NAMES
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import KeyPath, Source, read_source
+from lora_trainer.config.structure import all_keys, section_models, type_name
 from lora_trainer.errors import ConfigError, Problem
 
 
@@ -92,11 +93,9 @@ def _problem(path: KeyPath, details: list[ErrorDetails], source: Source) -> Prob
     if "union_tag_not_found" in kinds:
         return Problem(f"`{key}` needs a `type`", where, fix=f"add {key}.type; docs/config.md lists them")
     if "union_tag_invalid" in kinds:
-        context = details[0].get("ctx", {})
-        tag, tags = str(context.get("tag")), [t.strip("' ") for t in str(context.get("expected_tags")).split(",")]
-        return Problem(
-            f"`{key}.type: {tag}` is not known", where, fix=_nearest(tag, tags) + f"; known: {', '.join(tags)}"
-        )
+        return _unknown_type(path, str(details[0]["ctx"]["tag"]), where)
+    if path[-1:] == ("type",) and _options_by_type(path[:-1]):
+        return _unknown_type(path[:-1], str(details[0]["input"]), where)
     expectations = dict.fromkeys(_expectation(detail) for detail in details)
     return Problem(f"`{key}`: {', or '.join(expectations)}", where, why=f"it is {details[0]['input']!r}")
 
@@ -129,18 +128,20 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
     return Problem(what, where, fix=fix)
 
 
+def _unknown_type(section: KeyPath, written: str, where: str | None) -> Problem:
+    known = list(_options_by_type(section))
+    close = difflib.get_close_matches(written, known, n=1, cutoff=0.5)
+    fix = f"did you mean `{close[0]}`? " if close else ""
+    return Problem(f"`{_dotted(section)}.type: {written}` is not known", where, fix=f"{fix}known: {', '.join(known)}")
+
+
 def _options_by_type(section: KeyPath) -> dict[str, list[str]]:
     """The keys of each type that may stand in a section where `type` decides; empty for any other section."""
     names = tuple(part for part in section if isinstance(part, str))
     models = section_models(RunConfig).get(names, [])
     if len(models) < 2:
         return {}
-    return {model.model_fields["type"].default: [*model.model_fields] for model in models}
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean `{close[0]}`?" if close else "choose one of the known types"
+    return {type_name(model): [*model.model_fields] for model in models}
 
 
 def _dotted(path: KeyPath) -> str:
@@ -160,34 +161,9 @@ def _known_keys(path: KeyPath, data: dict[str, Any]) -> list[str]:
     kind = node.get("type") if isinstance(node, dict) else None
     candidates = models.get(names, [RunConfig] if not names else [])
     if names == ("optimizer",) and kind is None:
-        kind = AdamW.model_fields["type"].default
-    chosen = [m for m in candidates if "type" not in m.model_fields or m.model_fields["type"].default == kind]
+        kind = type_name(AdamW)
+    if kind is not None and not any("type" in model.model_fields for model in candidates):
+        inside = _options_by_type(path[:1]).get(kind, [])  # a phase holds its schedule's keys beside its own
+        return [key for model in candidates for key in model.model_fields] + inside
+    chosen = [model for model in candidates if "type" not in model.model_fields or type_name(model) == kind]
     return [key for model in chosen or candidates for key in model.model_fields]
-
-
-def all_keys() -> list[str]:
-    """Every dotted key of the configuration, once each."""
-    keys = [*RunConfig.model_fields]
-    for names, models in section_models(RunConfig).items():
-        keys += [".".join((*names, key)) for model in models for key in model.model_fields]
-    return list(dict.fromkeys(keys))
-
-
-def section_models(model: type[BaseModel], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], list[type[BaseModel]]]:
-    """The models that may stand in each section, by the section's key path."""
-    found: dict[tuple[str, ...], list[type[BaseModel]]] = {}
-    for name, field in model.model_fields.items():
-        inner = list(models_in(field.annotation))
-        if inner:
-            found[(*path, name)] = inner
-            for each in inner:
-                found |= section_models(each, (*path, name))
-    return found
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models named anywhere in a type annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from models_in(argument)

@@ -10,9 +10,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_trainer.schedules.durations import Duration, Horizon
+from lora_trainer.schedules.durations import Duration, Horizon, ScheduleError
 from lora_trainer.schedules.options import DecayOptions, FlooredDecayOptions, ScheduleOptions, WarmupOptions
-from lora_trainer.schedules.schedule import Core, Mark, ScheduleError
+from lora_trainer.schedules.schedule import Core, Mark
 from lora_trainer.section import Count, NotBool, Ratio
 
 

@@ -14,6 +14,10 @@ from lora_trainer.section import NotBool
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ep|%)")
 
 
+class ScheduleError(ValueError):
+    """The options cannot be laid over this run; the message says why and what to write."""
+
+
 @dataclass(frozen=True, slots=True)
 class Horizon:
     """What a run is measured against: N optimizer updates in all, and how many of them make an epoch."""
@@ -54,3 +58,15 @@ def to_updates(duration: int | str, horizon: Horizon) -> int:
         return 0
     whole = horizon.updates_per_epoch if match["unit"] == "ep" else horizon.num_updates / 100
     return max(1, math.floor(number * whole + 0.5))
+
+
+def at_least_one(duration: int | str, horizon: Horizon, name: str) -> int:
+    """The duration in updates.
+
+    Raises:
+        ScheduleError: it is none.
+    """
+    updates = to_updates(duration, horizon)
+    if updates < 1:
+        raise ScheduleError(f"`{name}` is at least one update")
+    return updates

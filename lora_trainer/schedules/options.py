@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_trainer.schedules.durations import Duration, Horizon, to_updates
-from lora_trainer.schedules.schedule import Core, LRSchedule, Mark, ScheduleError, Warmup
+from lora_trainer.schedules.durations import Duration, Horizon, ScheduleError, to_updates
+from lora_trainer.schedules.schedule import Core, LRSchedule, Mark, Warmup
 from lora_trainer.section import NotBool, Ratio, Section
 
 

@@ -16,10 +16,6 @@ from lora_trainer.schedules.durations import Horizon
 Core = Callable[[int, float], float]  # (update index, base LR) -> multiplier
 
 
-class ScheduleError(ValueError):
-    """The options cannot be laid over this run; the message says why and what to write."""
-
-
 @dataclass(frozen=True, slots=True)
 class Mark:
     """Something to see on a plot at one update."""

@@ -53,12 +53,15 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """An untrained UNet of about 3M parameters on 16 x 16 latents, with cross-attention at 8 x 8."""
+    """An untrained UNet of about 3M parameters on 16 x 16 latents, with cross-attention at 8 x 8 and 4 x 4.
+
+    The 4 x 4 level is what learns positions: there every cell lies beside a border, and zero padding tells it where.
+    """
     return UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(56, 112),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(40, 80, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,

@@ -1,0 +1,128 @@
+"""Schedules from elsewhere: any torch scheduler, entry points, functions by dotted path. Tabulated before a run starts.
+
+Whatever they do inside, a run sees a table of multipliers, one per update, checked finite and not negative.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from lora_trainer.schedules.durations import Horizon, ScheduleError
+from lora_trainer.schedules.options import ScheduleOptions
+from lora_trainer.schedules.schedule import Core
+
+ENTRY_POINTS = "lora_trainer.lr_schedules"
+Plugin = Callable[..., Callable[[int], float]]  # (num_updates, updates_per_epoch, **args) -> (update -> multiplier)
+
+
+class TorchSchedule(ScheduleOptions):
+    """Any scheduler of torch.optim.lr_scheduler, run once over the whole length. Previewing it loads torch."""
+
+    type: Literal["torch"] = "torch"
+    target: str = Field(min_length=1)
+    """A class of torch.optim.lr_scheduler (`ExponentialLR`) or a dotted path (`package.module.Class`). Required."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments. The texts `num_updates` and `updates_per_epoch` stand for the run's own numbers."""
+    summary: ClassVar[str] = "whatever the torch scheduler does, looked up instead of stepped"
+    limits: ClassVar[str] = "one that waits for a metric cannot be tabulated: use plateau"
+
+    def core(self, horizon: Horizon, warmup: int) -> Core:
+        table = cache(lambda base_lr: self._tabulate(horizon, base_lr))
+        return lambda k, base_lr: table(base_lr)[min(k, horizon.num_updates - 1)]
+
+    def _tabulate(self, horizon: Horizon, base_lr: float) -> list[float]:
+        import torch
+
+        kind = _torch_class(self.target)
+        numbers = {"num_updates": horizon.num_updates, "updates_per_epoch": horizon.updates_per_epoch}
+        args = {key: numbers.get(value, value) if isinstance(value, str) else value for key, value in self.args.items()}
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=base_lr)
+        try:
+            scheduler = kind(optimizer, **args)
+        except (TypeError, ValueError) as error:
+            raise ScheduleError(f"{self.target} does not take these args: {error}") from error
+        lrs = []
+        for _ in range(horizon.num_updates):
+            lrs.append(float(optimizer.param_groups[0]["lr"]) / base_lr)
+            optimizer.step()
+            scheduler.step()
+        return checked(lrs, self.target)
+
+
+class PluginSchedule(ScheduleOptions):
+    """A schedule from outside: an entry point's name, or `package.module:function`."""
+
+    type: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Given to the function as keyword arguments, after `num_updates` and `updates_per_epoch`."""
+    summary: ClassVar[str] = "a schedule of your own"
+    limits: ClassVar[str] = "a pure function of the update, finite and not negative everywhere: checked before the run"
+
+    @field_validator("type")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if ":" not in value and value not in plugin_names():
+            raise ValueError("neither a schedule of ours, nor an entry point, nor package.module:function")
+        return value
+
+    def core(self, horizon: Horizon, warmup: int) -> Core:
+        multiplier = load_plugin(self.type)(
+            num_updates=horizon.num_updates, updates_per_epoch=horizon.updates_per_epoch, **self.args
+        )
+        table = checked([float(multiplier(k)) for k in range(horizon.num_updates)], self.type)
+        return lambda k, _: table[min(k, horizon.num_updates - 1)]
+
+
+def plugin_names() -> list[str]:
+    """Schedules that installed packages offer under the entry point group `lora_trainer.lr_schedules`."""
+    return sorted(entry.name for entry in entry_points(group=ENTRY_POINTS))
+
+
+def load_plugin(name: str) -> Plugin:
+    """The function behind an entry point's name or a `package.module:function`.
+
+    Raises:
+        ScheduleError: it cannot be imported.
+    """
+    try:
+        for entry in entry_points(group=ENTRY_POINTS):
+            if entry.name == name:
+                return entry.load()
+        module, _, attribute = name.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ScheduleError(f"the schedule `{name}` cannot be imported: {error}") from error
+
+
+def checked(multipliers: list[float], name: str) -> list[float]:
+    """The same table, if every value can be a learning rate.
+
+    Raises:
+        ScheduleError: naming the first update whose value cannot.
+    """
+    for k, value in enumerate(multipliers):
+        if not math.isfinite(value) or value < 0:
+            raise ScheduleError(f"{name} gives {value} at update {k}: a multiplier is finite and not negative")
+    return multipliers
+
+
+def _torch_class(target: str) -> Any:
+    import torch
+
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module or "torch.optim.lr_scheduler"), name)
+    except (ImportError, AttributeError) as error:
+        raise ScheduleError(f"there is no torch scheduler `{target}`: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.lr_scheduler.LRScheduler)):
+        raise ScheduleError(f"`{target}` is no torch LR scheduler")
+    if issubclass(found, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ScheduleError("ReduceLROnPlateau waits for a metric and cannot be tabulated: use type: plateau")
+    return found

@@ -1,0 +1,142 @@
+"""Schedules that rise again: cosine annealing, warm restarts, one cycle, triangles.
+
+Formulas: torch.optim.lr_scheduler (CosineAnnealingLR, CosineAnnealingWarmRestarts, OneCycleLR, CyclicLR); periods count
+from the end of the warm-up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from lora_trainer.schedules.durations import Duration, Horizon, ScheduleError, at_least_one
+from lora_trainer.schedules.options import ScheduleOptions, WarmupOptions
+from lora_trainer.schedules.schedule import Core, Mark
+from lora_trainer.section import Count, NotBool, Ratio
+
+NotNegative = Annotated[float, Field(ge=0), NotBool]
+
+
+class CosineAnnealing(WarmupOptions):
+    """A whole cosine wave of period 2 T: eta + (1 - eta) (1 + cos(pi t / T)) / 2, down and up again."""
+
+    type: Literal["cosine_annealing"] = "cosine_annealing"
+    t_max: Duration
+    """Updates from the top to the bottom; after it the LR rises again. Required."""
+    eta_min: NotNegative = 0.0
+    """Absolute learning rate at the bottom."""
+    summary: ClassVar[str] = "a periodic cosine: down in t_max updates, up in the next"
+    limits: ClassVar[str] = "not `cosine`: past t_max the learning rate climbs, perhaps just when training ends"
+
+    def core(self, horizon: Horizon, warmup: int) -> Core:
+        half = at_least_one(self.t_max, horizon, "t_max")
+
+        def wave(k: int, base_lr: float) -> float:
+            low = _floor(self.eta_min, base_lr)
+            return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * (k - warmup) / half))
+
+        return wave
+
+
+class CosineWarmRestarts(WarmupOptions):
+    """Half cosines of length t_0, t_0 t_mult, ... (SGDR, Loshchilov and Hutter 2017), each top lower by `decay`."""
+
+    type: Literal["cosine_warm_restarts"] = "cosine_warm_restarts"
+    t_0: Duration
+    """Updates of the first cycle. Required."""
+    t_mult: Count = 1
+    """Factor by which each cycle is longer than the one before."""
+    decay: Annotated[float, Field(gt=0, le=1), NotBool] = 1.0
+    """Factor by which each cycle's top is lower than the one before."""
+    eta_min: NotNegative = 0.0
+    """Absolute learning rate at the bottom."""
+    summary: ClassVar[str] = "cosine falls of growing length, each from the top again"
+    limits: ClassVar[str] = "ends wherever the run cuts the last cycle"
+
+    def core(self, horizon: Horizon, warmup: int) -> Core:
+        first = at_least_one(self.t_0, horizon, "t_0")
+
+        def fall(k: int, base_lr: float) -> float:
+            cycle, start, length = 0, 0, first
+            while k - warmup >= start + length:
+                cycle, start, length = cycle + 1, start + length, length * self.t_mult
+            low = _floor(self.eta_min, base_lr)
+            top = self.decay**cycle
+            share = (k - warmup - start) / length
+            return low + max(0.0, top - low) * 0.5 * (1 + math.cos(math.pi * share))
+
+        return fall
+
+    def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
+        marks, length = [], at_least_one(self.t_0, horizon, "t_0")
+        update = warmup + length
+        while update < horizon.num_updates:
+            marks.append(Mark(update, "Restart"))
+            length *= self.t_mult
+            update += length
+        return tuple(marks)
+
+
+class OneCycle(ScheduleOptions):
+    """A cosine rise to the base LR, then a fall far below the start (Smith and Topin 2018); no momentum cycling."""
+
+    type: Literal["one_cycle"] = "one_cycle"
+    pct_start: Annotated[float, Field(gt=0, lt=1), NotBool] = 0.3
+    """Share of the run in which the LR rises."""
+    div_factor: Annotated[float, Field(ge=1), NotBool] = 25.0
+    """The first LR is base / div_factor."""
+    final_div_factor: Annotated[float, Field(ge=1), NotBool] = 1e4
+    """The last LR is base / (div_factor x final_div_factor)."""
+    summary: ClassVar[str] = "one rise, one fall: the warm-up and the decay are one curve"
+    limits: ClassVar[str] = "the base learning rate is its peak, and may be larger than elsewhere"
+
+    def core(self, horizon: Horizon, warmup: int) -> Core:
+        last = horizon.num_updates - 1
+        top = min(max(self.pct_start * horizon.num_updates - 1, 0.0), float(last))
+        start, end = 1 / self.div_factor, 1 / (self.div_factor * self.final_div_factor)
+
+        def cycle(k: int, _: float) -> float:
+            k = min(k, last)
+            if k <= top and top > 0:
+                return _cosine(start, 1.0, k / top)
+            return _cosine(1.0, end, (k - top) / max(1e-12, last - top))
+
+        return cycle
+
+
+class Cyclic(ScheduleOptions):
+    """Triangles between a low and the base LR (Smith 2017)."""
+
+    type: Literal["cyclic"] = "cyclic"
+    step_size_up: Duration
+    """Updates from the low to the base LR; the way down takes as many. Required."""
+    base_ratio: Ratio
+    """The low, as a share of the base LR. Required."""
+    mode: Literal["triangular", "triangular2"] = "triangular"
+    """`triangular2` halves each triangle's height."""
+    summary: ClassVar[str] = "up and down in straight lines, again and again"
+    limits: ClassVar[str] = "ends wherever the run cuts the last triangle"
+
+    def core(self, horizon: Horizon, warmup: int) -> Core:
+        up, low = at_least_one(self.step_size_up, horizon, "step_size_up"), self.base_ratio
+
+        def triangle(k: int, _: float) -> float:
+            cycle = math.floor(1 + k / (2 * up))
+            height = max(0.0, 1 - abs(k / up - 2 * cycle + 1))
+            shrink = 1.0 if self.mode == "triangular" else 0.5 ** (cycle - 1)
+            return low + (1 - low) * height * shrink
+
+        return triangle
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+def _floor(eta_min: float, base_lr: float) -> float:
+    """An absolute learning rate as a share of the base."""
+    if eta_min > base_lr:
+        raise ScheduleError(f"eta_min {eta_min:g} lies above the base learning rate {base_lr:g}: lower it")
+    return eta_min / base_lr

@@ -1,0 +1,303 @@
+"""The schedules beyond the classic six: golden values, and equality with torch and transformers at every update."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from torch.optim import lr_scheduler as theirs
+
+from lora_trainer.schedules.durations import Horizon, ScheduleError
+from lora_trainer.schedules.registry import SCHEDULES, LRSchedulerOptions
+from lora_trainer.schedules.schedule import LRSchedule
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "constant_with_warmup": {"warmup_steps": 2},
+    "cosine_annealing": {"t_max": "40%"},
+    "cosine_warm_restarts": {"t_0": "20%"},
+    "exponential": {"final_ratio": 0.01},
+    "step": {"step_size": "30%"},
+    "multistep": {"milestones": ["40%", "80%"]},
+    "piecewise_constant": {"boundaries": ["50%"], "values": [1, 0.1]},
+    "cyclic": {"step_size_up": "20%", "base_ratio": 0.1},
+    "phases": {"phases": [{"type": "constant", "steps": "50%"}, {"type": "linear", "steps": "50%"}]},
+    "torch": {"target": "ExponentialLR", "args": {"gamma": 0.9}},
+}
+"""Options for each schedule that has required ones; the resume and property tests use them too."""
+
+
+def laid(name: str, num_updates: int, updates_per_epoch: int = 10, **options: Any) -> LRSchedule:
+    return SCHEDULES[name](**options).resolve(Horizon(num_updates, updates_per_epoch))
+
+
+def curve(schedule: LRSchedule, num_updates: int, base_lr: float = 1.0) -> list[float]:
+    return [schedule.lr(k, base_lr) for k in range(num_updates)]
+
+
+def stepped(build: Callable[[torch.optim.Optimizer], Any], num_updates: int, base_lr: float) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base_lr)
+    scheduler = build(optimizer)
+    lrs = []
+    for _ in range(num_updates):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return lrs
+
+
+GOLDEN = [
+    ("warmup_stable_decay", {"warmup_steps": 2, "decay_steps": 4}, [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+    ("inverse_sqrt", {"warmup_steps": 2}, [0, 0.5, 1, 0.816497, 0.707107, 0.632456, 0.577350, 0.534522, 0.5, 0.471405]),
+    ("rex", {}, [1, 0.989011, 0.975610, 0.958904, 0.9375, 0.909091, 0.869565, 0.810811, 0.714286, 0.526316]),
+    ("piecewise_constant", {"boundaries": [3, 6], "values": [1, 0.1, 0.01]}, [1] * 3 + [0.1] * 3 + [0.01] * 4),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "expected"), GOLDEN)
+def test_golden_values(name: str, options: dict[str, Any], expected: list[float]) -> None:
+    assert curve(laid(name, 10, **options), 10) == pytest.approx(expected, abs=1e-6)
+
+
+def test_exponential_per_step_golden() -> None:
+    schedule = laid("exponential", 3000, unit="step", gamma=0.99)
+    lrs = [schedule.lr(k, 5e-5) for k in (69, 230, 459)]
+    assert lrs == pytest.approx([2.499e-5, 4.955e-6, 4.96e-7], rel=1e-3)
+    assert schedule.lr(2999, 5e-5) == pytest.approx(5e-5 * 0.99**2999)
+
+
+def test_exponential_spellings_agree() -> None:
+    by_gamma = curve(laid("exponential", 100, 25, gamma=0.99), 100)
+    assert by_gamma == pytest.approx(curve(laid("exponential", 100, 25, rate=-math.log(0.99)), 100))
+    assert by_gamma[:25] == [1.0] * 25
+    assert by_gamma[25] == pytest.approx(0.99)
+    halved = laid("exponential", 100, unit="step", half_life=20)
+    assert halved.multiplier(20, 1) == pytest.approx(0.5)
+    ends = laid("exponential", 100, unit="step", final_ratio=0.01)
+    assert ends.multiplier(100, 1) == pytest.approx(0.01)
+
+
+def test_cosine_annealing_golden() -> None:
+    schedule = laid("cosine_annealing", 3001, t_max=1000)
+    lrs = [schedule.lr(k, 5e-5) for k in (0, 500, 1000, 1500, 2000, 3000)]
+    assert lrs == pytest.approx([5e-5, 2.5e-5, 0, 2.5e-5, 5e-5, 0], abs=1e-15)
+
+
+def test_step_and_multistep_golden() -> None:
+    step = laid("step", 3000, step_size=500, gamma=0.1)
+    lrs = [step.lr(k, 5e-5) for k in (499, 500, 1000, 1500, 2500)]
+    assert lrs == pytest.approx([5e-5, 5e-6, 5e-7, 5e-8, 5e-10])
+    milestones = laid("multistep", 3000, milestones=[1000, 2000], gamma=0.1)
+    assert [milestones.lr(k, 5e-5) for k in (999, 1000, 1999, 2000)] == pytest.approx([5e-5, 5e-6, 5e-6, 5e-7])
+
+
+def test_step_every_ten_epochs() -> None:
+    halves = laid("step", 250, 10, step_size="10ep", gamma=0.5)
+    assert [halves.lr(epoch * 10, 0.1) for epoch in (0, 9, 10, 19, 20)] == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025])
+
+
+TORCH = [
+    ("cosine_annealing", {"t_max": 13, "eta_min": 1e-6}, lambda o, n: theirs.CosineAnnealingLR(o, 13, 1e-6)),
+    (
+        "cosine_warm_restarts",
+        {"t_0": 7, "eta_min": 1e-6},
+        lambda o, n: theirs.CosineAnnealingWarmRestarts(o, 7, 1, 1e-6),
+    ),
+    ("cosine_warm_restarts", {"t_0": 5, "t_mult": 2}, lambda o, n: theirs.CosineAnnealingWarmRestarts(o, 5, 2)),
+    ("exponential", {"unit": "step", "gamma": 0.97}, lambda o, n: theirs.ExponentialLR(o, 0.97)),
+    ("step", {"step_size": 9, "gamma": 0.3}, lambda o, n: theirs.StepLR(o, 9, 0.3)),
+    ("multistep", {"milestones": [3, 5], "gamma": 0.2}, lambda o, n: theirs.MultiStepLR(o, [3, 5], 0.2)),
+    ("one_cycle", {}, lambda o, n: theirs.OneCycleLR(o, o.param_groups[0]["lr"], n, cycle_momentum=False)),
+    (
+        "one_cycle",
+        {"pct_start": 0.5, "div_factor": 10, "final_div_factor": 100},
+        lambda o, n: theirs.OneCycleLR(
+            o, o.param_groups[0]["lr"], n, pct_start=0.5, div_factor=10, final_div_factor=100, cycle_momentum=False
+        ),
+    ),
+    (
+        "cyclic",
+        {"step_size_up": 6, "base_ratio": 0.1},
+        lambda o, n: theirs.CyclicLR(
+            o, o.param_groups[0]["lr"] * 0.1, o.param_groups[0]["lr"], 6, cycle_momentum=False
+        ),
+    ),
+    (
+        "cyclic",
+        {"step_size_up": 6, "base_ratio": 0.1, "mode": "triangular2"},
+        lambda o, n: theirs.CyclicLR(
+            o, o.param_groups[0]["lr"] * 0.1, o.param_groups[0]["lr"], 6, mode="triangular2", cycle_momentum=False
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("num_updates", [7, 100, 1000])
+@pytest.mark.parametrize(("name", "options", "build"), TORCH)
+def test_equals_torch_at_every_update(name: str, options: dict[str, Any], build: Any, num_updates: int) -> None:
+    for base_lr in (1e-4, 3e-3):
+        ours = curve(laid(name, num_updates, **options), num_updates, base_lr)
+        expected = stepped(lambda optimizer: build(optimizer, num_updates), num_updates, base_lr)
+        assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+@pytest.mark.parametrize("num_updates", [50, 1000])
+def test_equals_transformers_at_every_update(num_updates: int, warmup: int) -> None:
+    decay = num_updates // 5
+    pairs = [
+        (
+            laid("inverse_sqrt", num_updates, warmup_steps=warmup),
+            lambda o: transformers.get_inverse_sqrt_schedule(o, warmup),
+        ),
+        *(
+            (
+                laid("warmup_stable_decay", num_updates, warmup_steps=warmup, decay_steps=decay, decay_shape=shape),
+                lambda o, shape=shape: transformers.get_wsd_schedule(
+                    o, warmup, decay, num_stable_steps=num_updates - warmup - decay, decay_type=shape
+                ),
+            )
+            for shape in ("linear", "cosine", "1-sqrt")
+        ),
+    ]
+    for ours, build in pairs:
+        expected = stepped(build, num_updates, 1e-3)
+        assert max(abs(a - b) for a, b in zip(curve(ours, num_updates, 1e-3), expected, strict=True)) < 1e-12
+
+
+@given(name=st.sampled_from(sorted(set(SCHEDULES) - {"torch"})), num_updates=st.integers(12, 300))
+def test_finite_not_negative_clamped_and_not_above_the_base(name: str, num_updates: int) -> None:
+    schedule = laid(name, num_updates, **EXAMPLES.get(name, {}))
+    multipliers = [schedule.multiplier(k, 1e-3) for k in range(num_updates + 1)]
+    assert all(math.isfinite(m) and 0 <= m <= 1 + 1e-12 for m in multipliers)
+    assert schedule.multiplier(num_updates * 5, 1e-3) == multipliers[-1]
+
+
+FALLING = (
+    "linear",
+    "cosine",
+    "polynomial",
+    "exponential",
+    "step",
+    "multistep",
+    "inverse_sqrt",
+    "rex",
+    "warmup_stable_decay",
+)
+
+
+@pytest.mark.parametrize("name", FALLING)
+def test_falling_schedules_never_rise_after_the_warmup(name: str) -> None:
+    schedule = laid(name, 200, warmup_steps=20, **EXAMPLES.get(name, {}))
+    values = [schedule.multiplier(k, 1e-3) for k in range(20, 201)]
+    assert all(second <= first + 1e-15 for first, second in itertools.pairwise(values))
+    assert values[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "rex", "warmup_stable_decay", "cosine_with_restarts"])
+def test_the_floor_is_respected_and_does_not_lift_the_warmup(name: str) -> None:
+    schedule = laid(name, 100, warmup_steps=10, min_ratio=0.2)
+    assert schedule.multiplier(0, 1.0) == 0
+    assert min(schedule.multiplier(k, 1.0) for k in range(10, 101)) >= 0.2 - 1e-12
+
+
+def test_phases_join_end_to_end_and_scale() -> None:
+    schedule = laid(
+        "phases",
+        100,
+        phases=[
+            {"type": "constant_with_warmup", "steps": 20, "warmup_steps": 10},
+            {"type": "constant", "steps": "30%"},
+            {"type": "cosine", "steps": "5ep", "scale": 0.5},
+        ],
+    )
+    values = curve(schedule, 100)
+    assert values[:3] == pytest.approx([0, 0.1, 0.2])
+    assert values[20:50] == [1.0] * 30
+    assert values[50] == 0.5
+    assert values[50:] == pytest.approx([0.5 * m for m in curve(laid("cosine", 50), 50)])
+    assert [(m.update, m.label) for m in schedule.marks] == [(10, "End of warmup"), (20, "Phase 2"), (50, "Phase 3")]
+
+
+def test_torch_schedules_are_tabulated_with_the_runs_numbers() -> None:
+    schedule = laid("torch", 40, target="CosineAnnealingLR", args={"T_max": "num_updates", "eta_min": 1e-5})
+    expected = stepped(lambda o: theirs.CosineAnnealingLR(o, 40, 1e-5), 40, 1e-3)
+    assert curve(schedule, 40, 1e-3) == pytest.approx(expected, abs=1e-15)
+    dotted = laid("torch", 40, target="torch.optim.lr_scheduler.StepLR", args={"step_size": 10})
+    assert dotted.multiplier(10, 1e-3) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target": "NoSuchLR"}, "no torch scheduler"),
+        ({"target": "ReduceLROnPlateau"}, "use type: plateau"),
+        ({"target": "pathlib.Path"}, "no torch LR scheduler"),
+        ({"target": "StepLR"}, "does not take these args"),
+        ({"target": "StepLR", "args": {"step_sizes": 3}}, "does not take these args"),
+    ],
+)
+def test_what_is_no_torch_schedule(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ScheduleError, match=said):
+        laid("torch", 10, **options).multiplier(0, 1e-3)
+
+
+def sawtooth(num_updates: int, updates_per_epoch: int, low: float = 0.5) -> Callable[[int], float]:
+    return lambda k: 1 - (1 - low) * (k % updates_per_epoch) / updates_per_epoch
+
+
+def falls_below_zero(num_updates: int, updates_per_epoch: int) -> Callable[[int], float]:
+    return lambda k: 1 - k
+
+
+def test_a_function_by_dotted_path_is_a_schedule() -> None:
+    options = TypeAdapter(LRSchedulerOptions).validate_python({"type": f"{__name__}:sawtooth", "args": {"low": 0.2}})
+    schedule = options.resolve(Horizon(20, 10))
+    assert curve(schedule, 20) == pytest.approx([sawtooth(20, 10, 0.2)(k) for k in range(20)])
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (f"{__name__}:falls_below_zero", "gives -1.0 at update 2"),
+        ("no.such.module:f", "cannot be imported"),
+        (f"{__name__}:absent", "cannot be imported"),
+    ],
+)
+def test_what_is_no_schedule_of_ones_own(path: str, said: str) -> None:
+    with pytest.raises(ScheduleError, match=said):
+        TypeAdapter(LRSchedulerOptions).validate_python({"type": path}).resolve(Horizon(10, 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("exponential", {}, "exactly one of"),
+        ("exponential", {"gamma": 0.9, "rate": 0.1}, "exactly one of"),
+        ("multistep", {"milestones": [5, 5]}, "ascend"),
+        ("multistep", {"milestones": [5, 3]}, "ascend"),
+        ("multistep", {"milestones": [10]}, "inside the run"),
+        ("piecewise_constant", {"boundaries": [5], "values": [1, 2, 3]}, "need 2 values"),
+        ("warmup_stable_decay", {"warmup_steps": 6, "decay_steps": 5}, "longer than"),
+        ("step", {"step_size": 0}, "at least one"),
+        ("cosine_annealing", {"t_max": 5, "eta_min": 1.0}, "above the base"),
+    ],
+)
+def test_options_that_do_not_fit(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ScheduleError, match=said):
+        laid(name, 10, **options).multiplier(9, 1e-3)
+
+
+def test_the_registry_has_every_name_and_each_explains_itself() -> None:
+    assert len(SCHEDULES) >= 16
+    for name, options in SCHEDULES.items():
+        assert options.model_fields["type"].default == name
+        assert options.summary
+        assert options.limits
