@@ -101,7 +101,7 @@ class Plain:
         self.lr_scheduler = get_scheduler(
             self.config.lr_scheduler.type,
             self.optimizer,
-            num_warmup_steps=prepared.plan.warmup_updates,
+            num_warmup_steps=prepared.plan.lr_groups[0].warmup_updates,
             num_training_steps=prepared.plan.num_updates,
         )
         self.unet.train()

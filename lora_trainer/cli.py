@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from lora_trainer import __version__
+from lora_trainer.cli_schedules import schedules_app
 
 app = typer.Typer(
     name="lora-trainer",
@@ -28,6 +29,8 @@ Layout = Literal["kohya", "diffusers"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Weights = Literal["exported", "raw"]
 _debug = False
+
+app.add_typer(schedules_app, name="schedules")
 
 
 @app.callback(invoke_without_command=True)
@@ -122,6 +125,32 @@ def export(
     else:
         convert_file(source, layout, dtype, model, output)
     print(output)
+
+
+@app.command(
+    epilog="Examples:  lora-trainer plan -c configs/demo.yaml   |   lora-trainer plan -c demo.yaml --processes 4"
+)
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    processes: Annotated[int | None, typer.Option("--processes", min=1, help="Plan for this many processes.")] = None,
+) -> None:
+    """Explain batch, accumulation, processes, repeats, epochs, updates and LR of a run. Never loads torch."""
+    from lora_trainer.commands.plan import plan as run
+
+    run(config, overrides or [], processes)
+
+
+@app.command(epilog="Examples:  lora-trainer presets   |   lora-trainer presets prodigy")
+def presets(name: Annotated[str | None, typer.Argument(help="Preset to show as settings.")] = None) -> None:
+    """Starting points for learning rates and schedules, to paste into a config."""
+    from lora_trainer.commands.plan import list_presets, show_preset
+    from lora_trainer.tracking.console import Screen
+
+    if name is None:
+        Screen().table("Presets (lora-trainer presets NAME shows one)", list_presets())
+    else:
+        print(show_preset(name), end="")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,12 @@ from typing import Any
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.schedules.durations import Horizon, ScheduleError, to_updates
+from lora_trainer.schedules.facts import facts_of
+from lora_trainer.schedules.options import ScheduleOptions
 from lora_trainer.schedules.schedule import LRSchedule
+
+DENOISER_GROUP = "unet"
+"""Name in the log of the weights that no other group has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,20 @@ class Periods:
     checkpoint: int | None
     sample: int | None
     export: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """The learning rates of one group of weights, and what looks like a mistake about them."""
+
+    name: str
+    schedule: str
+    warmup_updates: int
+    lr_start: float
+    lr_peak: float
+    lr_end: float
+    lr_budget: float
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +57,7 @@ class RunPlan:
     accumulation: int
     updates_per_epoch: int
     num_updates: int
-    warmup_updates: int
-    lr_start: float
-    lr_peak: float
-    lr_end: float
+    lr_groups: tuple[GroupPlan, ...]
     num_modules: int
     num_parameters: int
     periods: Periods
@@ -76,6 +92,9 @@ class RunPlan:
         own = {field.name: content[field.name] for field in fields(cls)}
         own["bucket_sizes"] = tuple(own["bucket_sizes"])
         own["periods"] = Periods(**own["periods"])
+        own["lr_groups"] = tuple(
+            GroupPlan(**(group | {"warnings": tuple(group["warnings"])})) for group in own["lr_groups"]
+        )
         return cls(**own)
 
 
@@ -84,18 +103,42 @@ def updates_per_epoch(bucket_sizes: Sequence[int], global_batch: int) -> int:
     return sum(math.ceil(size / global_batch) for size in bucket_sizes)
 
 
-def lay_schedule(config: RunConfig, horizon: Horizon) -> LRSchedule:
-    """The config's LR schedule over this run.
+@dataclass(frozen=True, slots=True)
+class LRGroup:
+    """Weights that share a base LR and a schedule."""
+
+    name: str
+    base_lr: float
+    options: ScheduleOptions
+    schedule: LRSchedule
+
+    def lr(self, k: int) -> float:
+        """The learning rate of update k."""
+        return self.schedule.lr(k, self.base_lr)
+
+
+def lay_groups(config: RunConfig, horizon: Horizon) -> tuple[LRGroup, ...]:
+    """The LR groups of a config over this run: the denoiser's first, then those of `optimizer.groups`.
 
     Raises:
-        ConfigError: its options do not fit the run's length or the base LR.
+        ConfigError: a schedule does not fit the run's length or its base LR; all such are named.
     """
-    try:
-        schedule = config.lr_scheduler.resolve(horizon)
-        schedule.multiplier(max(0, horizon.num_updates - 1), config.optimizer.lr)
-    except ScheduleError as error:
-        raise ConfigError(Problem(f"`lr_scheduler`: {error}")) from error
-    return schedule
+    optimizer = config.optimizer
+    wanted = [(DENOISER_GROUP, optimizer.lr, config.lr_scheduler, "lr_scheduler")]
+    for index, group in enumerate(optimizer.groups):
+        place = f"optimizer.groups[{index}].lr_scheduler"
+        wanted.append((group.name, group.lr or optimizer.lr, group.lr_scheduler or config.lr_scheduler, place))
+    laid, problems = [], []
+    for name, base_lr, options, place in wanted:
+        try:
+            schedule = options.resolve(horizon)
+            schedule.multiplier(horizon.num_updates - 1, base_lr)
+            laid.append(LRGroup(name, base_lr, options, schedule))
+        except ScheduleError as error:
+            problems.append(Problem(f"`{place}`: {error}"))
+    if problems:
+        raise ConfigError(*problems)
+    return tuple(laid)
 
 
 def plan_run(
@@ -122,8 +165,6 @@ def plan_run(
     per_epoch = updates_per_epoch(bucket_sizes, global_batch)
     num_updates = train.max_steps if train.max_steps is not None else (train.epochs or 0) * per_epoch
     horizon = Horizon(num_updates, per_epoch)
-    schedule = lay_schedule(config, horizon)
-    curve = [schedule.lr(k, config.optimizer.lr) for k in range(num_updates)]
     return RunPlan(
         num_images=num_images,
         bucket_sizes=tuple(bucket_sizes),
@@ -132,10 +173,7 @@ def plan_run(
         accumulation=train.gradient_accumulation_steps,
         updates_per_epoch=per_epoch,
         num_updates=num_updates,
-        warmup_updates=schedule.warmup.num_updates,
-        lr_start=curve[0],
-        lr_peak=max(curve),
-        lr_end=curve[-1],
+        lr_groups=tuple(_group_plan(group) for group in lay_groups(config, horizon)),
         num_modules=len(target_shapes),
         num_parameters=sum(lora_parameters(shape, config.adapter.rank) for shape in target_shapes.values())
         + (sum(shape[0] for shape in target_shapes.values()) if config.adapter.use_dora else 0),
@@ -144,6 +182,20 @@ def plan_run(
             sample=_period(config.sample.every_steps, horizon),
             export=_period(config.export.every_steps, horizon),
         ),
+    )
+
+
+def _group_plan(group: LRGroup) -> GroupPlan:
+    facts = facts_of(group.options, group.schedule, group.base_lr)
+    return GroupPlan(
+        name=group.name,
+        schedule=group.options.type,
+        warmup_updates=group.schedule.warmup.num_updates,
+        lr_start=facts.first,
+        lr_peak=facts.peak,
+        lr_end=facts.last,
+        lr_budget=facts.budget,
+        warnings=facts.warnings,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from lora_trainer.adapters.targets import select_targets
+from lora_trainer.adapters.targets import assign_groups, select_targets
 from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.places import cache_folder, diffusers_lora_file, lora_file, run_directory
 from lora_trainer.config.schema import RunConfig
@@ -15,7 +15,7 @@ from lora_trainer.data.records import Dataset, Progress, discover
 from lora_trainer.errors import ConfigError, HostError, ModelError, Problem
 from lora_trainer.families.folder import BaseFolder, inspect_base, locate_base
 from lora_trainer.launch import Launch, default_threads
-from lora_trainer.plan import RunPlan, plan_run
+from lora_trainer.plan import DENOISER_GROUP, RunPlan, plan_run
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -59,6 +59,8 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress) -> Prepared:
     _check_places(config)
     dataset = discover(config.data, cache_folder(config) / "checked-images.json", progress)
     targets = select_targets(base.denoiser_shapes(), config.adapter.targets)
+    weights = [f"{layer}.lora_{kind}.weight" for layer in targets for kind in "AB"]
+    assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, DENOISER_GROUP)
     plan = plan_run(
         config,
         num_images=len(dataset.records),
@@ -104,11 +106,12 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         "updates per epoch",
         f"{plan.updates_per_epoch} = {plan.num_samples} samples / {plan.global_batch}, rounded up",
     )
-    yield "updates", f"{plan.num_updates} ({plan.num_epochs:.2f} epochs), warmup {plan.warmup_updates}"
-    yield (
-        "learning rate",
-        f"{config.lr_scheduler.type}: start {plan.lr_start:.3e}, peak {plan.lr_peak:.3e}, last {plan.lr_end:.3e}",
-    )
+    yield "updates", f"{plan.num_updates} ({plan.num_epochs:.2f} epochs), warmup {plan.lr_groups[0].warmup_updates}"
+    for group in plan.lr_groups:
+        name = "learning rate" if len(plan.lr_groups) == 1 else f"LR of {group.name}"
+        rates = f"start {group.lr_start:.3e}, peak {group.lr_peak:.3e}, last {group.lr_end:.3e}"
+        yield name, f"{group.schedule}: {rates}; budget {group.lr_budget:.2f}"
+        yield from (("", f"warning: {warning}") for warning in group.warnings)
     yield "optimizer", f"{config.optimizer.type}, weight decay {config.optimizer.weight_decay:g}"
     kind = "DoRA" if config.adapter.use_dora else "LoRA"
     scale = "alpha / sqrt(rank)" if config.adapter.use_rslora else "alpha / rank"

@@ -70,7 +70,8 @@ class Recorder:
                 trial=name,
                 epoch=progress.attempt / self._plan.updates_per_epoch,
                 loss=trial.loss,
-                lr=trial.lr,
+                lrs=trial.lrs,
+                step_size=trial.step_size,
                 grad_norm=trial.grad_norm,
                 clipped=trial.clipped,
                 images_per_s=result.num_samples / seconds,
@@ -127,7 +128,7 @@ class Recorder:
 
     def export(self, progress: Progress, *, numbered: bool) -> None:
         """The LoRA files of the first trial: the average where one is kept, else the adapter itself."""
-        weights, dtype = self._weights(self._trials[0]), self._config.export.dtype
+        weights, dtype = self._trials[0].weights(), self._config.export.dtype
         facts = base_facts(self._family, self._prepared.prediction_type)
         recipe = recipe_of(self._config, self._plan, facts, progress.step)
         file = lora_file(self._config, progress.step if numbered else None)
@@ -139,14 +140,11 @@ class Recorder:
         """Images of the prompts with what would be exported now."""
         if not self._config.sample.prompts:
             return
-        adapter = self._trials[0].adapter
-        with self._bank.active([adapter]), self._bank.swapped(adapter, self._weights(self._trials[0])):
+        trial = self._trials[0]
+        with self._bank.active([trial.adapter]), self._bank.swapped(trial.adapter, trial.weights()):
             images = self._sampler.draw()
         files = save_samples(self._run_dir / "samples", progress.step, images)
         self._metrics.event("sample", progress.step, files=[file.name for file in files])
-
-    def _weights(self, trial: Trial) -> dict[str, Any]:
-        return self._bank.state(trial.adapter) if trial.average is None else trial.average.tensors
 
 
 def write_run_files(prepared: Prepared, runtime: Runtime) -> None:

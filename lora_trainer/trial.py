@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from torch import nn
 
 from lora_trainer.adapters.bank import AdapterBank
+from lora_trainer.adapters.targets import assign_groups
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.optimizers import build_optimizer
-from lora_trainer.plan import RunPlan, lay_schedule
-from lora_trainer.schedules.schedule import LRSchedule
+from lora_trainer.optimizers import build_optimizer, evaluated_weights
+from lora_trainer.plan import DENOISER_GROUP, LRGroup, RunPlan, lay_groups
 
 Tensors = dict[str, torch.Tensor]
 
@@ -34,25 +35,23 @@ class Trial:
         spec: TrialSpec,
         adapter: str,
         parameters: Mapping[str, nn.Parameter],
-        schedule: LRSchedule,
-        ema_decay: float | None,
+        groups: Sequence[LRGroup],
     ) -> None:
         self.name, self.config, self.adapter = spec.name, spec.config, adapter
         self.parameters = dict(parameters)
-        self.schedule = schedule
-        self.base_lr = spec.config.optimizer.lr
-        self.optimizer = build_optimizer(spec.config.optimizer, self.parameters.values())
+        self.groups = tuple(groups)
+        options, ema_decay = spec.config.optimizer, spec.config.train.ema_decay
+        patterns = {group.name: group.match for group in options.groups}
+        members = assign_groups(list(self.parameters), patterns, DENOISER_GROUP)
+        self._order = [name for group in self.groups for name in members[group.name]]
+        grouped = [[self.parameters[name] for name in members[group.name]] for group in self.groups]
+        self.optimizer = build_optimizer(options, grouped, self.groups[0].schedule.horizon)
         self.average = None if ema_decay is None else Average(self.parameters, ema_decay)
 
     @classmethod
     def build(cls, spec: TrialSpec, bank: AdapterBank, adapter: str, plan: RunPlan) -> Trial:
-        """The trial over its adapter in the bank, with its schedule laid over the plan."""
-        schedule = lay_schedule(spec.config, plan.horizon)
-        return cls(spec, adapter, bank.parameters(adapter), schedule, spec.config.train.ema_decay)
-
-    def lr(self, step: int) -> float:
-        """The learning rate of the update after `step` completed ones."""
-        return self.schedule.lr(step, self.base_lr)
+        """The trial over its adapter in the bank, with its schedules laid over the plan."""
+        return cls(spec, adapter, bank.parameters(adapter), lay_groups(spec.config, plan.horizon))
 
     def clip(self) -> torch.Tensor:
         """Scale the gradients down to the norm allowed; the norm before that, on the device."""
@@ -63,15 +62,24 @@ class Trial:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, norm)
         return norm
 
-    def apply_update(self, step: int) -> float:
-        """One optimizer update with the LR of `step`, which is returned; then the average follows."""
-        lr = self.lr(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def apply_update(self, step: int) -> dict[str, float]:
+        """One optimizer update with the LRs of `step`, which are returned by group; then the average follows."""
+        lrs = {group.name: group.lr(step) for group in self.groups}
+        for own, lr in zip(self.optimizer.param_groups, lrs.values(), strict=True):
+            own["lr"] = lr
         self.optimizer.step()
         if self.average is not None:
             self.average.follow(self.parameters, step)
-        return lr
+        return lrs
+
+    def weights(self) -> Tensors:
+        """What is exported, sampled and validated: the average where one is kept, else the adapter itself."""
+        if self.average is not None:
+            return self.average.tensors
+        evaluated = evaluated_weights(self.optimizer)
+        if evaluated is not None:
+            return dict(zip(self._order, evaluated, strict=True))
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -105,26 +113,34 @@ class Trial:
     def _optimizer_state(self) -> tuple[Tensors, dict[str, Any]]:
         """The optimizer's tensors by `<parameter>/<key>`, and its plain values."""
         state = self.optimizer.state_dict()
-        names = list(self.parameters)
         tensors: Tensors = {}
         values: dict[str, Any] = {}
         for index, entries in state["state"].items():
             for key, value in entries.items():
-                (tensors if isinstance(value, torch.Tensor) else values)[f"{names[index]}/{key}"] = value
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+                (tensors if isinstance(value, torch.Tensor) else values)[f"{self._order[index]}/{key}"] = value
+        groups = [{k: _to_json(v) for k, v in group.items() if k != "params"} for group in state["param_groups"]]
         return tensors, {"values": values, "groups": groups}
 
     def _load_optimizer_state(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
-        indices = {name: index for index, name in enumerate(self.parameters)}
+        indices = {name: index for index, name in enumerate(self._order)}
         entries: dict[int, dict[str, Any]] = {}
         for place, value in [*tensors.items(), *plain["values"].items()]:
             name, _, key = place.rpartition("/")
             entries.setdefault(indices[name], {})[key] = value
         groups = [
-            {**saved, "params": own["params"]}
+            {**{k: _from_json(v) for k, v in saved.items()}, "params": own["params"]}
             for saved, own in zip(plain["groups"], self.optimizer.state_dict()["param_groups"], strict=True)
         ]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _to_json(value: Any) -> Any:
+    """A group's value for JSON, which has no infinities."""
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(value: Any) -> Any:
+    return float(value["float"]) if isinstance(value, dict) else value
 
 
 class Average:

@@ -15,6 +15,7 @@ from lora_trainer.batch import Slot
 from lora_trainer.data.batches import BatchSource
 from lora_trainer.families.stable_diffusion import StableDiffusion
 from lora_trainer.objective import Objective
+from lora_trainer.optimizers import step_size
 from lora_trainer.runtime import Runtime
 from lora_trainer.trial import Trial
 
@@ -26,7 +27,10 @@ class TrialUpdate:
     loss: float
     grad_norm: float
     clipped: bool
-    lr: float
+    lrs: dict[str, float]
+    """The LR that this update used, by group of weights."""
+    step_size: float | None
+    """The estimate d of a parameter-free optimizer, which multiplies the LR."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +142,10 @@ class Updater:
         done = {}
         for trial, loss, norm in zip(self._trials, losses, norms, strict=True):
             limit = trial.config.train.max_grad_norm
-            lr = trial.apply_update(step)
-            done[trial.name] = TrialUpdate(loss, norm, limit is not None and norm > limit, lr)
+            lrs = trial.apply_update(step)
+            done[trial.name] = TrialUpdate(
+                loss, norm, limit is not None and norm > limit, lrs, step_size(trial.optimizer)
+            )
         return done
 
     def state(self) -> dict[str, Any]:

@@ -59,5 +59,38 @@ def select_targets(shapes: Mapping[str, Shape], targets: str | Sequence[str]) ->
     return {name: shapes[name] for name in sorted(shapes) if any(_matches(name, p) for p in targets)}
 
 
+def assign_groups(weights: Sequence[str], groups: Mapping[str, Sequence[str]], rest: str) -> dict[str, list[str]]:
+    """The weights of each group, those of no group under `rest`; the first group whose pattern matches has a weight.
+
+    Args:
+        weights: names such as `<layer>.lora_A.weight`.
+        groups: patterns by the group's name, for the end of a layer's or a weight's name.
+
+    Raises:
+        ConfigError: a group gets no weight, or none is left for the rest.
+    """
+    assigned: dict[str, list[str]] = {rest: [], **{name: [] for name in groups}}
+    for weight in weights:
+        layer = weight.rpartition(".lora_")[0]
+        owner = (
+            name for name, patterns in groups.items() if any(_matches(n, p) for p in patterns for n in (layer, weight))
+        )
+        assigned[next(owner, rest)].append(weight)
+    empty = [name for name, own in assigned.items() if not own]
+    if empty:
+        raise ConfigError(
+            *(
+                Problem(
+                    f"no weight is left for the group `{name}`",
+                    "optimizer.groups",
+                    fix="its patterns match nothing, or groups before it took all; weights are named like "
+                    + ", ".join(weights[:2]),
+                )
+                for name in empty
+            )
+        )
+    return assigned
+
+
 def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lora_trainer.config.optimizers import SGD
+from lora_trainer.config.optimizers import SGD, Prodigy, ScheduleFreeAdamW
 from lora_trainer.config.schema import RunConfig
 
 
@@ -25,6 +25,31 @@ def conflicts(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
     yield from _run_length(config)
     yield from _data(config, written)
     yield from _inert(config, written)
+    yield from _pairs(config)
+
+
+def _pairs(config: RunConfig) -> Iterator[Conflict]:
+    """Optimizers and schedules that make no sense together."""
+    optimizer, schedules = config.optimizer, [config.lr_scheduler]
+    schedules += [group.lr_scheduler for group in optimizer.groups if group.lr_scheduler is not None]
+    if isinstance(optimizer, ScheduleFreeAdamW) and any(schedule.type != "constant" for schedule in schedules):
+        yield Conflict(
+            ("lr_scheduler",),
+            f"`schedule_free_adamw` averages instead of following a schedule; `{schedules[-1].type}` would undo that",
+            "write lr_scheduler: {type: constant}; a warm-up is optimizer.warmup_steps",
+        )
+    if isinstance(optimizer, ScheduleFreeAdamW) and config.train.ema_decay is not None:
+        yield Conflict(
+            ("train", "ema_decay"),
+            "`schedule_free_adamw` keeps an average of its own",
+            "remove train.ema_decay",
+        )
+    if isinstance(optimizer, Prodigy) and any(group.lr not in (None, optimizer.lr) for group in optimizer.groups):
+        yield Conflict(
+            ("optimizer", "groups"),
+            "`prodigy` estimates one step size for all weights, so groups cannot have learning rates of their own",
+            "remove the groups' lr, or choose another optimizer",
+        )
 
 
 def _run_length(config: RunConfig) -> Iterator[Conflict]:

@@ -36,8 +36,15 @@ _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 def describe() -> str:
     """The whole page in Markdown."""
     parts = [_HEAD, "## Top level\n", _table(RunConfig)]
-    for names, models in section_models(RunConfig).items():
+    sections = section_models(RunConfig)
+    told: dict[frozenset[type[BaseModel]], str] = {}
+    for names in sorted(sections, key=len):
+        told.setdefault(frozenset(sections[names]), ".".join(names))
+    for names, models in sections.items():
         title = ".".join(names)
+        if (same := told[frozenset(models)]) != title:
+            parts.append(f"## {title}\n\nAs [{same}](#{same}).\n")
+            continue
         if len(models) == 1:
             parts += [f"## {title}\n", f"{_summary(models[0])}\n", _table(models[0])]
             continue
@@ -54,13 +61,18 @@ def _summary(model: type[BaseModel]) -> str:
 
 def _table(model: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
     sections = {names[0] for names in section_models(model)}
-    rows = [row for name, row in _rows(model) if name not in sections and name not in skip]
+    rows = [
+        f"| `{name}` | {values} | {default} | {text} |"
+        for name, values, default, text in option_rows(model)
+        if name not in sections and name not in skip
+    ]
     if not rows:
         return "No keys of its own.\n"
     return "\n".join(["| key | value | default | |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def _rows(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+def option_rows(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Key, values, default and meaning of each field of a section, in Markdown."""
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
     if "$ref" in schema:  # a section that may stand inside itself
@@ -70,7 +82,7 @@ def _rows(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
         default = "**required**" if field.is_required() else f"`{json.dumps(entry.get('default'), ensure_ascii=False)}`"
         free = " *May change.*" if any(isinstance(mark, Observational) for mark in field.metadata) else ""
         text = " ".join((field.description or "").split())
-        yield name, f"| `{name}` | {_type(entry, definitions)} | {default} | {text}{free} |"
+        yield name, _type(entry, definitions), default, text + free
 
 
 def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -34,6 +34,6 @@ def _fields(section: BaseModel, prefix: str) -> list[tuple[str, Any]]:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             found += _fields(value, f"{prefix}{name}.")
-        elif not (isinstance(value, tuple) and value and isinstance(value[0], BaseModel)):
+        else:
             found.append((f"{prefix}{name}", plain[name]))
     return found

@@ -1,4 +1,4 @@
-"""Options of each optimizer, by `optimizer.type`; `lora_trainer.optimizers` builds them with torch."""
+"""Options of each optimizer, by `optimizer.type`; `lora_trainer.optimizers` builds them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lora_trainer.schedules.durations import Duration
+from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.section import NotBool, Ratio, Section
 
 LearningRate = Annotated[float, Field(gt=0, lt=1), NotBool]
 NotNegative = Annotated[float, Field(ge=0), NotBool]
 Positive = Annotated[float, Field(gt=0), NotBool]
 Beta = Annotated[float, Field(ge=0, lt=1), NotBool]
+
+
+class GroupConfig(Section):
+    """Some of the adapter's weights with a learning rate, or a whole schedule, of their own."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+    """Stands in the log as `lr/<name>`; all other weights are the group `unet`."""
+    match: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Patterns for the end of a layer's or weight's name: `attn2.to_k`, `up_blocks.*.to_v`, `lora_B.weight`."""
+    lr: LearningRate | None = None
+    """Base learning rate; default that of the optimizer."""
+    lr_scheduler: LRSchedulerOptions | None = None
+    """Schedule; default that of the run."""
 
 
 class OptimizerOptions(Section):
@@ -22,6 +37,8 @@ class OptimizerOptions(Section):
     """Base learning rate; the schedule multiplies it."""
     weight_decay: NotNegative = 0.0
     """Decay of the adapter's weights."""
+    groups: tuple[GroupConfig, ...] = ()
+    """Weights with other learning rates; the first group that matches a weight has it."""
 
 
 class AdamW(OptimizerOptions):
@@ -80,4 +97,64 @@ class AdaGrad(OptimizerOptions):
     """Added to the denominator."""
 
 
-AnyOptimizerOptions = Annotated[AdamW | Adam | SGD | RMSprop | AdaGrad, Field(discriminator="type")]
+class Lion(OptimizerOptions):
+    """Sign of the momentum (Chen et al. 2023). Takes a third to a tenth of AdamW's LR and more decay."""
+
+    type: Literal["lion"] = "lion"
+    lr: LearningRate = 2e-5
+    """Base learning rate: a third to a tenth of AdamW's."""
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """Decay of the update and of the momentum."""
+    weight_decay: NotNegative = 0.1
+    """Decoupled decay: three to ten times AdamW's."""
+
+
+class AdamW8bit(OptimizerOptions):
+    """AdamW with 8-bit moments (Dettmers et al. 2022). Tensors under 4096 values stay in 32 bits: most small LoRAs."""
+
+    type: Literal["adamw_8bit"] = "adamw_8bit"
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay of the running mean and of the running square of the gradient."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled decay, multiplied by the learning rate of each update."""
+
+
+class Prodigy(OptimizerOptions):
+    """AdamW that estimates its own step size d (Mishchenko and Defazio 2023); the LR is a factor on d."""
+
+    type: Literal["prodigy"] = "prodigy"
+    lr: Annotated[float, Field(ge=0.1, le=10), NotBool] = 1.0
+    """Factor on the estimate: keep 1. All groups have the same."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay of the running mean and of the running square of the gradient."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled decay, multiplied by d and the LR of each update."""
+    d_coef: Positive = 1.0
+    """Factor on the estimate inside the optimizer; 2 or 0.5 where the estimate is plainly off."""
+    use_bias_correction: bool = True
+    """Adam's bias correction; its author advises it for diffusion."""
+    safeguard_warmup: bool = True
+    """Keep a warm-up from blocking the estimate."""
+
+
+class ScheduleFreeAdamW(OptimizerOptions):
+    """AdamW that averages its weights instead of following a schedule (Defazio et al. 2024)."""
+
+    type: Literal["schedule_free_adamw"] = "schedule_free_adamw"
+    lr: LearningRate = 2.5e-4
+    """Base learning rate: one to ten times that of scheduled AdamW."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Interpolation towards the average, and decay of the running square of the gradient."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled decay, multiplied by the learning rate."""
+    warmup_steps: Duration = 0
+    """The optimizer's own warm-up: updates, epochs ("2ep") or a share of the run ("5%")."""
+
+
+AnyOptimizerOptions = Annotated[
+    AdamW | Adam | SGD | RMSprop | AdaGrad | Lion | AdamW8bit | Prodigy | ScheduleFreeAdamW, Field(discriminator="type")
+]

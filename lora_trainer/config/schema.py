@@ -82,7 +82,7 @@ class DataConfig(Section):
 
     dir: Annotated[str | None, Field(min_length=1), Observational()] = None
     """Folder of images; exactly one of `dir` and `sources`."""
-    sources: Annotated[tuple[SourceConfig, ...] | None, Field(min_length=1)] = None
+    sources: Annotated[tuple[SourceConfig, ...] | None, Field(min_length=1), Observational()] = None
     """Several folders with repeats."""
     resolution: Annotated[int, Field(ge=32, le=4096), NotBool] = 512
     """Side of the square that each image is scaled and cropped to, px."""

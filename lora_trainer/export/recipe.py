@@ -91,7 +91,7 @@ def recipe_of(config: RunConfig, plan: RunPlan, base: BaseFacts, step: int) -> R
             num_samples=plan.num_samples,
             num_updates=plan.num_updates,
             updates_per_epoch=plan.updates_per_epoch,
-            warmup_updates=plan.warmup_updates,
+            warmup_updates=plan.lr_groups[0].warmup_updates,
             batch_size=plan.batch_size,
             accumulation=plan.accumulation,
             global_batch=plan.global_batch,

@@ -6,7 +6,7 @@ Formulas: diffusers `optimization.py`, where p is the share of the fall that is 
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,7 @@ class ConstantWithWarmup(WarmupOptions):
     type: Literal["constant_with_warmup"] = "constant_with_warmup"
     warmup_steps: Duration
     """Length of the rise: updates (100), epochs ("2ep") or a share of the run ("5%"). Required."""
+    example: ClassVar[dict[str, Any]] = {"warmup_steps": "10%"}
     summary: ClassVar[str] = "a rise from zero, then the same learning rate to the end"
     limits: ClassVar[str] = "protects the start, but never settles at the end"
 
@@ -98,6 +99,7 @@ class Polynomial(DecayOptions):
     """Absolute learning rate at the end (1e-7 where neither this nor `min_ratio` is given)."""
     min_ratio: Ratio | None = None
     """Floor as a share of the base LR, in place of `lr_end`."""
+    example: ClassVar[dict[str, Any]] = {"power": 2}
     summary: ClassVar[str] = "a fall whose speed is set by an exponent"
     limits: ClassVar[str] = "one more number to choose; with power 1 it is `linear`"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,7 @@ class Exponential(WarmupOptions):
     """The multiplier at the end of the run."""
     half_life: Positive | None = None
     """Units after which the LR has halved."""
+    example: ClassVar[dict[str, Any]] = {"unit": "step", "final_ratio": 0.01}
     summary: ClassVar[str] = "falls by the same factor over and over"
     limits: ClassVar[str] = "a factor per update is far faster than it looks: 0.99 halves the LR every 69 updates"
 
@@ -74,6 +75,7 @@ class Step(WarmupOptions):
     """Length between two drops: updates, epochs ("10ep") or a share of the run. Required."""
     gamma: Factor = 0.1
     """Factor of each drop."""
+    example: ClassVar[dict[str, Any]] = {"step_size": "30%", "gamma": 0.5}
     summary: ClassVar[str] = "constant, with a drop by a factor at equal distances"
     limits: ClassVar[str] = "with many drops the last part of a run trains nothing"
 
@@ -83,7 +85,7 @@ class Step(WarmupOptions):
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
         size = at_least_one(self.step_size, horizon, "step_size")
-        return tuple(Mark(k, f"Milestone at Step {k}") for k in range(warmup + size, horizon.num_updates, size))
+        return tuple(Mark(k, f"Milestone at step {k}") for k in range(warmup + size, horizon.num_updates, size))
 
 
 class MultiStep(WarmupOptions):
@@ -94,6 +96,7 @@ class MultiStep(WarmupOptions):
     """Updates of the run at which the LR drops; sorted, unique, inside the run. Required."""
     gamma: Factor = 0.1
     """Factor of each drop."""
+    example: ClassVar[dict[str, Any]] = {"milestones": ["50%", "80%"], "gamma": 0.3}
     summary: ClassVar[str] = "constant, with a drop by a factor at chosen updates"
     limits: ClassVar[str] = "one must know where to drop"
 
@@ -102,7 +105,7 @@ class MultiStep(WarmupOptions):
         return lambda k, _: gamma ** sum(milestone <= k for milestone in milestones)
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
-        return tuple(Mark(k, f"Milestone at Step {k}") for k in _ascending(self.milestones, horizon, "milestones"))
+        return tuple(Mark(k, f"Milestone at step {k}") for k in _ascending(self.milestones, horizon, "milestones"))
 
 
 class PiecewiseConstant(ScheduleOptions):
@@ -113,6 +116,7 @@ class PiecewiseConstant(ScheduleOptions):
     """Updates of the run at which the next value begins; sorted, unique, inside the run. Required."""
     values: Annotated[tuple[NotNegative, ...], Field(min_length=2)]
     """Multipliers: one more than there are boundaries. Required."""
+    example: ClassVar[dict[str, Any]] = {"boundaries": ["40%", "80%"], "values": [1, 0.3, 0.1]}
     summary: ClassVar[str] = "a staircase drawn by hand"
     limits: ClassVar[str] = "every step of it is yours to choose"
 
@@ -123,7 +127,7 @@ class PiecewiseConstant(ScheduleOptions):
         return lambda k, _: values[sum(boundary <= k for boundary in boundaries)]
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
-        return tuple(Mark(k, f"Milestone at Step {k}") for k in _ascending(self.boundaries, horizon, "boundaries"))
+        return tuple(Mark(k, f"Milestone at step {k}") for k in _ascending(self.boundaries, horizon, "boundaries"))
 
 
 class InverseSqrt(WarmupOptions):

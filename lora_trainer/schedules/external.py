@@ -30,6 +30,7 @@ class TorchSchedule(ScheduleOptions):
     """A class of torch.optim.lr_scheduler (`ExponentialLR`) or a dotted path (`package.module.Class`). Required."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Its arguments. The texts `num_updates` and `updates_per_epoch` stand for the run's own numbers."""
+    example: ClassVar[dict[str, Any]] = {"target": "CosineAnnealingLR", "args": {"T_max": "num_updates"}}
     summary: ClassVar[str] = "whatever the torch scheduler does, looked up instead of stepped"
     limits: ClassVar[str] = "one that waits for a metric cannot be tabulated: use plateau"
 
@@ -62,6 +63,7 @@ class PluginSchedule(ScheduleOptions):
     type: str
     args: dict[str, Any] = Field(default_factory=dict)
     """Given to the function as keyword arguments, after `num_updates` and `updates_per_epoch`."""
+    example: ClassVar[dict[str, Any]] = {"type": "my_package.schedules:sawtooth", "args": {"low": 0.2}}
     summary: ClassVar[str] = "a schedule of your own"
     limits: ClassVar[str] = "a pure function of the update, finite and not negative everywhere: checked before the run"
 

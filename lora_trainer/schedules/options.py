@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,8 @@ class ScheduleOptions(Section):
 
     summary: ClassVar[str]
     limits: ClassVar[str]
+    example: ClassVar[dict[str, Any]] = {}
+    """Options that show the schedule off: all that it requires, for previews."""
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
         """The multiplier after the warm-up, as a function of (update index, base LR)."""

@@ -7,7 +7,7 @@ from the end of the warm-up.
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,7 @@ class CosineAnnealing(WarmupOptions):
     """Updates from the top to the bottom; after it the LR rises again. Required."""
     eta_min: NotNegative = 0.0
     """Absolute learning rate at the bottom."""
+    example: ClassVar[dict[str, Any]] = {"t_max": "100%"}
     summary: ClassVar[str] = "a periodic cosine: down in t_max updates, up in the next"
     limits: ClassVar[str] = "not `cosine`: past t_max the learning rate climbs, perhaps just when training ends"
 
@@ -52,6 +53,7 @@ class CosineWarmRestarts(WarmupOptions):
     """Factor by which each cycle's top is lower than the one before."""
     eta_min: NotNegative = 0.0
     """Absolute learning rate at the bottom."""
+    example: ClassVar[dict[str, Any]] = {"t_0": "25%", "decay": 0.7}
     summary: ClassVar[str] = "cosine falls of growing length, each from the top again"
     limits: ClassVar[str] = "ends wherever the run cuts the last cycle"
 
@@ -116,6 +118,7 @@ class Cyclic(ScheduleOptions):
     """The low, as a share of the base LR. Required."""
     mode: Literal["triangular", "triangular2"] = "triangular"
     """`triangular2` halves each triangle's height."""
+    example: ClassVar[dict[str, Any]] = {"step_size_up": "25%", "base_ratio": 0.1}
     summary: ClassVar[str] = "up and down in straight lines, again and again"
     limits: ClassVar[str] = "ends wherever the run cuts the last triangle"
 

@@ -62,6 +62,13 @@ class Phases(ScheduleOptions):
     type: Literal["phases"] = "phases"
     phases: Annotated[tuple[Annotated[Phase, BeforeValidator(_nested)], ...], Field(min_length=1)]
     """List of {type, steps, ...}; the steps should sum to the run. Required."""
+    example: ClassVar[dict[str, Any]] = {
+        "phases": [
+            {"type": "constant_with_warmup", "steps": "20%", "warmup_steps": "50%"},
+            {"type": "constant", "steps": "40%"},
+            {"type": "cosine", "steps": "40%", "scale": 0.5},
+        ]
+    }
     summary: ClassVar[str] = "any schedules, joined end to end"
     limits: ClassVar[str] = "lengths are yours to add up"
 

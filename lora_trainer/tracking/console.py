@@ -24,8 +24,10 @@ class Screen:
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """A title and rows of name and value; a value may be longer than the line."""
         self.console.print(f"\n[bold]{title}[/bold]")
-        for name, value in rows:
-            self.say(f"  {name:<18} {value}")
+        listed = list(rows)
+        width = max((len(name) for name, _ in listed), default=0)
+        for name, value in listed:
+            self.say(f"  {name:<{width}}  {value}")
 
     def track(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         """Pass the items through while a bar shows how many are done and the time left."""

@@ -17,18 +17,24 @@ TIMING_FIELDS = ("images_per_s", "step_s", "peak_memory_gib", "elapsed_s")
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """One completed update of one trial; `lr` is the rate that this update used."""
+    """One completed update of one trial; `lrs` are the rates that this update used, the denoiser's first."""
 
     step: int
     attempt: int
     trial: str
     epoch: float
     loss: float
-    lr: float
+    lrs: dict[str, float]
     grad_norm: float
     clipped: bool
     images_per_s: float
     peak_memory_gib: float
+    step_size: float | None = None
+
+    @property
+    def lr(self) -> float:
+        """The denoiser's."""
+        return next(iter(self.lrs.values()))
 
 
 class MetricsLog:
@@ -45,7 +51,8 @@ class MetricsLog:
             "epoch": round(row.epoch, 6),
             "loss": row.loss,
             "lr": row.lr,
-            "lr/unet": row.lr,
+            **{f"lr/{group}": lr for group, lr in row.lrs.items()},
+            **({} if row.step_size is None else {"d": row.step_size, "d*lr": row.step_size * row.lr}),
             "grad_norm": row.grad_norm,
             "clipped": row.clipped,
             "images_per_s": round(row.images_per_s, 3),

@@ -24,7 +24,7 @@ class TensorBoardLog:
     def step(self, row: StepRow) -> None:
         values = {
             "train/loss": row.loss,
-            "train/lr": row.lr,
+            **{f"train/lr/{group}": lr for group, lr in row.lrs.items()},
             "train/grad_norm": row.grad_norm,
             "speed/images_per_s": row.images_per_s,
         }

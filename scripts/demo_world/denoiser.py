@@ -20,6 +20,7 @@ BATCH = 32
 PEAK_LR = 8e-4
 TEXT_WIDTH = 128
 EMA_DECAY = 0.999
+NOISY_FROM = 750
 
 
 def noise_scheduler() -> DDIMScheduler:
@@ -85,10 +86,11 @@ class DenoiserTraining:
             self._load()
 
     def train(self, num_steps: int) -> None:
-        """Run up to `num_steps`: epsilon loss weighted by 1 / alpha_bar, which is the loss of v-prediction.
+        """Run up to `num_steps`: epsilon loss weighted by 1 / alpha_bar, half of it on the noisiest timesteps.
 
-        Plain epsilon loss hardly counts the noisiest steps, where the place of things is decided: a base trained
-        with it ignores the words for positions.
+        The place of things is decided where there is hardly anything to see yet. Plain epsilon loss barely counts
+        those timesteps, and a base trained on uniform ones ignored the words for positions for thousands of steps;
+        on the noisiest alone it learnt them within two hundred.
         """
         for step in track(range(self.step, num_steps), "training the denoiser"):
             for group in self.optimizer.param_groups:
@@ -111,7 +113,7 @@ class DenoiserTraining:
         tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
         latents = self.latents[picked]
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
-        timesteps = torch.from_numpy(rng.integers(0, len(self.alphas), size=BATCH))
+        timesteps = torch.from_numpy(rng.integers(np.where(np.arange(BATCH) % 2, 0, NOISY_FROM), len(self.alphas)))
         alpha = self.alphas[timesteps, None, None, None]
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         predicted = self.models["unet"](noisy, timesteps, self.models["text_encoder"](tokens)[0]).sample

@@ -13,6 +13,7 @@ from lora_trainer.commands import train as train_command
 from lora_trainer.config.optimizers import AdamW
 from lora_trainer.errors import ConfigError, ExitCode, HostError, NumericStop, StoppedBySignal
 from lora_trainer.optimizers import OPTIMIZERS
+from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows
 
 RICH = ("data.flip=true", "data.captions.dropout=0.3", "train.ema_decay=0.9", "train.gradient_accumulation_steps=2")
@@ -69,11 +70,30 @@ def test_a_resume_is_byte_identical(
     same_run_twice(train_toy, monkeypatch, RICH, stops)
 
 
+OPTIMIZER_OVERRIDES = {
+    "prodigy": ("optimizer={type: prodigy}",),
+    "schedule_free_adamw": (
+        "optimizer={type: schedule_free_adamw, warmup_steps: 2}",
+        "lr_scheduler={type: constant}",
+        "sample={prompts: [x], num_inference_steps: 1, every_steps: 2}",
+    ),
+}
+
+
 @pytest.mark.parametrize("optimizer", sorted(set(OPTIMIZERS) - {AdamW.model_fields["type"].default}))
 def test_every_optimizer_resumes(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    same_run_twice(train_toy, monkeypatch, (f"optimizer={{type: {optimizer}, lr: 1e-3}}",), [3])
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="the extra 8bit is not installed")
+    overrides = OPTIMIZER_OVERRIDES.get(optimizer, (f"optimizer={{type: {optimizer}, lr: 1e-3}}",))
+    same_run_twice(train_toy, monkeypatch, overrides, [3])
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - set(CLASSIC)))
+def test_every_schedule_resumes(train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    options = json.dumps({"type": name, **SCHEDULES[name].example})
+    same_run_twice(train_toy, monkeypatch, (f"lr_scheduler={options}", "train.max_steps=10"), [3])
 
 
 def test_two_runs_of_one_config_are_byte_identical(train_toy: Callable[..., Path]) -> None:

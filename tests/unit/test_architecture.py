@@ -15,6 +15,7 @@ PACKAGE = ROOT / "lora_trainer"
 
 # A module may import modules of a lower number only, or of its own package. The first match counts.
 LAYERS: list[tuple[str, float]] = [
+    ("lora_trainer.cli_schedules", 5.5),
     ("lora_trainer.cli", 6),
     ("lora_trainer.__main__", 7),
     ("lora_trainer.commands", 5),

@@ -46,7 +46,7 @@ def test_the_split_of_the_global_batch_does_not_matter() -> None:
         planned(config(train={"epochs": 2, "batch_size": b, "gradient_accumulation_steps": a}), 101, p)
         for p, b, a in splits
     ]
-    assert len({(plan.updates_per_epoch, plan.num_updates, plan.lr_end) for plan in plans}) == 1
+    assert len({(plan.updates_per_epoch, plan.num_updates, plan.lr_groups[0].lr_end) for plan in plans}) == 1
 
 
 def test_learning_rates_and_periods() -> None:
@@ -59,8 +59,9 @@ def test_learning_rates_and_periods() -> None:
         checkpoint={"every_steps": None},
     )
     plan = planned(run)
-    assert (plan.warmup_updates, plan.lr_start, plan.lr_peak) == (10, 0.0, 1e-3)
-    assert plan.lr_end == pytest.approx(1e-3 / 30)
+    (group,) = plan.lr_groups
+    assert (group.name, group.warmup_updates, group.lr_start, group.lr_peak) == ("unet", 10, 0.0, 1e-3)
+    assert group.lr_end == pytest.approx(1e-3 / 30)
     assert (plan.periods.sample, plan.periods.export, plan.periods.checkpoint) == (10, 10, None)
 
 

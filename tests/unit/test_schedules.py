@@ -19,19 +19,7 @@ from lora_trainer.schedules.durations import Horizon, ScheduleError
 from lora_trainer.schedules.registry import SCHEDULES, LRSchedulerOptions
 from lora_trainer.schedules.schedule import LRSchedule
 
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "constant_with_warmup": {"warmup_steps": 2},
-    "cosine_annealing": {"t_max": "40%"},
-    "cosine_warm_restarts": {"t_0": "20%"},
-    "exponential": {"final_ratio": 0.01},
-    "step": {"step_size": "30%"},
-    "multistep": {"milestones": ["40%", "80%"]},
-    "piecewise_constant": {"boundaries": ["50%"], "values": [1, 0.1]},
-    "cyclic": {"step_size_up": "20%", "base_ratio": 0.1},
-    "phases": {"phases": [{"type": "constant", "steps": "50%"}, {"type": "linear", "steps": "50%"}]},
-    "torch": {"target": "ExponentialLR", "args": {"gamma": 0.9}},
-}
-"""Options for each schedule that has required ones; the resume and property tests use them too."""
+EXAMPLES: dict[str, dict[str, Any]] = {name: options.example for name, options in SCHEDULES.items()}
 
 
 def laid(name: str, num_updates: int, updates_per_epoch: int = 10, **options: Any) -> LRSchedule:

@@ -1,0 +1,64 @@
+"""Starting points for learning rates and schedules, as settings to paste. They are advice, not defaults that hide.
+
+Values: the usual recommendations for diffusion fine-tuning (docs/learning_rates.md says where they come from and what
+they are worth). When evidence ties, the smaller learning rate wins.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Settings by dotted key, and what they are for."""
+
+    purpose: str
+    settings: dict[str, Any]
+
+    def overrides(self) -> list[str]:
+        """The settings as words for the command line."""
+
+        return [
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.settings.items()
+        ]
+
+
+PRESETS: dict[str, Preset] = {
+    "lora": Preset("LoRA with AdamW on SD 1.x and 2.x: the default", {"optimizer.type": "adamw", "optimizer.lr": 1e-4}),
+    "general": Preset("when 1e-4 overfits early or the set is small", {"optimizer.lr": 5e-5}),
+    "conservative": Preset("when the base should change as little as possible", {"optimizer.lr": 4e-5}),
+    "full": Preset(
+        "what full fine-tuning of all weights uses; for a LoRA it is 10-20 times too small", {"optimizer.lr": 5e-6}
+    ),
+    "bert": Preset(
+        "a warm-up over whole epochs, then straight down to zero",
+        {"lr_scheduler": {"type": "linear", "warmup_steps": "1ep"}},
+    ),
+    "character": Preset(
+        "10-40 pictures of one subject on SD 1.5",
+        {"optimizer.lr": 1e-4, "lr_scheduler": {"type": "cosine", "warmup_steps": "5%"}, "adapter.rank": 16},
+    ),
+    "style": Preset(
+        "50-500 pictures of one style on SD 1.5",
+        {"optimizer.lr": 1e-4, "lr_scheduler": {"type": "linear", "warmup_steps": "5%"}, "adapter.rank": 32},
+    ),
+    "lion": Preset(
+        "Lion: a third to a tenth of AdamW's learning rate, more weight decay",
+        {"optimizer": {"type": "lion", "lr": 2e-5, "weight_decay": 0.1}},
+    ),
+    "prodigy": Preset(
+        "Prodigy finds the step size itself: base 1, one schedule over the whole run",
+        {"optimizer": {"type": "prodigy", "lr": 1.0}, "lr_scheduler": {"type": "cosine"}},
+    ),
+    "schedule_free": Preset(
+        "schedule-free AdamW: no schedule at all, a larger learning rate, its own warm-up",
+        {
+            "optimizer": {"type": "schedule_free_adamw", "lr": 2.5e-4, "warmup_steps": "5%"},
+            "lr_scheduler": {"type": "constant"},
+        },
+    ),
+    "sgd": Preset("SGD with momentum: learning rates far above Adam's", {"optimizer": {"type": "sgd", "lr": 0.1}}),
+}

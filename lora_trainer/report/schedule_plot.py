@@ -1,0 +1,103 @@
+"""Learning-rate curves before anything is trained: as a picture, or in the terminal. Never imports torch."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lora_trainer import atomicio
+from lora_trainer.schedules.schedule import Mark
+
+MOST_IN_ONE_PANEL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line of a plot: the LR of each update, and what happens on the way."""
+
+    label: str
+    lrs: Sequence[float]
+    marks: Sequence[Mark] = ()
+
+
+def draw_schedules(curves: Sequence[Curve], picture: Path, *, title: str, updates_per_epoch: int | None = None) -> None:
+    """Write one figure as PNG: all curves in one panel, or a panel each where they are many.
+
+    Epochs stand on the upper edge where their length is given.
+    """
+    if len(curves) <= MOST_IN_ONE_PANEL:
+        figure = Figure(figsize=(12, 6), layout="constrained")
+        axes = figure.subplots()
+        _draw_panel(axes, curves, title)
+        if updates_per_epoch:
+            _epochs_above(axes, updates_per_epoch)
+    else:
+        rows = math.ceil(len(curves) / 4)
+        figure = Figure(figsize=(16, 3 * rows), layout="constrained")
+        figure.suptitle(title)
+        panels = list(figure.subplots(rows, 4, squeeze=False).flat)
+        for axes, curve in zip(panels, curves, strict=False):
+            _draw_panel(axes, [curve], curve.label)
+        for axes in panels[len(curves) :]:
+            axes.set_visible(False)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    atomicio.write_file(picture, buffer.getvalue())
+
+
+def _draw_panel(axes: Axes, curves: Sequence[Curve], title: str) -> None:
+    for curve in curves:
+        axes.plot(range(len(curve.lrs)), curve.lrs, label=curve.label if len(curves) > 1 else None, linewidth=2)
+    for number, curve in enumerate(curves):
+        _draw_marks(axes, curve.marks, colour="red" if len(curves) == 1 else f"C{number}")
+    last = max(len(curve.lrs) for curve in curves) - 1
+    axes.set(xlabel="Steps", ylabel="Learning Rate", title=title, ylim=(0, None), xlim=(0, max(last, 1)))
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    if once:
+        axes.legend(once.values(), once.keys(), fontsize="small")
+
+
+def terminal_plot(curves: Sequence[Curve], *, title: str, width: int, height: int = 20) -> str:
+    """The same curves in characters."""
+    import plotext
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(width, height)
+    for curve in curves:
+        plotext.plot(list(range(len(curve.lrs))), list(curve.lrs), label=curve.label)
+    for update in sorted({mark.update for curve in curves for mark in curve.marks}):
+        plotext.vline(update)
+    plotext.title(title)
+    plotext.xlabel("Steps")
+    plotext.ylabel("Learning Rate")
+    return plotext.build()
+
+
+def _epochs_above(axes: Axes, updates_per_epoch: int) -> None:
+    def to_epochs(updates: Any) -> Any:
+        return updates / updates_per_epoch
+
+    def to_updates(epochs: Any) -> Any:
+        return epochs * updates_per_epoch
+
+    axes.secondary_xaxis("top", functions=(to_epochs, to_updates)).set_xlabel("Epochs")
+
+
+def _draw_marks(axes: Axes, marks: Sequence[Mark], colour: str) -> None:
+    """A dashed line per mark; the legend names each kind once."""
+    named: set[str] = set()
+    for mark in marks:
+        label = None if mark.label in named else mark.label
+        axes.axvline(mark.update, color=colour, linestyle="--", linewidth=1, alpha=0.7, label=label)
+        named.add(mark.label)
