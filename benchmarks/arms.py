@@ -49,7 +49,7 @@ class Ours:
     def __init__(self, prepared: Prepared, runtime: Runtime) -> None:
         config, plan = prepared.config, prepared.plan
         family = open_family(prepared.base)
-        cache = build_cache(config, family, prepared.dataset, prepared.base_digests, runtime, lambda items, *_: items)
+        cache = build_cache(config, family, prepared.split, prepared.base_digests, runtime, lambda items, *_: items)
         denoiser = family.load_denoiser(runtime.device, runtime.dtype).train()
         bank = AdapterBank.attach(denoiser, config.adapter, list(prepared.target_shapes), ["trial0"], seed=config.seed)
         self.trial = Trial.build(TrialSpec("benchmark", config), bank, "trial0", plan)
@@ -66,9 +66,8 @@ class Ours:
             device=runtime.device,
         )
         objective = Objective(config.objective, family.noise_schedule, prepared.prediction_type, runtime.device)
-        self.updater = Updater(
-            family, bank, [self.trial], batches, objective, runtime, seed=config.seed, accumulation=1
-        )
+        parts = (family, bank, [self.trial], batches, objective, runtime)
+        self.updater = Updater(*parts, seed=config.seed, accumulation=1, base_loss_every=None)
 
     def step(self, number: int) -> float:
         return self.updater.run(number, number, stop_asked=False).trials["benchmark"].loss

@@ -38,8 +38,21 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeItems:
+    """Images on which a loss is measured again and again: their mean latents and captions, fixed for the run."""
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    """Content hash of each image: the key of its noise."""
+    latents_NChw: torch.Tensor
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """The random side of a micro-step, on the device."""
 
     noise_BChw: torch.Tensor
     timesteps_B: torch.Tensor
+    digest: str = ""
+    """Hash of both: equal for runs that drew the same."""

@@ -18,11 +18,13 @@ import torch
 from safetensors import SafetensorError
 
 from lora_trainer import streams, tensor_file
+from lora_trainer.batch import ProbeItems
 from lora_trainer.config.places import cache_folder
 from lora_trainer.config.schema import DataConfig, RunConfig
 from lora_trainer.data.batches import LatentStore, PromptStore
+from lora_trainer.data.holdout import Split
 from lora_trainer.data.images import Framing, apply_frame, decode
-from lora_trainer.data.records import Dataset, Progress, Record
+from lora_trainer.data.records import Progress, Record
 from lora_trainer.errors import DataError, Problem
 from lora_trainer.families.stable_diffusion import StableDiffusion
 from lora_trainer.runtime import Runtime
@@ -37,6 +39,7 @@ class Cache:
 
     latents: LatentStore
     prompts: PromptStore
+    probes: Mapping[str, ProbeItems]
     num_encoded: int
     """Entries that were not there before."""
     num_cut_captions: int
@@ -44,22 +47,21 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """One framing of one record."""
+    """One framing of one image."""
 
-    record: int
-    crop: int
+    record: Record
     mirrored: bool
     framing: Framing
 
-    def key(self, image_sha256: str, encoder: str) -> str:
+    def key(self, encoder: str) -> str:
         frame = (self.framing.scaled_size, self.framing.left, self.framing.top, self.framing.resolution)
-        return _hash("latent", encoder, image_sha256, frame, self.mirrored)
+        return _hash("latent", encoder, self.record.sha256, frame, self.mirrored)
 
 
 def build_cache(
     config: RunConfig,
     family: StableDiffusion,
-    dataset: Dataset,
+    split: Split,
     base_digests: Mapping[str, str],
     runtime: Runtime,
     progress: Progress,
@@ -73,46 +75,55 @@ def build_cache(
         DataError: captions are longer than the text encoder reads (policy `error`), or an image has no finite latents.
     """
     folder = cache_folder(config)
-    num_cut = _check_lengths(config.data, family, dataset)
-    texts = _texts(config, dataset)
+    watched = [record for records in split.probes.values() for record in records]
+    num_cut = _check_lengths(config.data, family, [*split.training.records, *watched])
+    texts = _texts(config, [*split.training.records, *watched])
     encoder = base_digests["tokenizer"] + base_digests["text_encoder"]
     text_files = {text: folder / "prompts" / f"{_hash('prompt', encoder, text)}.safetensors" for text in texts}
-    views = _views(config, dataset.records)
-    view_files = {
-        view: folder / "latents" / f"{view.key(dataset.records[view.record].sha256, base_digests['vae'])}.safetensors"
-        for view in views
-    }
+    training_views = _training_views(config, split.training.records)
+    probe_views = {name: [_plain_view(config, r) for r in records] for name, records in split.probes.items()}
+    views = dict.fromkeys([*training_views.values(), *(view for row in probe_views.values() for view in row)])
+    view_files = {view: folder / "latents" / f"{view.key(base_digests['vae'])}.safetensors" for view in views}
     missing_texts = [text for text in _share(texts, runtime) if not _is_whole(text_files[text])]
-    missing_views = [view for view in _share(views, runtime) if not _is_whole(view_files[view])]
+    missing_views = [view for view in _share(list(views), runtime) if not _is_whole(view_files[view])]
     if missing_texts:
         _encode_texts(family, runtime, missing_texts, text_files, progress)
     if missing_views:
-        _encode_views(family, runtime, missing_views, view_files, dataset.records, progress)
+        _encode_views(family, runtime, missing_views, view_files, progress)
     runtime.wait_for_everyone()
-    latents = _read_latents(views, view_files, config, runtime.device)
-    prompts = _read_prompts(texts, text_files, runtime.device)
-    return Cache(latents, prompts, len(missing_texts) + len(missing_views), num_cut)
+    return Cache(
+        latents=_read_latents(training_views, view_files, config, runtime.device),
+        prompts=_read_prompts(texts, text_files, runtime.device),
+        probes={name: _read_probe(row, view_files, runtime.device) for name, row in probe_views.items()},
+        num_encoded=len(missing_texts) + len(missing_views),
+        num_cut_captions=num_cut,
+    )
 
 
-def _texts(config: RunConfig, dataset: Dataset) -> list[str]:
+def _texts(config: RunConfig, records: Sequence[Record]) -> list[str]:
     """Every prompt that a run may ask for: captions, the empty one, samples."""
-    captions = (caption for record in dataset.records for caption in record.captions)
+    captions = (caption for record in records for caption in record.captions)
     samples = (text for p in config.sample.prompts for text in (p.prompt, p.negative_prompt))
     return list(dict.fromkeys(["", *captions, *samples]))
 
 
-def _views(config: RunConfig, records: Sequence[Record]) -> list[_View]:
-    data = config.data
-    views = []
+def _training_views(config: RunConfig, records: Sequence[Record]) -> dict[tuple[int, int, bool], _View]:
+    """Every way in which a sample may be shown, by (record, crop, mirrored)."""
+    data, views = config.data, {}
     for index, record in enumerate(records):
         for crop in range(num_crops(data)):
             place = (0.5, 0.5)
             if data.crop == "random":
                 x, y = streams.stream(config.seed, "crop place", record.sha256, crop).random(2)
                 place = (float(x), float(y))
-            framing = record.framing(data.resolution, place)
-            views += [_View(index, crop, mirrored, framing) for mirrored in ((False, True) if data.flip else (False,))]
+            for mirrored in (False, True) if data.flip else (False,):
+                views[index, crop, mirrored] = _View(record, mirrored, record.framing(data.resolution, place))
     return views
+
+
+def _plain_view(config: RunConfig, record: Record) -> _View:
+    """What a probe looks at: the centre, never mirrored."""
+    return _View(record, False, record.framing(config.data.resolution))
 
 
 def num_crops(data: DataConfig) -> int:
@@ -120,13 +131,13 @@ def num_crops(data: DataConfig) -> int:
     return 1 if data.crop == "center" else data.crops_per_image or DEFAULT_CROPS
 
 
-def _check_lengths(data: DataConfig, family: StableDiffusion, dataset: Dataset) -> int:
+def _check_lengths(data: DataConfig, family: StableDiffusion, records: Sequence[Record]) -> int:
     """Number of captions that are cut; an error for each where the policy says so."""
     tokenizer = family.load_tokenizer()
     limit = tokenizer.model_max_length
     long = [
         (record, count)
-        for record in dataset.records
+        for record in records
         for caption in record.captions
         if (count := family.count_tokens(tokenizer, caption)) > limit
     ]
@@ -165,12 +176,11 @@ def _encode_views(
     runtime: Runtime,
     views: Sequence[_View],
     files: dict[_View, Path],
-    records: Sequence[Record],
     progress: Progress,
 ) -> None:
     vae = family.load_vae(runtime.device)
     for view in progress(views, "encoding images", len(views)):
-        record = records[view.record]
+        record = view.record
         square = apply_frame(_image(record), view.framing, mirrored=view.mirrored)
         pixels_HWC = torch.from_numpy(square).to(runtime.device).float() / 127.5 - 1
         mean, std = family.encode_images(vae, pixels_HWC.permute(2, 0, 1)[None])
@@ -195,15 +205,27 @@ def _image(record: Record) -> Any:
 
 
 def _read_latents(
-    views: Sequence[_View], files: dict[_View, Path], config: RunConfig, device: torch.device
+    views: Mapping[tuple[int, int, bool], _View], files: Mapping[_View, Path], config: RunConfig, device: torch.device
 ) -> LatentStore:
-    entries = [tensor_file.load(files[view])[0] for view in views]
+    distinct = list(dict.fromkeys(views.values()))
+    entries = [tensor_file.load(files[view])[0] for view in distinct]
+    rows = {view: row for row, view in enumerate(distinct)}
     return LatentStore(
         mean_NChw=_place(torch.stack([entry["mean"] for entry in entries]), device),
         std_NChw=_place(torch.stack([entry["std"] for entry in entries]), device),
-        rows={(view.record, view.crop, view.mirrored): row for row, view in enumerate(views)},
+        rows={key: rows[view] for key, view in views.items()},
         num_crops=num_crops(config.data),
         flips=config.data.flip,
+    )
+
+
+def _read_probe(views: Sequence[_View], files: Mapping[_View, Path], device: torch.device) -> ProbeItems:
+    means = [tensor_file.load(files[view])[0]["mean"] for view in views]
+    return ProbeItems(
+        names=tuple(view.record.name for view in views),
+        keys=tuple(view.record.sha256 for view in views),
+        latents_NChw=torch.stack(means).to(device),
+        prompts=tuple(view.record.captions[0] for view in views),
     )
 
 

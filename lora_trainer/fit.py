@@ -15,14 +15,17 @@ from lora_trainer.config.identity import difference
 from lora_trainer.data.batches import BatchSource
 from lora_trainer.errors import ConfigError, NumericStop, Problem, StoppedBySignal
 from lora_trainer.families.registry import open_family
+from lora_trainer.families.stable_diffusion import StableDiffusion
 from lora_trainer.objective import Objective
 from lora_trainer.prepare import Prepared, files_to_come
+from lora_trainer.probing import Probing
 from lora_trainer.recorder import Recorder
 from lora_trainer.runtime import Runtime, start_runtime
 from lora_trainer.sampling import Sampler
 from lora_trainer.tracking.console import Screen
 from lora_trainer.trial import Trial, TrialSpec
 from lora_trainer.update import Updater, UpdateResult
+from lora_trainer.validation import Validator
 
 MAX_SKIPS_IN_A_ROW = 3
 MAX_OVERFLOWS_IN_A_ROW = 30  # fp16's scale halves at each: more than enough to come down from 2**16
@@ -63,7 +66,7 @@ def fit(
             return result
 
         family = open_family(prepared.base)
-        cache = build_cache(config, family, prepared.dataset, prepared.base_digests, runtime, screen.track)
+        cache = build_cache(config, family, prepared.split, prepared.base_digests, runtime, screen.track)
         _say_cache(cache, screen)
         denoiser = family.load_denoiser(runtime.device, runtime.dtype)
         adapters = [f"trial{index}" for index in range(len(specs))]
@@ -76,8 +79,17 @@ def fit(
         objective = Objective(config.objective, family.noise_schedule, prepared.prediction_type, runtime.device)
         batches = _batches(prepared, cache, runtime)
         updater = Updater(
-            family, bank, trials, batches, objective, runtime, seed=config.seed, accumulation=plan.accumulation
+            family,
+            bank,
+            trials,
+            batches,
+            objective,
+            runtime,
+            seed=config.seed,
+            accumulation=plan.accumulation,
+            base_loss_every=config.tracking.base_loss_every,
         )
+        probing = _probing(prepared, family, bank, trials, cache, objective, runtime)
         start = _restore(checkpoint, trials, updater)
 
         recorder = None
@@ -86,7 +98,7 @@ def fit(
             recorder = Recorder(prepared, runtime, family, bank, trials, updater, sampler, screen)
             recorder.open(checkpoint)
         try:
-            _loop(start, plan.num_updates, updater, recorder, screen, should_stop)
+            _loop(start, plan.num_updates, updater, probing, recorder, screen, should_stop)
         finally:
             if recorder is not None:
                 recorder.close()
@@ -98,14 +110,15 @@ def _loop(
     start: Progress,
     num_updates: int,
     updater: Updater,
+    probing: Probing | None,
     recorder: Recorder | None,
     screen: Screen,
     should_stop: Callable[[], bool],
 ) -> None:
     """Updates until the planned number is done; `recorder` is that of the main process."""
     progress, skips = start, 0
-    if recorder is not None and start.step == 0:
-        recorder.sample(start)
+    if start.step == 0:
+        _begin(start, probing, recorder)
     with screen.training(num_updates, start.step) as line:
         while progress.step < num_updates:
             started = time.perf_counter()
@@ -119,6 +132,11 @@ def _loop(
                     recorder.update(progress, result, time.perf_counter() - started, line)
                 else:
                     recorder.skip(progress, result)
+            if applied and probing is not None and probing.is_due(progress.step):
+                measured = probing.measure(progress.step)
+                if recorder is not None:
+                    recorder.validation(progress, measured)
+            if recorder is not None:
                 if last or result.stop_asked or _too_many(skips, result):
                     recorder.checkpoint(progress)
                 elif applied:
@@ -129,6 +147,33 @@ def _loop(
                 raise _stopped(progress, num_updates)
     if recorder is not None:
         recorder.finish(progress)
+
+
+def _begin(start: Progress, probing: Probing | None, recorder: Recorder | None) -> None:
+    """What is seen before the first update: the base's own samples and probes."""
+    measured = probing.start() if probing is not None else []
+    if recorder is not None:
+        recorder.sample(start)
+        recorder.validation(start, measured)
+
+
+def _probing(
+    prepared: Prepared,
+    family: StableDiffusion,
+    bank: AdapterBank,
+    trials: Sequence[Trial],
+    cache: Cache,
+    objective: Objective,
+    runtime: Runtime,
+) -> Probing | None:
+    """The probes, where the config has a validation section."""
+    config, plan = prepared.config.validation, prepared.plan
+    if config is None or plan.validation is None:
+        return None
+    validator = Validator(
+        family, bank, cache.probes, cache.prompts, objective, runtime, seed=config.seed, batch_size=config.batch_size
+    )
+    return Probing(validator, trials, plan.validation.every, plan.num_updates)
 
 
 def _find_checkpoint(prepared: Prepared, runtime: Runtime, screen: Screen) -> Checkpoint | None:

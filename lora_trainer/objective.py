@@ -7,6 +7,7 @@ SNR + 1 for v) is that of Hang et al. 2023.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal
 
 import torch
@@ -42,27 +43,33 @@ class Objective:
         device = batch.latents_BChw.device
         noise = torch.stack([streams.normal(shape, seed, "noise", *slot) for slot in batch.slots])
         timesteps = torch.tensor([self._timestep(slot, seed) for slot in batch.slots])
-        return Draw(noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True))
+        digest = hashlib.blake2b(timesteps.numpy().tobytes() + noise.numpy().tobytes(), digest_size=8).hexdigest()
+        return Draw(noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True), digest)
 
-    def noisy(self, batch: Batch, draw: Draw) -> torch.Tensor:
+    def noisy(self, latents_BChw: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Noisy latents [B, C, h, w] at the drawn timesteps."""
         signal, noise = self._signal_T[draw.timesteps_B], self._noise_T[draw.timesteps_B]
-        return _scale(signal, batch.latents_BChw) + _scale(noise, draw.noise_BChw)
+        return _scale(signal, latents_BChw) + _scale(noise, draw.noise_BChw)
 
-    def target(self, batch: Batch, draw: Draw) -> torch.Tensor:
+    def target(self, latents_BChw: torch.Tensor, draw: Draw) -> torch.Tensor:
         """What the denoiser should predict [B, C, h, w]."""
         if self.prediction_type == "epsilon":
             return draw.noise_BChw
         signal, noise = self._signal_T[draw.timesteps_B], self._noise_T[draw.timesteps_B]
-        return _scale(signal, draw.noise_BChw) - _scale(noise, batch.latents_BChw)
+        return _scale(signal, draw.noise_BChw) - _scale(noise, latents_BChw)
 
-    def loss(self, prediction_BChw: torch.Tensor, batch: Batch, draw: Draw) -> torch.Tensor:
+    def loss(self, prediction_BChw: torch.Tensor, latents_BChw: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Weighted mean squared error of each sample [B], in fp32."""
-        error_B = (prediction_BChw.float() - self.target(batch, draw)).square().flatten(1).mean(1)
+        error_B = squared_error(prediction_BChw, self.target(latents_BChw, draw))
         return error_B * self._weight_T[draw.timesteps_B]
 
     def _timestep(self, slot: Slot, seed: int) -> int:
         return int(streams.stream(seed, "timestep", *slot).integers(self.num_timesteps))
+
+
+def squared_error(prediction_BChw: torch.Tensor, target_BChw: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample [B], in fp32."""
+    return (prediction_BChw.float() - target_BChw).square().flatten(1).mean(1)
 
 
 def _snr_weights(alphas_T: torch.Tensor, gamma: float | None, prediction_type: PredictionType) -> torch.Tensor:

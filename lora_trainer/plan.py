@@ -11,13 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.schema import RunConfig, ValidationConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.schedules.durations import Horizon, ScheduleError, to_updates
 from lora_trainer.schedules.facts import facts_of
 from lora_trainer.schedules.options import ScheduleOptions
 from lora_trainer.schedules.schedule import LRSchedule
 
+TRAINING_FORWARDS = 2.2  # backward through a frozen UNet costs about 1.2 forwards (counted at SD 1.5's shape)
+PROBE_STRATA = 16
+MIN_PROBE_ITEMS = 2
+MIN_MEASUREMENTS = 10
 DENOISER_GROUP = "unet"
 """Name in the log of the weights that no other group has."""
 
@@ -46,6 +50,19 @@ class GroupPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ValidationPlan:
+    """How often and on how many images the probes are measured."""
+
+    num_items: int
+    """Images per probe."""
+    every: int
+    num_measurements: int
+    cost: float
+    """Forwards of the probes as a share of the training's forward-equivalents."""
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunPlan:
     """What a run will do, in numbers."""
 
@@ -61,6 +78,7 @@ class RunPlan:
     num_modules: int
     num_parameters: int
     periods: Periods
+    validation: ValidationPlan | None = None
 
     @property
     def num_samples(self) -> int:
@@ -92,6 +110,8 @@ class RunPlan:
         own = {field.name: content[field.name] for field in fields(cls)}
         own["bucket_sizes"] = tuple(own["bucket_sizes"])
         own["periods"] = Periods(**own["periods"])
+        if own["validation"] is not None:
+            own["validation"] = ValidationPlan(**(own["validation"] | {"notes": tuple(own["validation"]["notes"])}))
         own["lr_groups"] = tuple(
             GroupPlan(**(group | {"warnings": tuple(group["warnings"])})) for group in own["lr_groups"]
         )
@@ -148,6 +168,8 @@ def plan_run(
     bucket_sizes: Sequence[int],
     num_processes: int,
     target_shapes: Mapping[str, Sequence[int]],
+    num_held_out: int = 0,
+    num_probes: int = 0,
 ) -> RunPlan:
     """Work out a run from its config and the counts that only the data, the launcher and the base know.
 
@@ -156,6 +178,8 @@ def plan_run(
         bucket_sizes: samples per bucket.
         num_processes: training processes.
         target_shapes: weight shape of each layer that gets an adapter, by its name.
+        num_held_out: images that may be probed.
+        num_probes: probes measured each time: held-out, training and, where there is one, prior images.
 
     Raises:
         ConfigError: the LR schedule does not fit.
@@ -182,7 +206,46 @@ def plan_run(
             sample=_period(config.sample.every_steps, horizon),
             export=_period(config.export.every_steps, horizon),
         ),
+        validation=None
+        if config.validation is None
+        else plan_validation(config.validation, horizon, global_batch, num_held_out, num_probes),
     )
+
+
+def plan_validation(
+    config: ValidationConfig, horizon: Horizon, global_batch: int, num_held_out: int, num_probes: int
+) -> ValidationPlan:
+    """Fit the probes under their cost cap: first fewer images (two at least), then a longer period (ten probes).
+
+    A forward costs 1, a training sample `TRAINING_FORWARDS` (forward, and backward through a frozen base).
+    """
+    training = horizon.num_updates * global_batch * TRAINING_FORWARDS
+    notes: list[str] = []
+
+    def cost(items: int, every: int) -> float:
+        return _measurements(horizon.num_updates, every) * items * num_probes * PROBE_STRATA / training
+
+    items, every = num_held_out, to_updates(config.every_steps, horizon)
+    while items > MIN_PROBE_ITEMS and cost(items, every) > config.max_cost:
+        items -= 1
+    if items < num_held_out:
+        notes.append(
+            f"{items} of {num_held_out} held-out images are probed, to keep the cost under {config.max_cost:.0%}"
+        )
+    longest = max(every, horizon.num_updates // MIN_MEASUREMENTS)
+    asked = every
+    while every < longest and cost(items, every) > config.max_cost:
+        every += 1
+    if every > asked:
+        notes.append(f"probes every {every} updates in place of {asked}, to keep the cost under {config.max_cost:.0%}")
+    if cost(items, every) > config.max_cost:
+        notes.append(f"even so the probes cost {cost(items, every):.0%} of the training, over the cap")
+    return ValidationPlan(items, every, _measurements(horizon.num_updates, every), cost(items, every), tuple(notes))
+
+
+def _measurements(num_updates: int, every: int) -> int:
+    """Probes after updates: one per period, and one after the last."""
+    return num_updates // every + (num_updates % every > 0)
 
 
 def _group_plan(group: LRGroup) -> GroupPlan:

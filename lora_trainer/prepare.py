@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from lora_trainer.adapters.targets import assign_groups, select_targets
 from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.places import cache_folder, diffusers_lora_file, lora_file, run_directory
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.data.records import Dataset, Progress, discover
+from lora_trainer.data.holdout import Split, no_split, split_by_folder, split_by_fraction, with_watched
+from lora_trainer.data.records import Dataset, Progress, content_digest, discover
 from lora_trainer.errors import ConfigError, HostError, ModelError, Problem
 from lora_trainer.families.folder import BaseFolder, inspect_base, locate_base
 from lora_trainer.launch import Launch, default_threads
 from lora_trainer.plan import DENOISER_GROUP, RunPlan, plan_run
 
+VALIDATION_FILE = "validation.json"
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
@@ -29,7 +32,7 @@ class Prepared:
     base: BaseFolder
     base_digests: dict[str, str]
     prediction_type: PredictionType
-    dataset: Dataset
+    split: Split
     target_shapes: dict[str, Any]
     plan: RunPlan
     threads: int
@@ -38,11 +41,17 @@ class Prepared:
     def run_dir(self) -> Path:
         return run_directory(self.config)
 
+    @property
+    def dataset(self) -> Dataset:
+        """What is trained on."""
+        return self.split.training
+
     def identity(self) -> dict[str, Any]:
         """All that decides what is learned: settings, content of data and base, and how the sums are split."""
         return identity_fields(self.config) | {
             "base content": "-".join(digest[:12] for digest in self.base_digests.values()),
             "data content": self.dataset.digest()[:16],
+            "validation content": content_digest(self.split.held_out)[:16],
             "model.prediction_type": self.prediction_type,
             "num_processes": self.launch.num_processes,
             "train.threads": self.threads,
@@ -57,21 +66,52 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress) -> Prepared:
     """
     base = inspect_base(locate_base(config.model.path, config.model.revision), config.model.family)
     _check_places(config)
-    dataset = discover(config.data, cache_folder(config) / "checked-images.json", progress)
+    checked = cache_folder(config) / "checked-images.json"
+    split, prior = _split(config, checked, progress)
     targets = select_targets(base.denoiser_shapes(), config.adapter.targets)
     weights = [f"{layer}.lora_{kind}.weight" for layer in targets for kind in "AB"]
     assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, DENOISER_GROUP)
     plan = plan_run(
         config,
-        num_images=len(dataset.records),
-        bucket_sizes=[dataset.num_samples],
+        num_images=len(split.training.records),
+        bucket_sizes=[split.training.num_samples],
         num_processes=launch.num_processes,
         target_shapes=targets,
+        num_held_out=len(split.held_out),
+        num_probes=2 + (prior is not None),
     )
+    if plan.validation is not None and config.validation is not None:
+        split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = default_threads(launch) if config.train.threads == "auto" else config.train.threads
     return Prepared(
-        config, launch, base, base.digests(), prediction_type(config, base), dataset, dict(targets), plan, threads
+        config, launch, base, base.digests(), prediction_type(config, base), split, dict(targets), plan, threads
     )
+
+
+def _split(config: RunConfig, checked: Path, progress: Progress) -> tuple[Split, Dataset | None]:
+    """The training images without those held out, and the prior images where there are some."""
+    dataset, validation = discover(config.data, checked, progress), config.validation
+    if validation is None:
+        return no_split(dataset), None
+    folders = {key: folder for key in ("dir", "prior_dir") if (folder := getattr(validation, key)) is not None}
+    others = {
+        key: discover(config.data.model_copy(update={"dir": folder, "sources": None}), checked, progress)
+        for key, folder in folders.items()
+    }
+    if validation.fraction is not None:
+        before = _chosen_before(run_directory(config) / VALIDATION_FILE)
+        split = split_by_fraction(dataset, validation.fraction, validation.seed, before)
+    else:
+        split = split_by_folder(dataset, others["dir"])
+    return split, others.get("prior_dir")
+
+
+def _chosen_before(file: Path) -> list[str] | None:
+    """Content hashes of the images that an earlier start of this run held out."""
+    try:
+        return json.loads(file.read_text())["images_held_out"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def prediction_type(config: RunConfig, base: BaseFolder) -> PredictionType:
@@ -119,6 +159,11 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     targets = config.adapter.targets if isinstance(config.adapter.targets, str) else "patterns"
     yield "", f"{plan.num_modules} layers ({targets}), {plan.num_parameters:,} trainable parameters"
     yield "base", f"{prepared.base.family}, {prepared.prediction_type}, {config.model.path}"
+    if plan.validation is not None:
+        probes = ", ".join(f"{len(records)} {name}" for name, records in prepared.split.probes.items())
+        every = f"every {plan.validation.every} updates, {plan.validation.num_measurements} times"
+        yield "validation", f"{probes} images x 16 timesteps {every}: {plan.validation.cost:.1%} of the training's cost"
+        yield from (("", f"note: {note}") for note in plan.validation.notes)
     yield "saves", _saves(plan)
     yield "files to come", ", ".join(str(file) for file in files_to_come(config, plan))
 

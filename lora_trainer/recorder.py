@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_trainer import atomicio
 from lora_trainer.adapters.bank import AdapterBank
 from lora_trainer.checkpoint import Checkpoint, Progress, save_checkpoint
 from lora_trainer.config.load import to_yaml
-from lora_trainer.config.places import diffusers_lora_file, lora_file
+from lora_trainer.config.places import best_lora_file, diffusers_lora_file, lora_file
+from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.export.lora_files import base_facts, write_lora
-from lora_trainer.export.recipe import recipe_of
+from lora_trainer.export.recipe import Recipe, recipe_of
 from lora_trainer.families.stable_diffusion import StableDiffusion
-from lora_trainer.prepare import Prepared
+from lora_trainer.prepare import VALIDATION_FILE, Prepared
+from lora_trainer.probing import Measurement
 from lora_trainer.report.curves import draw_curves
 from lora_trainer.report.sample_grid import draw_grid
 from lora_trainer.runtime import Runtime, environment_report
@@ -72,6 +75,8 @@ class Recorder:
                 loss=trial.loss,
                 lrs=trial.lrs,
                 step_size=trial.step_size,
+                base_loss=result.base_loss,
+                draws=result.draws,
                 grad_norm=trial.grad_norm,
                 clipped=trial.clipped,
                 images_per_s=result.num_samples / seconds,
@@ -87,6 +92,23 @@ class Recorder:
         files = list(result.files)
         self._metrics.event("skip", progress.step, attempt=progress.attempt, reason=result.skipped, files=files)
         self._screen.say(f"attempt {progress.attempt} skipped: {result.skipped} not finite ({', '.join(files)})")
+
+    def validation(self, progress: Progress, measured: Sequence[Measurement]) -> None:
+        """A row per probe, the reductions of plateau schedules, and the best LoRA so far."""
+        for each in measured:
+            for probe, reading in each.readings.items():
+                self._metrics.event(
+                    "validation", progress.step, trial=each.trial.name, probe=probe, **reading.as_event()
+                )
+            for group in each.reduced:
+                self._metrics.event("plateau", progress.step, trial=each.trial.name, group=group)
+            held_out = each.readings[HELD_OUT]
+            self._screen.say(
+                f"step {progress.step}: held-out loss {held_out.relative:.4f} of the base's "
+                f"(+-{held_out.gain_se:.4f} over images){', the best so far' if each.is_best else ''}"
+            )
+            if each.is_best and self._config.validation is not None and self._config.validation.keep_best:
+                self._write_kohya(best_lora_file(self._config), each.trial, progress)
 
     def after_update(self, progress: Progress) -> None:
         """What is due after a completed update; the last one's is left to `finish`."""
@@ -128,13 +150,18 @@ class Recorder:
 
     def export(self, progress: Progress, *, numbered: bool) -> None:
         """The LoRA files of the first trial: the average where one is kept, else the adapter itself."""
-        weights, dtype = self._trials[0].weights(), self._config.export.dtype
-        facts = base_facts(self._family, self._prepared.prediction_type)
-        recipe = recipe_of(self._config, self._plan, facts, progress.step)
-        file = lora_file(self._config, progress.step if numbered else None)
-        write_lora(file, weights, recipe, self._family, "kohya", dtype)
+        trial = self._trials[0]
+        self._write_kohya(lora_file(self._config, progress.step if numbered else None), trial, progress)
         if not numbered:
-            write_lora(diffusers_lora_file(self._config), weights, recipe, self._family, "diffusers", dtype)
+            file, dtype = diffusers_lora_file(self._config), self._config.export.dtype
+            write_lora(file, trial.weights(), self._recipe(progress), self._family, "diffusers", dtype)
+
+    def _write_kohya(self, file: Path, trial: Trial, progress: Progress) -> None:
+        write_lora(file, trial.weights(), self._recipe(progress), self._family, "kohya", self._config.export.dtype)
+
+    def _recipe(self, progress: Progress) -> Recipe:
+        facts = base_facts(self._family, self._prepared.prediction_type)
+        return recipe_of(self._config, self._plan, facts, progress.step)
 
     def sample(self, progress: Progress) -> None:
         """Images of the prompts with what would be exported now."""
@@ -152,6 +179,10 @@ def write_run_files(prepared: Prepared, runtime: Runtime) -> None:
     atomicio.write_file(prepared.run_dir / "config.yaml", to_yaml(prepared.config).encode())
     atomicio.write_json(prepared.run_dir / "plan.json", prepared.plan.as_json() | {"identity": prepared.identity()})
     atomicio.write_json(prepared.run_dir / "environment.json", environment_report(runtime))
+    if prepared.split.probes:
+        sets = {"images_held_out": prepared.split.held_out, **prepared.split.probes}
+        chosen = {name: [record.sha256 for record in records] for name, records in sets.items()}
+        atomicio.write_json(prepared.run_dir / VALIDATION_FILE, chosen)
 
 
 def _due(step: int, period: int | None) -> bool:

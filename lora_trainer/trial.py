@@ -27,6 +27,14 @@ class TrialSpec:
     config: RunConfig
 
 
+@dataclass(frozen=True, slots=True)
+class BestProbe:
+    """The smallest held-out loss so far, relative to the base, and the update after which it was measured."""
+
+    step: int
+    relative: float
+
+
 class Trial:
     """Adapter, optimizer, schedule and average of one trial, moved on one update at a time."""
 
@@ -40,6 +48,7 @@ class Trial:
         self.name, self.config, self.adapter = spec.name, spec.config, adapter
         self.parameters = dict(parameters)
         self.groups = tuple(groups)
+        self.best: BestProbe | None = None
         options, ema_decay = spec.config.optimizer, spec.config.train.ema_decay
         patterns = {group.name: group.match for group in options.groups}
         members = assign_groups(list(self.parameters), patterns, DENOISER_GROUP)
@@ -81,12 +90,15 @@ class Trial:
             return dict(zip(self._order, evaluated, strict=True))
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
+    def remember_best(self, step: int, relative: float) -> None:
+        self.best = BestProbe(step, relative)
+
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
-        """All that a resume needs: tensors by part and `<trial>/<name>`, and the optimizer's plain values."""
-        tensors, plain = self._optimizer_state()
+        """All that a resume needs: tensors by part and `<trial>/<name>`, and plain values."""
+        tensors, optimizer = self._optimizer_state()
         parts: dict[str, Tensors] = {
             "adapter": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": tensors,
@@ -94,7 +106,9 @@ class Trial:
         if self.average is not None:
             parts["average"] = self.average.tensors
         named = {part: {f"{self.name}/{k}": v for k, v in own.items()} for part, own in parts.items()}
-        return named, plain
+        feedback = [None if g.schedule.feedback is None else g.schedule.feedback.state() for g in self.groups]
+        best = None if self.best is None else {"step": self.best.step, "relative": self.best.relative}
+        return named, {"optimizer": optimizer, "feedback": feedback, "best": best}
 
     @torch.no_grad()
     def load_state(self, parts: Mapping[str, Tensors], plain: Mapping[str, Any]) -> None:
@@ -106,7 +120,11 @@ class Trial:
         }
         for name, parameter in self.parameters.items():
             parameter.copy_(own["adapter"][name])
-        self._load_optimizer_state(own["optimizer"], plain)
+        self._load_optimizer_state(own["optimizer"], plain["optimizer"])
+        self.best = None if plain["best"] is None else BestProbe(**plain["best"])
+        for group, state in zip(self.groups, plain["feedback"], strict=True):
+            if group.schedule.feedback is not None:
+                group.schedule.feedback.load(state)
         if self.average is not None:
             self.average.load(own["average"])
 

@@ -75,6 +75,17 @@ class AdapterBank:
             self._switch(before)
 
     @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let no adapter act inside the block: the frozen base alone."""
+        for layer in self._layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer._disable_adapters = False
+
+    @contextmanager
     def swapped(self, name: str, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Let an adapter carry other weights (an average, say) inside the block."""
         own = {key: tensor.clone() for key, tensor in self.state(name).items()}

@@ -26,6 +26,7 @@ def conflicts(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
     yield from _data(config, written)
     yield from _inert(config, written)
     yield from _pairs(config)
+    yield from _validation(config)
 
 
 def _pairs(config: RunConfig) -> Iterator[Conflict]:
@@ -84,6 +85,25 @@ def _data(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
             ("data", "resolution"),
             f"`data.resolution` {data.resolution} is no multiple of 8, the factor of Stable Diffusion's autoencoder",
             f"write {data.resolution // 8 * 8} or {data.resolution // 8 * 8 + 8}",
+        )
+
+
+def _validation(config: RunConfig) -> Iterator[Conflict]:
+    validation = config.validation
+    if validation is not None and (validation.dir is None) == (validation.fraction is None):
+        yield Conflict(
+            ("validation",),
+            "exactly one of `validation.dir` and `validation.fraction` says what is held out",
+            "write validation: {fraction: 0.1}, or dir: path/to/held-out/images",
+        )
+    schedules = {"lr_scheduler": config.lr_scheduler.type}
+    schedules |= {f"group {g.name}": g.lr_scheduler.type for g in config.optimizer.groups if g.lr_scheduler}
+    if validation is None and "plateau" in schedules.values():
+        yield Conflict(
+            ("lr_scheduler",),
+            "`plateau` waits for the validation loss, and there is no `validation` section",
+            "add validation: {fraction: 0.1}",
+            "the training loss is far too noisy to tell a plateau",
         )
 
 

@@ -23,6 +23,11 @@ def lora_file(config: RunConfig, step: int | None = None) -> Path:
     return run_directory(config) / f"{numbered}.safetensors"
 
 
+def best_lora_file(config: RunConfig) -> Path:
+    """The LoRA with the smallest held-out loss."""
+    return run_directory(config) / f"{config.name}-best.safetensors"
+
+
 def diffusers_lora_file(config: RunConfig) -> Path:
     """The LoRA in diffusers' layout."""
     return run_directory(config) / "diffusers" / "pytorch_lora_weights.safetensors"

@@ -148,6 +148,27 @@ class TrainConfig(Section):
     """CPU threads per process; `auto` is physical cores / local processes, stored with the run."""
 
 
+class ValidationConfig(Section):
+    """A probe: fixed images, timesteps and noise on which the loss is measured again and again. Off unless present."""
+
+    dir: Annotated[str | None, Field(min_length=1), Observational()] = None
+    """Folder of held-out images with captions; exactly one of `dir` and `fraction`."""
+    fraction: Annotated[float, Field(gt=0, le=0.5), NotBool] | None = None
+    """Share of the training images to hold out (at least 2), chosen by content, so that adding files moves none."""
+    prior_dir: Annotated[str | None, Field(min_length=1), Observational()] = None
+    """Folder of images with captions that the LoRA should leave alone: shows forgetting."""
+    seed: Annotated[int, Field(ge=0, lt=2**63), NotBool] = 0
+    """Of the choice and of the probe's noise; its own, so that runs with other training seeds can be compared."""
+    every_steps: Annotated[Duration, AfterValidator(_check_period)] = "10%"
+    """Period between probes; one more is made after the last update."""
+    batch_size: Count = 8
+    """Images per forward of the probe; changes nothing but speed and memory."""
+    max_cost: Annotated[float, Field(gt=0, le=1), NotBool] = 0.1
+    """Cap on the probes' forwards as a share of the training's; held first by fewer items, then by a longer period."""
+    keep_best: bool = True
+    """Keep `<name>-best.safetensors`, the LoRA of the probe with the smallest held-out loss."""
+
+
 class PromptConfig(Section):
     """One sample image."""
 
@@ -201,6 +222,8 @@ class TrackingConfig(Section):
 
     tensorboard: bool = True
     """Write TensorBoard events under `tensorboard/` in the run directory."""
+    base_loss_every: Annotated[int, Field(ge=1), NotBool] | None = 10
+    """Every so many updates run the frozen base on the same noised batch and log the ratio; null is off."""
 
 
 class RunConfig(Section):
@@ -219,6 +242,7 @@ class RunConfig(Section):
     optimizer: Annotated[AnyOptimizerOptions, BeforeValidator(_adamw_unless_said)] = AdamW()
     lr_scheduler: LRSchedulerOptions = Constant()
     train: TrainConfig
+    validation: ValidationConfig | None = None
     sample: Annotated[SampleConfig, Observational()] = SampleConfig()
     checkpoint: Annotated[CheckpointConfig, Observational()] = CheckpointConfig()
     export: Annotated[ExportConfig, Observational()] = ExportConfig()

@@ -51,12 +51,17 @@ class Dataset:
 
     def digest(self) -> str:
         """Identity of the content: image bytes, captions and repeats; names and places do not count."""
-        rows = sorted((record.sha256, record.repeats, record.captions) for record in self.records)
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return content_digest(self.records)
 
     def samples(self) -> list[int]:
         """The record index of each sample of an epoch, before shuffling."""
         return [index for index, record in enumerate(self.records) for _ in range(record.repeats)]
+
+
+def content_digest(records: Iterable[Record]) -> str:
+    """One hash of image bytes, captions and repeats, in whatever order."""
+    rows = sorted((record.sha256, record.repeats, record.captions) for record in records)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,11 @@ from lora_trainer.schedules.decays import (
     Step,
     WarmupStableDecay,
 )
-from lora_trainer.schedules.durations import Duration, Horizon, at_least_one
+from lora_trainer.schedules.durations import Duration, Horizon, ScheduleError, at_least_one
 from lora_trainer.schedules.external import PluginSchedule, TorchSchedule
 from lora_trainer.schedules.options import ScheduleOptions
 from lora_trainer.schedules.periodic import CosineAnnealing, CosineWarmRestarts, Cyclic, OneCycle
+from lora_trainer.schedules.plateau import Plateau
 from lora_trainer.schedules.schedule import Core, LRSchedule, Mark
 from lora_trainer.section import NotBool, Section
 
@@ -98,6 +99,8 @@ class Phases(ScheduleOptions):
         laid, start = [], 0
         for phase in self.phases:
             length = at_least_one(phase.steps, horizon, "steps")
+            if isinstance(phase.schedule, Plateau):
+                raise ScheduleError("a phase cannot wait for the validation loss: use plateau alone")
             schedule = phase.schedule.resolve(Horizon(length, horizon.updates_per_epoch))
             laid.append((start, phase.scale, schedule))
             start += length
@@ -122,6 +125,7 @@ SCHEDULES: dict[str, type[ScheduleOptions]] = {
     "rex": Rex,
     "one_cycle": OneCycle,
     "cyclic": Cyclic,
+    "plateau": Plateau,
     "phases": Phases,
     "torch": TorchSchedule,
 }
@@ -145,6 +149,7 @@ LRSchedulerOptions = Annotated[
     | Annotated[Rex, Tag("rex")]
     | Annotated[OneCycle, Tag("one_cycle")]
     | Annotated[Cyclic, Tag("cyclic")]
+    | Annotated[Plateau, Tag("plateau")]
     | Annotated[Phases, Tag("phases")]
     | Annotated[TorchSchedule, Tag("torch")]
     | Annotated[PluginSchedule, Tag("plugin")],

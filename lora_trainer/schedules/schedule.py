@@ -7,9 +7,9 @@ rate: no wrapper steps it, so process count, accumulation, skipped updates and r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from lora_trainer.schedules.durations import Horizon
 
@@ -39,6 +39,22 @@ class Warmup:
         return low + (1 - low) * risen
 
 
+class Feedback(Protocol):
+    """A schedule's ear to the probe, and its memory of what it did."""
+
+    def observe(self, step: int, items: Sequence[float]) -> bool:
+        """Look at a probe after `step` completed updates; whether the LR changes from the next update on."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint, as JSON values."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LRSchedule:
     """A named schedule laid over one run."""
@@ -49,6 +65,8 @@ class LRSchedule:
     warmup: Warmup
     cooldown_updates: int = 0
     marks: tuple[Mark, ...] = ()
+    feedback: Feedback | None = None
+    """Set where the schedule waits for the validation loss."""
 
     def multiplier(self, k: int, base_lr: float) -> float:
         """The factor on the base LR for update k; beyond the run's end the value at its end."""

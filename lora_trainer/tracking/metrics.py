@@ -29,7 +29,10 @@ class StepRow:
     clipped: bool
     images_per_s: float
     peak_memory_gib: float
+    draws: str
+    """Hash of the images, timesteps and noise of the update."""
     step_size: float | None = None
+    base_loss: float | None = None
 
     @property
     def lr(self) -> float:
@@ -53,8 +56,10 @@ class MetricsLog:
             "lr": row.lr,
             **{f"lr/{group}": lr for group, lr in row.lrs.items()},
             **({} if row.step_size is None else {"d": row.step_size, "d*lr": row.step_size * row.lr}),
+            **({} if row.base_loss is None else {"base_loss": row.base_loss, "ratio": row.loss / row.base_loss}),
             "grad_norm": row.grad_norm,
             "clipped": row.clipped,
+            "draws": row.draws,
             "images_per_s": round(row.images_per_s, 3),
             "peak_memory_gib": round(row.peak_memory_gib, 3),
         }

@@ -16,6 +16,7 @@ from lora_trainer.optimizers import OPTIMIZERS
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows
 
+WATCHED = ("validation={fraction: 0.3, every_steps: 1, max_cost: 1.0}", "data.crop=random")
 RICH = ("data.flip=true", "data.captions.dropout=0.3", "train.ema_decay=0.9", "train.gradient_accumulation_steps=2")
 
 
@@ -70,6 +71,13 @@ def test_a_resume_is_byte_identical(
     same_run_twice(train_toy, monkeypatch, RICH, stops)
 
 
+def test_a_resume_with_validation_and_plateau_is_byte_identical(
+    train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plateau = "lr_scheduler={type: plateau, patience: 1, threshold_se: 100, factor: 0.5}"
+    same_run_twice(train_toy, monkeypatch, (*RICH, *WATCHED, plateau), [2, 2])
+
+
 OPTIMIZER_OVERRIDES = {
     "prodigy": ("optimizer={type: prodigy}",),
     "schedule_free_adamw": (
@@ -93,7 +101,8 @@ def test_every_optimizer_resumes(
 @pytest.mark.parametrize("name", sorted(set(SCHEDULES) - set(CLASSIC)))
 def test_every_schedule_resumes(train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     options = json.dumps({"type": name, **SCHEDULES[name].example})
-    same_run_twice(train_toy, monkeypatch, (f"lr_scheduler={options}", "train.max_steps=10"), [3])
+    watched = ["validation={fraction: 0.3, every_steps: 2, max_cost: 1.0}"] if name == "plateau" else []
+    same_run_twice(train_toy, monkeypatch, (f"lr_scheduler={options}", "train.max_steps=10", *watched), [3])
 
 
 def test_two_runs_of_one_config_are_byte_identical(train_toy: Callable[..., Path]) -> None:
@@ -200,7 +209,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_named_and_three_stop(
         return value * float("nan") if next(calls) in poisoned else value
 
     monkeypatch.setattr(Objective, "loss", loss)
-    run_dir = train_toy(name="once")
+    run_dir = train_toy("tracking.base_loss_every=null", name="once")
     steps = [row for row in read_rows(run_dir / "metrics.jsonl") if "event" not in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     assert [row["attempt"] for row in steps] == [1, 2, 4, 5, 6, 7]
@@ -210,7 +219,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_named_and_three_stop(
     calls = iter(range(1000))
     poisoned = set(range(3, 1000))
     with pytest.raises(NumericStop) as caught:
-        train_toy(name="always")
+        train_toy("tracking.base_loss_every=null", name="always")
     assert caught.value.exit_code == ExitCode.NUMERIC == 6
     always = run_dir.with_name("always")
     assert max((always / "checkpoints").iterdir()).name == "step-00000003"

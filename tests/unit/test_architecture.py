@@ -22,6 +22,8 @@ LAYERS: list[tuple[str, float]] = [
     ("lora_trainer.fit", 4),
     ("lora_trainer.recorder", 3.8),
     ("lora_trainer.update", 3.5),
+    ("lora_trainer.probing", 3.5),
+    ("lora_trainer.validation", 3),
     ("lora_trainer.cache", 3),
     ("lora_trainer.trial", 3),
     ("lora_trainer.checkpoint", 3),

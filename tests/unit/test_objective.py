@@ -29,10 +29,10 @@ def test_noisy_latents_and_targets_equal_diffusers(prediction_type: str) -> None
     ours, theirs, clean = objective(prediction_type), DDPMScheduler(**SD_NOISE), batch()
     draw = ours.draw(clean, seed=3)
     noisy = theirs.add_noise(clean.latents_BChw, draw.noise_BChw, draw.timesteps_B)
-    torch.testing.assert_close(ours.noisy(clean, draw), noisy, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.noisy(clean.latents_BChw, draw), noisy, rtol=1e-6, atol=1e-6)
     velocity = theirs.get_velocity(clean.latents_BChw, draw.noise_BChw, draw.timesteps_B)
     expected = draw.noise_BChw if prediction_type == "epsilon" else velocity
-    torch.testing.assert_close(ours.target(clean, draw), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.target(clean.latents_BChw, draw), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_draws_belong_to_the_slot_not_to_the_batch() -> None:
@@ -59,8 +59,8 @@ def test_loss_is_the_mean_square_of_each_sample() -> None:
     draw = ours.draw(clean, seed=0)
     prediction = torch.randn(3, 4, 8, 8)
     expected = torch.nn.functional.mse_loss(prediction, draw.noise_BChw, reduction="none").mean((1, 2, 3))
-    torch.testing.assert_close(ours.loss(prediction, clean, draw), expected)
-    assert ours.loss(prediction.bfloat16(), clean, draw).dtype == torch.float32
+    torch.testing.assert_close(ours.loss(prediction, clean.latents_BChw, draw), expected)
+    assert ours.loss(prediction.bfloat16(), clean.latents_BChw, draw).dtype == torch.float32
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -72,5 +72,7 @@ def test_min_snr_weights(prediction_type: str) -> None:
     alphas = DDPMScheduler(**SD_NOISE).alphas_cumprod[draw.timesteps_B]
     snr = alphas / (1 - alphas)
     divisor = snr if prediction_type == "epsilon" else snr + 1
-    expected = plain.loss(prediction, clean, draw) * torch.minimum(snr, torch.full_like(snr, gamma)) / divisor
-    torch.testing.assert_close(weighted.loss(prediction, clean, draw), expected)
+    expected = (
+        plain.loss(prediction, clean.latents_BChw, draw) * torch.minimum(snr, torch.full_like(snr, gamma)) / divisor
+    )
+    torch.testing.assert_close(weighted.loss(prediction, clean.latents_BChw, draw), expected)

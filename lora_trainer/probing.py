@@ -1,0 +1,55 @@
+"""When the probes are measured, and what follows: plateau schedules listen, the best LoRA is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_trainer.data.holdout import HELD_OUT
+from lora_trainer.trial import Trial
+from lora_trainer.validation import ProbeReading, Validator
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One trial's probes after some update, and what they changed."""
+
+    trial: Trial
+    readings: dict[str, ProbeReading]
+    reduced: tuple[str, ...] = ()
+    """LR groups whose plateau schedule falls from the next update on."""
+    is_best: bool = False
+
+
+class Probing:
+    """Every process measures its share and comes to the same conclusions."""
+
+    def __init__(self, validator: Validator, trials: Sequence[Trial], every: int, num_updates: int) -> None:
+        self._validator, self._trials = validator, list(trials)
+        self._every, self._num_updates = every, num_updates
+
+    def is_due(self, step: int) -> bool:
+        """Whether the probes are measured after this many updates."""
+        return step % self._every == 0 or step == self._num_updates
+
+    def start(self) -> list[Measurement]:
+        """The probes before the first update: the base itself, as an adapter's B is zero."""
+        base = {name: ProbeReading(losses, losses) for name, losses in self._validator.base().items()}
+        return [Measurement(trial, base) for trial in self._trials]
+
+    def measure(self, step: int) -> list[Measurement]:
+        """Measure every trial's exported weights, feed its schedules and compare with its best."""
+        measured = []
+        for trial in self._trials:
+            readings = self._validator.measure(trial.adapter, trial.weights())
+            held_out = readings[HELD_OUT]
+            reduced = tuple(
+                group.name
+                for group in trial.groups
+                if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items)
+            )
+            is_best = trial.best is None or held_out.relative < trial.best.relative
+            if is_best:
+                trial.remember_best(step, held_out.relative)
+            measured.append(Measurement(trial, readings, reduced, is_best))
+        return measured
