@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.adapters.bank import AdapterBank
-from lora_trainer.cache import Cache, build_cache
+from lora_trainer.assembly import Assembly, assemble
 from lora_trainer.checkpoint import Checkpoint, Progress, newest_checkpoint
 from lora_trainer.config.identity import difference
-from lora_trainer.data.batches import BatchSource
 from lora_trainer.errors import ConfigError, NumericStop, Problem, StoppedBySignal
-from lora_trainer.families.registry import open_family
-from lora_trainer.families.stable_diffusion import StableDiffusion
-from lora_trainer.objective import Objective
 from lora_trainer.prepare import Prepared, files_to_come
 from lora_trainer.probing import Probing
 from lora_trainer.recorder import Recorder
@@ -25,7 +20,6 @@ from lora_trainer.sampling import Sampler
 from lora_trainer.tracking.console import Screen
 from lora_trainer.trial import Trial, TrialSpec
 from lora_trainer.update import Updater, UpdateResult
-from lora_trainer.validation import Validator
 
 MAX_SKIPS_IN_A_ROW = 3
 MAX_OVERFLOWS_IN_A_ROW = 30  # fp16's scale halves at each: more than enough to come down from 2**16
@@ -65,40 +59,21 @@ def fit(
             screen.say("this run is finished; nothing to do")
             return result
 
-        family = open_family(prepared.base)
-        cache = build_cache(config, family, prepared.split, prepared.base_digests, runtime, screen.track)
-        _say_cache(cache, screen)
-        denoiser = family.load_denoiser(runtime.device, runtime.dtype)
-        adapters = [f"trial{index}" for index in range(len(specs))]
-        bank = AdapterBank.attach(denoiser, config.adapter, list(prepared.target_shapes), adapters, seed=config.seed)
-        if config.train.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
-        denoiser.train()
-
-        trials = [Trial.build(spec, bank, name, plan) for spec, name in zip(specs, adapters, strict=True)]
-        objective = Objective(config.objective, family.noise_schedule, prepared.prediction_type, runtime.device)
-        batches = _batches(prepared, cache, runtime)
-        updater = Updater(
-            family,
-            bank,
-            trials,
-            batches,
-            objective,
-            runtime,
-            seed=config.seed,
-            accumulation=plan.accumulation,
-            base_loss_every=config.tracking.base_loss_every,
-        )
-        probing = _probing(prepared, family, bank, trials, cache, objective, runtime)
-        start = _restore(checkpoint, trials, updater)
+        parts = assemble(prepared, specs, runtime, screen)
+        probing = _probing(prepared, parts)
+        start = _restore(checkpoint, parts.trials, parts.updater)
 
         recorder = None
         if runtime.launch.is_main:
-            sampler = Sampler(family, denoiser, cache.prompts, config, prepared.prediction_type, runtime)
-            recorder = Recorder(prepared, runtime, family, bank, trials, updater, sampler, screen)
+            sampler = Sampler(
+                parts.family, parts.denoiser, parts.cache.prompts, config, prepared.prediction_type, runtime
+            )
+            recorder = Recorder(
+                prepared, runtime, parts.family, parts.bank, parts.trials, parts.updater, sampler, screen
+            )
             recorder.open(checkpoint)
         try:
-            _loop(start, plan.num_updates, updater, probing, recorder, screen, should_stop)
+            _loop(start, plan.num_updates, parts.updater, probing, recorder, screen, should_stop)
         finally:
             if recorder is not None:
                 recorder.close()
@@ -157,23 +132,12 @@ def _begin(start: Progress, probing: Probing | None, recorder: Recorder | None) 
         recorder.validation(start, measured)
 
 
-def _probing(
-    prepared: Prepared,
-    family: StableDiffusion,
-    bank: AdapterBank,
-    trials: Sequence[Trial],
-    cache: Cache,
-    objective: Objective,
-    runtime: Runtime,
-) -> Probing | None:
+def _probing(prepared: Prepared, parts: Assembly) -> Probing | None:
     """The probes, where the config has a validation section."""
-    config, plan = prepared.config.validation, prepared.plan
-    if config is None or plan.validation is None:
+    plan = prepared.plan
+    if parts.validator is None or plan.validation is None:
         return None
-    validator = Validator(
-        family, bank, cache.probes, cache.prompts, objective, runtime, seed=config.seed, batch_size=config.batch_size
-    )
-    return Probing(validator, trials, plan.validation.every, plan.num_updates)
+    return Probing(parts.validator, parts.trials, plan.validation.every, plan.num_updates)
 
 
 def _find_checkpoint(prepared: Prepared, runtime: Runtime, screen: Screen) -> Checkpoint | None:
@@ -223,22 +187,6 @@ def _restore(checkpoint: Checkpoint | None, trials: Sequence[Trial], updater: Up
     return checkpoint.progress
 
 
-def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:
-    config, plan = prepared.config, prepared.plan
-    return BatchSource(
-        prepared.dataset.records,
-        prepared.dataset.samples(),
-        cache.latents,
-        cache.prompts,
-        seed=config.seed,
-        batch_size=plan.batch_size,
-        accumulation=plan.accumulation,
-        num_processes=plan.num_processes,
-        caption_dropout=config.data.captions.dropout,
-        device=runtime.device,
-    )
-
-
 def _too_many(skips: int, result: UpdateResult) -> bool:
     return skips >= (MAX_OVERFLOWS_IN_A_ROW if result.skipped == "fp16 overflow" else MAX_SKIPS_IN_A_ROW)
 
@@ -260,9 +208,3 @@ def _stopped(progress: Progress, num_updates: int) -> StoppedBySignal:
             fix="the same command resumes here",
         )
     )
-
-
-def _say_cache(cache: Cache, screen: Screen) -> None:
-    if cache.num_cut_captions:
-        screen.say(f"{cache.num_cut_captions} captions are longer than the text encoder reads and were cut")
-    screen.say(f"cache: {cache.num_encoded} encoded now, {cache.latents.mean_NChw.shape[0]} latents in all")

@@ -21,6 +21,7 @@ LAYERS: list[tuple[str, float]] = [
     ("lora_trainer.commands", 5),
     ("lora_trainer.fit", 4),
     ("lora_trainer.recorder", 3.8),
+    ("lora_trainer.assembly", 3.8),
     ("lora_trainer.update", 3.5),
     ("lora_trainer.probing", 3.5),
     ("lora_trainer.validation", 3),

@@ -1,0 +1,107 @@
+"""What a run computes with, put together from its plan: the same for training and for the learning-rate finder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_trainer.adapters.bank import AdapterBank
+from lora_trainer.cache import Cache, build_cache
+from lora_trainer.data.batches import BatchSource
+from lora_trainer.families.registry import open_family
+from lora_trainer.families.stable_diffusion import StableDiffusion
+from lora_trainer.objective import Objective
+from lora_trainer.prepare import Prepared
+from lora_trainer.runtime import Runtime
+from lora_trainer.tracking.console import Screen
+from lora_trainer.trial import Trial, TrialSpec
+from lora_trainer.update import Updater
+from lora_trainer.validation import Validator
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """The frozen base, the trials on it, and what updates and measures them."""
+
+    family: StableDiffusion
+    cache: Cache
+    denoiser: nn.Module
+    bank: AdapterBank
+    trials: tuple[Trial, ...]
+    updater: Updater
+    validator: Validator | None
+    """None where the config has no validation section."""
+
+
+def assemble(prepared: Prepared, specs: Sequence[TrialSpec], runtime: Runtime, screen: Screen) -> Assembly:
+    """Cache the data, load the base, attach an adapter per trial and build what moves them; nothing is trained yet.
+
+    Raises:
+        TrainerError: the data, the base or the host is at fault.
+    """
+    config, plan = prepared.config, prepared.plan
+    family = open_family(prepared.base)
+    cache = build_cache(config, family, prepared.split, prepared.base_digests, runtime, screen.track)
+    _say_cache(cache, screen)
+    denoiser = family.load_denoiser(runtime.device, runtime.dtype)
+    adapters = [f"trial{index}" for index in range(len(specs))]
+    bank = AdapterBank.attach(denoiser, config.adapter, list(prepared.target_shapes), adapters, seed=config.seed)
+    if config.train.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train()
+
+    trials = tuple(Trial.build(spec, bank, name, plan) for spec, name in zip(specs, adapters, strict=True))
+    objective = Objective(config.objective, family.noise_schedule, prepared.prediction_type, runtime.device)
+    updater = Updater(
+        family,
+        bank,
+        trials,
+        _batches(prepared, cache, runtime),
+        objective,
+        runtime,
+        seed=config.seed,
+        accumulation=plan.accumulation,
+        base_loss_every=config.tracking.base_loss_every,
+    )
+    validator = _validator(prepared, family, bank, cache, objective, runtime)
+    return Assembly(family, cache, denoiser, bank, trials, updater, validator)
+
+
+def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:
+    config, plan = prepared.config, prepared.plan
+    return BatchSource(
+        prepared.dataset.records,
+        prepared.dataset.samples(),
+        cache.latents,
+        cache.prompts,
+        seed=config.seed,
+        batch_size=plan.batch_size,
+        accumulation=plan.accumulation,
+        num_processes=plan.num_processes,
+        caption_dropout=config.data.captions.dropout,
+        device=runtime.device,
+    )
+
+
+def _validator(
+    prepared: Prepared,
+    family: StableDiffusion,
+    bank: AdapterBank,
+    cache: Cache,
+    objective: Objective,
+    runtime: Runtime,
+) -> Validator | None:
+    config = prepared.config.validation
+    if config is None:
+        return None
+    return Validator(
+        family, bank, cache.probes, cache.prompts, objective, runtime, seed=config.seed, batch_size=config.batch_size
+    )
+
+
+def _say_cache(cache: Cache, screen: Screen) -> None:
+    if cache.num_cut_captions:
+        screen.say(f"{cache.num_cut_captions} captions are longer than the text encoder reads and were cut")
+    screen.say(f"cache: {cache.num_encoded} encoded now, {cache.latents.mean_NChw.shape[0]} latents in all")
