@@ -69,13 +69,15 @@ def main() -> None:
         raise SystemExit("the LoRA did not learn what it should (after >= 80 %, before <= 5 %, others kept >= 75 %)")
 
 
-def judge(lora: Path) -> tuple[Verdict, dict[str, list[Image.Image]]]:
+def judge(
+    lora: Path, num_flowers: int = NUM_FLOWERS, num_others: int = NUM_OTHERS
+) -> tuple[Verdict, dict[str, list[Image.Image]]]:
     """Draw with and without the LoRA, and count; the flower pictures `before` and `after`."""
     disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    flowers = [zinnia_caption(scene) for scene in flower_scenes()]
-    others = other_scenes()
+    flowers = [zinnia_caption(scene) for scene in flower_scenes()[:num_flowers]]
+    others = other_scenes()[:num_others]
     before = (
         draw(pipeline, flowers, "drawing flowers before"),
         draw(pipeline, captions(others), "drawing others before"),
