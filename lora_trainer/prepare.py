@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from lora_trainer.adapters.targets import assign_groups, select_targets
 from lora_trainer.config.identity import identity_fields
+from lora_trainer.config.lr_notes import unusual_rates
 from lora_trainer.config.places import cache_folder, diffusers_lora_file, lora_file, run_directory
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.data.holdout import Split, no_split, split_by_folder, split_by_fraction, with_watched
@@ -144,7 +145,8 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "global batch", f"{plan.global_batch} = {split}"
     yield (
         "updates per epoch",
-        f"{plan.updates_per_epoch} = {plan.num_samples} samples / {plan.global_batch}, rounded up",
+        f"{plan.updates_per_epoch} = {plan.num_samples} samples / {plan.global_batch}, rounded up"
+        + ("" if len(plan.bucket_sizes) == 1 else f" in each of {len(plan.bucket_sizes)} buckets"),
     )
     yield "updates", f"{plan.num_updates} ({plan.num_epochs:.2f} epochs), warmup {plan.lr_groups[0].warmup_updates}"
     for group in plan.lr_groups:
@@ -152,6 +154,7 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         rates = f"start {group.lr_start:.3e}, peak {group.lr_peak:.3e}, last {group.lr_end:.3e}"
         yield name, f"{group.schedule}: {rates}; budget {group.lr_budget:.2f}"
         yield from (("", f"warning: {warning}") for warning in group.warnings)
+    yield from (("", f"warning: {note}") for note in unusual_rates(config))
     yield "optimizer", f"{config.optimizer.type}, weight decay {config.optimizer.weight_decay:g}"
     kind = "DoRA" if config.adapter.use_dora else "LoRA"
     scale = "alpha / sqrt(rank)" if config.adapter.use_rslora else "alpha / rank"

@@ -10,14 +10,13 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from lora_trainer.config.load import load_config
+from lora_trainer.config.lr_notes import small_set_note
 from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.launch import read_launch
 from lora_trainer.prepare import Prepared, plan_rows, prepare
 from lora_trainer.tracking.console import Screen
-
-SMALL_SET, SMALL_SET_LR = 50, 5e-5
 
 
 def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepared:
@@ -45,7 +44,8 @@ def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:
         f"one update per {p.global_batch} samples = {p.num_processes} processes x {p.batch_size} images x "
         f"{p.accumulation} accumulated; only the product matters to the result",
     )
-    yield "", f"an epoch is {p.updates_per_epoch} updates = {p.num_samples} / {p.global_batch}, rounded up"
+    buckets = "" if len(p.bucket_sizes) == 1 else f" in each of {len(p.bucket_sizes)} buckets"
+    yield "", f"an epoch is {p.updates_per_epoch} updates = {p.num_samples} / {p.global_batch}, rounded up{buckets}"
     length = "train.max_steps" if config.train.max_steps is not None else f"{config.train.epochs} epochs x that"
     yield "duration", f"{p.num_updates} updates ({length}) = {p.num_epochs:.2f} epochs"
     yield "", f"each image is seen about {p.num_updates * p.global_batch / p.num_images:.0f} times"
@@ -57,12 +57,8 @@ def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:
         )
     scale = config.adapter.alpha / (config.adapter.rank**0.5 if config.adapter.use_rslora else config.adapter.rank)
     yield "", f"the adapter's output is scaled by {scale:g}, and with it the effect of the learning rate"
-    if p.num_images <= SMALL_SET and config.optimizer.type.startswith("adam") and config.optimizer.lr > SMALL_SET_LR:
-        yield (
-            "note",
-            f"{p.num_images} images are few, and their gradients are noisy: if it overfits, try "
-            f"optimizer.lr={SMALL_SET_LR:g} or fewer updates first",
-        )
+    if note := small_set_note(config, p.num_images):
+        yield "note", note
 
 
 def list_presets() -> Iterator[tuple[str, str]]:

@@ -45,11 +45,13 @@ def _pairs(config: RunConfig) -> Iterator[Conflict]:
             "`schedule_free_adamw` keeps an average of its own",
             "remove train.ema_decay",
         )
-    if isinstance(optimizer, Prodigy) and any(group.lr not in (None, optimizer.lr) for group in optimizer.groups):
+    own_lr = any(group.lr not in (None, optimizer.lr) for group in optimizer.groups)
+    own_schedule = any(group.lr_scheduler not in (None, config.lr_scheduler) for group in optimizer.groups)
+    if isinstance(optimizer, Prodigy) and (own_lr or own_schedule):
         yield Conflict(
             ("optimizer", "groups"),
             "`prodigy` estimates one step size for all weights, so groups cannot have learning rates of their own",
-            "remove the groups' lr, or choose another optimizer",
+            "remove the groups' lr and lr_scheduler, or choose another optimizer",
         )
 
 

@@ -17,6 +17,7 @@ from lora_trainer import atomicio
 from lora_trainer.schedules.schedule import Mark
 
 MOST_IN_ONE_PANEL = 8
+MOST_NUMBERED_MARKS = 5  # more milestones than this share one entry of the legend
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +29,26 @@ class Curve:
     marks: Sequence[Mark] = ()
 
 
-def draw_schedules(curves: Sequence[Curve], picture: Path, *, title: str, updates_per_epoch: int | None = None) -> None:
+def draw_schedules(
+    curves: Sequence[Curve], picture: Path, *, title: str, updates_per_epoch: int | None = None, dpi: int = 100
+) -> None:
     """Write one figure as PNG: all curves in one panel, or a panel each where they are many.
 
     Epochs stand on the upper edge where their length is given.
     """
     if len(curves) <= MOST_IN_ONE_PANEL:
-        figure = Figure(figsize=(12, 6), layout="constrained")
+        figure = Figure(figsize=(12, 6), dpi=dpi, layout="constrained")
         axes = figure.subplots()
         _draw_panel(axes, curves, title)
         if updates_per_epoch:
             _epochs_above(axes, updates_per_epoch)
     else:
         rows = math.ceil(len(curves) / 4)
-        figure = Figure(figsize=(16, 3 * rows), layout="constrained")
+        figure = Figure(figsize=(16, 3 * rows), dpi=dpi, layout="constrained")
         figure.suptitle(title)
         panels = list(figure.subplots(rows, 4, squeeze=False).flat)
         for axes, curve in zip(panels, curves, strict=False):
-            _draw_panel(axes, [curve], curve.label)
+            _draw_panel(axes, [curve], curve.label, named=False)
         for axes in panels[len(curves) :]:
             axes.set_visible(False)
     buffer = io.BytesIO()
@@ -53,13 +56,14 @@ def draw_schedules(curves: Sequence[Curve], picture: Path, *, title: str, update
     atomicio.write_file(picture, buffer.getvalue())
 
 
-def _draw_panel(axes: Axes, curves: Sequence[Curve], title: str) -> None:
+def _draw_panel(axes: Axes, curves: Sequence[Curve], title: str, *, named: bool = True) -> None:
     for curve in curves:
-        axes.plot(range(len(curve.lrs)), curve.lrs, label=curve.label if len(curves) > 1 else None, linewidth=2)
+        axes.plot(range(len(curve.lrs)), curve.lrs, label=curve.label if named else None, linewidth=2)
     for number, curve in enumerate(curves):
         _draw_marks(axes, curve.marks, colour="red" if len(curves) == 1 else f"C{number}")
     last = max(len(curve.lrs) for curve in curves) - 1
     axes.set(xlabel="Steps", ylabel="Learning Rate", title=title, ylim=(0, None), xlim=(0, max(last, 1)))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
@@ -95,9 +99,12 @@ def _epochs_above(axes: Axes, updates_per_epoch: int) -> None:
 
 
 def _draw_marks(axes: Axes, marks: Sequence[Mark], colour: str) -> None:
-    """A dashed line per mark; the legend names each kind once."""
+    """A dashed line per mark; the legend names each kind once, and milestones by their number unless they are many."""
+    numbered = sum(mark.label.startswith("Milestone") for mark in marks)
     named: set[str] = set()
     for mark in marks:
-        label = None if mark.label in named else mark.label
-        axes.axvline(mark.update, color=colour, linestyle="--", linewidth=1, alpha=0.7, label=label)
-        named.add(mark.label)
+        many = numbered > MOST_NUMBERED_MARKS and mark.label.startswith("Milestone")
+        label = f"{numbered} milestones" if many else mark.label
+        shown = None if label in named else label
+        axes.axvline(mark.update, color=colour, linestyle="--", linewidth=1, alpha=0.7, label=shown)
+        named.add(label)

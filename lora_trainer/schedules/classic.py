@@ -17,7 +17,7 @@ from lora_trainer.section import Count, NotBool, Ratio
 
 
 class Constant(ScheduleOptions):
-    """The base LR at every update."""
+    """m = 1: the base LR at every update."""
 
     type: Literal["constant"] = "constant"
     summary: ClassVar[str] = "the same learning rate from the first update to the last"
@@ -28,7 +28,7 @@ class Constant(ScheduleOptions):
 
 
 class ConstantWithWarmup(WarmupOptions):
-    """A linear rise, then the base LR."""
+    """m = k / W in the warm-up, then 1."""
 
     type: Literal["constant_with_warmup"] = "constant_with_warmup"
     warmup_steps: Duration
@@ -42,7 +42,7 @@ class ConstantWithWarmup(WarmupOptions):
 
 
 class Linear(FlooredDecayOptions):
-    """A straight line down: 1 - p."""
+    """m = 1 - p: a straight line down."""
 
     type: Literal["linear"] = "linear"
     summary: ClassVar[str] = "a straight line from the base learning rate down to the floor"
@@ -53,7 +53,7 @@ class Linear(FlooredDecayOptions):
 
 
 class Cosine(FlooredDecayOptions):
-    """Half a cosine down: (1 + cos(2 pi c p)) / 2 with c = 0.5."""
+    """m = (1 + cos(2 pi c p)) / 2 with c = num_cycles = 0.5: half a wave down."""
 
     type: Literal["cosine"] = "cosine"
     num_cycles: Annotated[float, Field(gt=0), NotBool] = 0.5
@@ -67,7 +67,7 @@ class Cosine(FlooredDecayOptions):
 
 
 class CosineWithRestarts(FlooredDecayOptions):
-    """Several half cosines, each starting at the base LR again: (1 + cos(pi ((c p) mod 1))) / 2."""
+    """m = (1 + cos(pi ((c p) mod 1))) / 2 with c = num_cycles: each fall starts at the base LR again."""
 
     type: Literal["cosine_with_restarts"] = "cosine_with_restarts"
     num_cycles: Count = 3
@@ -90,7 +90,7 @@ class CosineWithRestarts(FlooredDecayOptions):
 
 
 class Polynomial(DecayOptions):
-    """A fall by a power: (1 - p) ** power, down to `lr_end`."""
+    """m = f + (1 - f) (1 - p) ** power, with the floor f = lr_end / base or min_ratio."""
 
     type: Literal["polynomial"] = "polynomial"
     power: Annotated[float, Field(gt=0), NotBool] = 1.0

@@ -25,7 +25,7 @@ NotNegative = Annotated[float, Field(ge=0), NotBool]
 
 
 class Exponential(WarmupOptions):
-    """A constant factor per epoch or per update: gamma ** t."""
+    """m = gamma ** t, with t in whole epochs or in updates since the warm-up."""
 
     type: Literal["exponential"] = "exponential"
     unit: Literal["step", "epoch"] = "epoch"
@@ -68,7 +68,7 @@ class Exponential(WarmupOptions):
 
 
 class Step(WarmupOptions):
-    """A drop by gamma after every `step_size`: gamma ** floor(t / step_size)."""
+    """m = gamma ** floor(t / step_size), with t in updates since the warm-up."""
 
     type: Literal["step"] = "step"
     step_size: Duration
@@ -89,7 +89,7 @@ class Step(WarmupOptions):
 
 
 class MultiStep(WarmupOptions):
-    """A drop by gamma at each milestone: gamma ** (number of milestones <= k)."""
+    """m = gamma ** (number of milestones <= k)."""
 
     type: Literal["multistep"] = "multistep"
     milestones: Annotated[tuple[Duration, ...], Field(min_length=1)]
@@ -109,7 +109,7 @@ class MultiStep(WarmupOptions):
 
 
 class PiecewiseConstant(ScheduleOptions):
-    """Chosen multipliers between chosen boundaries."""
+    """m = values[number of boundaries <= k]."""
 
     type: Literal["piecewise_constant"] = "piecewise_constant"
     boundaries: Annotated[tuple[Duration, ...], Field(min_length=1)]
@@ -131,7 +131,7 @@ class PiecewiseConstant(ScheduleOptions):
 
 
 class InverseSqrt(WarmupOptions):
-    """1 / sqrt((k + timescale - W) / timescale), as transformers has it."""
+    """m = 1 / sqrt((k + timescale - W) / timescale), as transformers has it."""
 
     type: Literal["inverse_sqrt"] = "inverse_sqrt"
     timescale: Duration | None = None
@@ -146,7 +146,7 @@ class InverseSqrt(WarmupOptions):
 
 
 class WarmupStableDecay(WarmupOptions):
-    """Warm-up, a constant middle, and a last fall to the floor."""
+    """m = 1, then over the last D = decay_steps updates 1 - x, (1 + cos(pi x)) / 2 or 1 - sqrt(x), x = share of D."""
 
     type: Literal["warmup_stable_decay"] = "warmup_stable_decay"
     decay_steps: Duration = "20%"
@@ -173,7 +173,7 @@ class WarmupStableDecay(WarmupOptions):
 
 
 class Rex(FlooredDecayOptions):
-    """(1 - p) / ((1 - d) + d (1 - p)): late and steep."""
+    """m = (1 - p) / ((1 - d) + d (1 - p)): late and steep."""
 
     type: Literal["rex"] = "rex"
     d: Annotated[float, Field(ge=0, lt=1), NotBool] = 0.9

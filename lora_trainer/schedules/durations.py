@@ -7,9 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
-
-from lora_trainer.section import NotBool
+from pydantic import BeforeValidator
 
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ep|%)")
 
@@ -27,24 +25,27 @@ class Horizon:
 
 
 def check_duration(value: Any) -> Any:
-    """Accept a whole number >= 0, "2ep" or "5%".
+    """Accept a whole number >= 0 (as 100 or 1e2), "2ep" or "5%".
 
     Raises:
         ValueError: it is none of these.
     """
-    if isinstance(value, int):
+    whole = isinstance(value, float) and value.is_integer()
+    if whole or (isinstance(value, int) and not isinstance(value, bool)):
         if value < 0:
             raise ValueError("a length is not negative")
-        return value
-    match = _DURATION.fullmatch(value.strip())
+        return int(value)
+    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
-        raise ValueError('a length is a whole number of updates (100), epochs ("2ep") or a percentage ("5%")')
+        share = isinstance(value, float) and 0 < value < 1
+        meant = f'; {value:g} of the run is "{100 * value:g}%"' if share else ""
+        raise ValueError(f'a length is a whole number of updates (100), epochs ("2ep") or a percentage ("5%"){meant}')
     if match["unit"] == "%" and float(match["number"]) > 100:
         raise ValueError("a percentage of the run is at most 100%")
     return value.strip()
 
 
-Duration = Annotated[int | str, NotBool, AfterValidator(check_duration)]
+Duration = Annotated[int | str, BeforeValidator(check_duration)]
 
 
 def to_updates(duration: int | str, horizon: Horizon) -> int:

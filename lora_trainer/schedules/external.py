@@ -23,7 +23,7 @@ Plugin = Callable[..., Callable[[int], float]]  # (num_updates, updates_per_epoc
 
 
 class TorchSchedule(ScheduleOptions):
-    """Any scheduler of torch.optim.lr_scheduler, run once over the whole length. Previewing it loads torch."""
+    """m = the LR of the torch scheduler after k steps, as a share of the base. Previewing it loads torch."""
 
     type: Literal["torch"] = "torch"
     target: str = Field(min_length=1)
@@ -58,7 +58,7 @@ class TorchSchedule(ScheduleOptions):
 
 
 class PluginSchedule(ScheduleOptions):
-    """A schedule from outside: an entry point's name, or `package.module:function`."""
+    """m = function(num_updates, updates_per_epoch, **args)(k): an entry point's name, or `package.module:function`."""
 
     type: str
     args: dict[str, Any] = Field(default_factory=dict)

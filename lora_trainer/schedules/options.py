@@ -51,8 +51,11 @@ class ScheduleOptions(Section):
         marks = self.marks(horizon, warmup.num_updates)
         if warmup.num_updates:
             marks = (Mark(warmup.num_updates, "End of warmup"), *marks)
+        if cooldown:
+            marks = (*marks, Mark(horizon.num_updates - cooldown, "Start of cooldown"))
         core = self.core(horizon, warmup.num_updates)
-        return LRSchedule(self.type, horizon, core, warmup, cooldown, marks)
+        in_order = tuple(sorted(marks, key=lambda mark: mark.update))
+        return LRSchedule(self.type, horizon, core, warmup, cooldown, in_order)
 
 
 class WarmupOptions(ScheduleOptions):

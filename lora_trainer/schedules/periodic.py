@@ -20,7 +20,7 @@ NotNegative = Annotated[float, Field(ge=0), NotBool]
 
 
 class CosineAnnealing(WarmupOptions):
-    """A whole cosine wave of period 2 T: eta + (1 - eta) (1 + cos(pi t / T)) / 2, down and up again."""
+    """m = eta + (1 - eta) (1 + cos(pi t / T)) / 2 with T = t_max, eta = eta_min / base: down in T updates, up in T."""
 
     type: Literal["cosine_annealing"] = "cosine_annealing"
     t_max: Duration
@@ -40,9 +40,16 @@ class CosineAnnealing(WarmupOptions):
 
         return wave
 
+    def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
+        half = at_least_one(self.t_max, horizon, "t_max")
+        return tuple(Mark(k, "LR rises again") for k in range(warmup + half, horizon.num_updates, 2 * half))
+
 
 class CosineWarmRestarts(WarmupOptions):
-    """Half cosines of length t_0, t_0 t_mult, ... (SGDR, Loshchilov and Hutter 2017), each top lower by `decay`."""
+    """m = decay^i (1 + cos(pi s)) / 2 over the floor, s = share of cycle i, which is t_0 t_mult^i updates long.
+
+    SGDR, Loshchilov and Hutter 2017; torch's CosineAnnealingWarmRestarts, which has no decay.
+    """
 
     type: Literal["cosine_warm_restarts"] = "cosine_warm_restarts"
     t_0: Duration
@@ -82,7 +89,10 @@ class CosineWarmRestarts(WarmupOptions):
 
 
 class OneCycle(ScheduleOptions):
-    """A cosine rise to the base LR, then a fall far below the start (Smith and Topin 2018); no momentum cycling."""
+    """m rises from 1 / div_factor to 1 by half a cosine, then falls by another to 1 / (div_factor final_div_factor).
+
+    Smith and Topin 2018; torch's OneCycleLR without its cycling of the momentum.
+    """
 
     type: Literal["one_cycle"] = "one_cycle"
     pct_start: Annotated[float, Field(gt=0, lt=1), NotBool] = 0.3
@@ -107,9 +117,12 @@ class OneCycle(ScheduleOptions):
 
         return cycle
 
+    def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
+        return (Mark(max(0, round(self.pct_start * horizon.num_updates) - 1), "Peak"),)
+
 
 class Cyclic(ScheduleOptions):
-    """Triangles between a low and the base LR (Smith 2017)."""
+    """m = base_ratio + (1 - base_ratio) h, h = height of triangles that rise over step_size_up updates (Smith 2017)."""
 
     type: Literal["cyclic"] = "cyclic"
     step_size_up: Duration

@@ -21,7 +21,7 @@ from lora_trainer.section import Count, NotBool, Ratio
 
 
 class Plateau(WarmupOptions):
-    """The LR times `factor` after `patience` probes without a clear improvement."""
+    """m = factor ** (reductions so far); one reduction after `patience` probes without a clear improvement."""
 
     type: Literal["plateau"] = "plateau"
     factor: Annotated[float, Field(gt=0, lt=1), NotBool] = 0.5

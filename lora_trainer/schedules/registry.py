@@ -58,11 +58,11 @@ class Phase(Section):
 
 
 class Phases(ScheduleOptions):
-    """Schedules one after the other, each over its own length."""
+    """m = scale x the multiplier of the phase that update k lies in, each phase counting from 0 over its own length."""
 
     type: Literal["phases"] = "phases"
     phases: Annotated[tuple[Annotated[Phase, BeforeValidator(_nested)], ...], Field(min_length=1)]
-    """List of {type, steps, ...}; the steps should sum to the run. Required."""
+    """List of {type, steps, scale, options of that type}; the steps should sum to the run. Required."""
     example: ClassVar[dict[str, Any]] = {
         "phases": [
             {"type": "constant_with_warmup", "steps": "20%", "warmup_steps": "50%"},

@@ -143,6 +143,15 @@ def test_the_config_knows_exactly_the_optimizers_that_exist() -> None:
             {"optimizer": {"type": "prodigy", "groups": [{"name": "b", "match": ["lora_B.weight"], "lr": 0.1}]}},
             "one step size",
         ),
+        (
+            {
+                "optimizer": {
+                    "type": "prodigy",
+                    "groups": [{"name": "b", "match": ["lora_B.weight"], "lr_scheduler": {"type": "linear"}}],
+                }
+            },
+            "one step size",
+        ),
         ({"optimizer": {"type": "prodigy", "lr": 1e-4}}, "optimizer.lr"),
         ({"optimizer": {"type": "adamw", "lr": 1.0}}, "less than 1"),
     ],
