@@ -128,6 +128,20 @@ def export(
 
 
 @app.command(
+    epilog="Example:  lora-trainer check -c configs/demo.yaml   |   lora-trainer check -c my.yaml --config-only"
+)
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    config_only: Annotated[bool, typer.Option("--config-only", help="Leave base and images alone.")] = False,
+) -> None:
+    """Check a configuration, its base and every image and caption. Never loads torch, trains nothing."""
+    from lora_trainer.commands.check import check as run
+
+    run(config, overrides or [], config_only=config_only)
+
+
+@app.command(
     epilog="Examples:  lora-trainer plan -c configs/demo.yaml   |   lora-trainer plan -c demo.yaml --processes 4"
 )
 def plan(

@@ -1,0 +1,45 @@
+"""`lora-trainer check` finds what a run would stumble over, and leaves no run behind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_trainer.cli import main
+
+
+def check(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["check", *arguments])
+    return int(exit_info.value.code or 0)
+
+
+def test_a_sound_run_is_said_to_be_so(toy_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("-c", str(toy_config)) == 0
+    said = capsys.readouterr().out
+    assert "is a whole sd folder, epsilon prediction" in said
+    assert "can be read and have their captions" in said
+    assert not (tmp_path / "runs" / "toy").exists()
+
+
+def test_each_fault_has_its_exit_code(toy_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert check("-c", str(toy_config), "optimizer.lrr=1") == 2
+    assert check("-c", str(toy_config), f"data.dir={tmp_path / 'empty'}") == 3
+    assert check("-c", str(toy_config), f"model.path={tmp_path / 'empty'}") == 4
+    assert "did you mean" in capsys.readouterr().err
+
+
+def test_config_only_leaves_base_and_images_alone(toy_config: Path) -> None:
+    assert check("-c", str(toy_config), "--config-only", "model.path=nowhere", "data.dir=nowhere") == 0
+
+
+def test_torch_stays_unloaded(toy_config: Path, program: object) -> None:
+    code = (
+        "import sys; from lora_trainer.commands.check import check; from pathlib import Path;"
+        f"check(Path({str(toy_config)!r}), []); sys.exit('torch' in sys.modules)"
+    )
+    done = program([sys.executable, "-c", code])  # type: ignore[operator]
+    assert done.returncode == 0, done.stderr
