@@ -42,6 +42,7 @@ LAYERS: list[tuple[str, float]] = [
     ("lora_trainer.streams", 1),
     ("lora_trainer.batch", 1),
     ("lora_trainer.tensor_file", 1),
+    ("lora_trainer.verdict", 0.8),
     ("lora_trainer.launch", 0.8),
     ("lora_trainer.plan", 0.8),
     ("lora_trainer.config", 0.6),
@@ -58,6 +59,7 @@ TORCH_FREE = (
     "lora_trainer.prepare",
     "lora_trainer.plan",
     "lora_trainer.launch",
+    "lora_trainer.verdict.wording",
     "lora_trainer.config.load",
     "lora_trainer.schedules.registry",
 )

@@ -1,0 +1,110 @@
+"""What is compared: arms with one loss per training seed, and how the learning rates among them were chosen.
+
+A difference between two schedules may come from their peak LR alone. So either each setting's LR is tuned over at least
+x1/3, 1, x3, or arms of one and the same peak LR are compared, and the table says which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+MIN_TUNED_LRS = 3
+MIN_TUNED_SPAN = 9.0  # the largest LR over the smallest: x1/3, 1, x3
+_ROUNDING = 1 - 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One setting at one LR: the held-out loss at the end of each seed's run, relative to the base (1 is the base)."""
+
+    name: str
+    setting: str
+    """All that was varied but the peak LR and the seed: in a sweep over schedules, the schedule."""
+    peak_lr: float
+    lr_budget: float
+    """Mean of the LR over the run, in units of its peak."""
+    losses: Mapping[int, float]
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """Why a seed's run has no loss."""
+
+    @property
+    def mean_loss(self) -> float:
+        """Over its seeds; infinite without any, or where a seed failed, so that such an arm ranks last."""
+        return float(np.mean(list(self.losses.values()))) if self.losses and not self.failed else math.inf
+
+    @property
+    def lr_sum(self) -> float:
+        """Mean LR over the run: how far the weights may have moved."""
+        return self.peak_lr * self.lr_budget
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A family of arms to compare all with all, and what that comparison is called."""
+
+    label: str
+    arms: tuple[Arm, ...]
+    notes: tuple[str, ...] = ()
+
+
+def questions(arms: Sequence[Arm]) -> list[Question]:
+    """The comparisons that these arms allow, the most telling first.
+
+    Each setting with its tuned LR, where every setting was tried at three LRs or more; then all settings at each peak
+    LR that two of them share. Only where neither is possible, all arms as they are.
+    """
+    by_setting = _by_setting(arms)
+    if len(by_setting) == 1:
+        lrs = {arm.peak_lr for arm in arms}
+        return [Question(f"peak LR {lrs.pop():.3g}" if len(lrs) == 1 else "one setting at several LRs", tuple(arms))]
+    found = []
+    if all(_is_tunable(group) for group in by_setting.values()):
+        found.append(
+            Question(
+                "LR tuned per setting",
+                tuple(tuned(group) for group in by_setting.values()),
+                tuple(_at_the_edge(by_setting)),
+            )
+        )
+    for lr in sorted({arm.peak_lr for arm in arms}):
+        same = tuple(arm for arm in arms if arm.peak_lr == lr)
+        if len(same) > 1:
+            found.append(Question(f"same peak LR {lr:.3g}", same))
+    return found or [Question("peak LRs differ and were not tuned: a difference may be the LR's", tuple(arms))]
+
+
+def tuned(arms: Sequence[Arm]) -> Arm:
+    """One setting's arm at its best LR: the smallest mean loss, of equals the smaller LR.
+
+    The seeds that choose are those that judge, which flatters a setting with many nearly equal LRs a little: measured
+    in docs/verdicts.md, and the reason to confirm on fresh seeds. An LR at which a run failed is chosen only if all
+    failed.
+    """
+    best = min(arms, key=lambda arm: (arm.mean_loss, arm.peak_lr))
+    return replace(best, name=best.setting)
+
+
+def _by_setting(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
+    found: dict[str, list[Arm]] = {}
+    for arm in arms:
+        found.setdefault(arm.setting, []).append(arm)
+    return found
+
+
+def _is_tunable(arms: Sequence[Arm]) -> bool:
+    """At least three LRs over a span of nine."""
+    lrs = sorted({arm.peak_lr for arm in arms})
+    return len(lrs) >= MIN_TUNED_LRS and lrs[-1] / lrs[0] >= MIN_TUNED_SPAN * _ROUNDING
+
+
+def _at_the_edge(by_setting: Mapping[str, Sequence[Arm]]) -> Iterable[str]:
+    for name, group in by_setting.items():
+        lrs = sorted(arm.peak_lr for arm in group)
+        chosen = tuned(group).peak_lr
+        if chosen in (lrs[0], lrs[-1]):
+            end = "smallest" if chosen == lrs[0] else "largest"
+            yield f"{name} did best at the {end} LR tried ({chosen:.3g}): its best LR may lie beyond"
