@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from make_gallery import page
+
 from lora_trainer.config.describe import describe
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = {"config.md": describe}
+PAGES = {"config.md": describe, "schedules.md": page}
 
 
 def main() -> int:

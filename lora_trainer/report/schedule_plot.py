@@ -30,21 +30,21 @@ class Curve:
 
 
 def draw_schedules(
-    curves: Sequence[Curve], picture: Path, *, title: str, updates_per_epoch: int | None = None, dpi: int = 100
+    curves: Sequence[Curve], picture: Path, *, title: str, updates_per_epoch: int | None = None, scale: float = 1.0
 ) -> None:
     """Write one figure as PNG: all curves in one panel, or a panel each where they are many.
 
-    Epochs stand on the upper edge where their length is given.
+    Epochs stand on the upper edge where their length is given. A smaller `scale` leaves letters as large as they are.
     """
     if len(curves) <= MOST_IN_ONE_PANEL:
-        figure = Figure(figsize=(12, 6), dpi=dpi, layout="constrained")
+        figure = Figure(figsize=(12 * scale, 6 * scale), layout="constrained")
         axes = figure.subplots()
         _draw_panel(axes, curves, title)
         if updates_per_epoch:
             _epochs_above(axes, updates_per_epoch)
     else:
         rows = math.ceil(len(curves) / 4)
-        figure = Figure(figsize=(16, 3 * rows), dpi=dpi, layout="constrained")
+        figure = Figure(figsize=(16 * scale, 3 * rows * scale), layout="constrained")
         figure.suptitle(title)
         panels = list(figure.subplots(rows, 4, squeeze=False).flat)
         for axes, curve in zip(panels, curves, strict=False):
@@ -62,8 +62,9 @@ def _draw_panel(axes: Axes, curves: Sequence[Curve], title: str, *, named: bool 
     for number, curve in enumerate(curves):
         _draw_marks(axes, curve.marks, colour="red" if len(curves) == 1 else f"C{number}")
     last = max(len(curve.lrs) for curve in curves) - 1
-    axes.set(xlabel="Steps", ylabel="Learning Rate", title=title, ylim=(0, None), xlim=(0, max(last, 1)))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    peak = max(max(curve.lrs) for curve in curves)
+    axes.set(xlabel="Steps", ylabel="Learning Rate", title=title, ylim=(0, 1.05 * peak or None), xlim=(0, max(last, 1)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))

@@ -37,6 +37,17 @@ def test_generated_pages_are_current() -> None:
     assert PAGES
 
 
+def test_every_schedule_has_its_picture_in_the_gallery() -> None:
+    from lora_trainer.schedules.registry import SCHEDULES
+
+    folder = ROOT / "docs" / "schedules"
+    page = folder.with_suffix(".md").read_text()
+    pictures = {file.name for file in folder.iterdir()}
+    assert pictures == {f"{name}.png" for name in SCHEDULES} | {"six.png", "all.png"}
+    assert set(re.findall(r"\]\(schedules/([^)]+)\)", page)) == pictures
+    assert sum((folder / name).stat().st_size for name in pictures) < 600_000
+
+
 def readme_commands() -> list[list[str]]:
     """Every command line of README's shell blocks, as words."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
