@@ -13,6 +13,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,31 +73,66 @@ def remove_folder(folder: Path) -> None:
 
 
 class AppendLog:
-    """A file of lines that only grows, and that a resume cuts back to a known length."""
+    """A file of lines that only grows, and that a resume cuts back to a known length.
+
+    Lines that the disk refuses are kept in memory and written, in order, as soon as it takes them again.
+    """
 
     def __init__(self, path: Path, *, keep_bytes: int) -> None:
         """Open `path` for appending, cut back to `keep_bytes` first (0 starts anew)."""
         make_folder(path.parent)
         self._path = path
-        self._file = path.open("ab")
-        if self._file.tell() > keep_bytes:
-            with _observed("truncate", path):
-                self._file.truncate(keep_bytes)
-                self._file.seek(keep_bytes)
+        self._file = path.open("ab", buffering=0)
+        self._length = self._file.tell()
+        self._waiting: list[bytes] = []
+        if self._length > keep_bytes:
+            self._cut(keep_bytes)
 
     def append(self, line: str) -> None:
-        """Add one line; it is in the kernel's hands when this returns."""
-        with _observed("append", self._path):
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
+        """Add one line; it is in the kernel's hands when this returns, or waits for a disk that takes it."""
+        self._waiting.append(line.encode() + b"\n")
+        with suppress(OSError):
+            self._write_waiting()
 
     def sync(self) -> int:
-        """Bring all lines to the disk; the file's length in bytes."""
+        """Bring all lines to the disk; the file's length in bytes.
+
+        Raises:
+            OSError: the disk refuses them.
+        """
+        self._write_waiting()
         _sync(self._file, self._path)
-        return self._file.tell()
+        return self._length
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file; lines that still wait are tried once more.
+
+        Raises:
+            OSError: the disk refuses them, and they are lost.
+        """
+        try:
+            self._write_waiting()
+        finally:
+            self._file.close()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            line, written = self._waiting[0], 0
+            try:
+                with _observed("append", self._path):
+                    while written < len(line):
+                        written += self._file.write(line[written:])
+            except OSError:
+                if written:
+                    self._cut(self._length)
+                raise
+            self._length += len(line)
+            del self._waiting[0]
+
+    def _cut(self, length: int) -> None:
+        with _observed("truncate", self._path):
+            self._file.truncate(length)
+        self._length = length
 
 
 @contextmanager
@@ -125,6 +161,26 @@ def sole_writer(folder: Path) -> Iterator[None]:
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def reserve_space(file: Path, num_bytes: int) -> None:
+    """Make a file that takes up this many bytes of the disk.
+
+    Raises:
+        OSError: there is no such space; no file is left.
+    """
+    with _observed("reserve", file), file.open("ab") as reserved:
+        try:
+            os.posix_fallocate(reserved.fileno(), 0, num_bytes)
+        except OSError:
+            file.unlink()
+            raise
+
+
+def remove_file(file: Path) -> None:
+    """Delete a file of ours."""
+    with _observed("delete", file):
+        file.unlink()
 
 
 def clear_temporaries(folder: Path) -> None:
@@ -167,7 +223,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _sync(file: BinaryIO, path: Path) -> None:
+def _sync(file: BinaryIO | FileIO, path: Path) -> None:
     with _observed("sync", path):
         os.fsync(file.fileno())
 

@@ -7,20 +7,26 @@ ones removed. There is no pickle anywhere.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_trainer import atomicio, tensor_file
-from lora_trainer.errors import HostError, Problem
+import torch
+
+from lora_trainer import atomicio, disk, tensor_file
+from lora_trainer.errors import HostError, NumericStop, Problem
 
 FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8})")
+_REPLACED = ".replaced"  # the earlier checkpoint of a step while its new one takes the name
+_OVERHEAD = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,8 @@ class Progress:
     step: int = 0
     attempt: int = 0
     metrics_bytes: int = 0
+    owed: bool = False
+    """Whether the exports and samples due after this step were still to come when it was saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,68 +68,77 @@ def save_checkpoint(
     plain: Mapping[str, Any],
     identity: Mapping[str, Any],
     scaler: Mapping[str, Any],
-    keep_last: int,
 ) -> Path:
-    """Write, verify and publish a checkpoint under `folder`, then remove all but the newest `keep_last`.
+    """Write, publish and verify a checkpoint under `folder`; all earlier ones stay (`prune` removes them).
 
     Args:
         parts: tensors by part (`adapter`, `optimizer`, `average`) and name.
         plain: JSON values that belong to the tensors.
 
     Raises:
-        HostError: what was read back is not what was written.
+        NumericStop: a tensor holds numbers that are not finite; nothing is written.
+        OSError: the disk has no room, refused a write, or gave back other bytes than were written (EIO).
     """
+    _require_finite(parts)
+    size = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
+    disk.require_room(folder, size + _OVERHEAD)
     atomicio.make_folder(folder)
     final = folder / f"step-{progress.step:08d}"
     aside = folder / f"{atomicio.TEMPORARY_PREFIX}{final.name}-{os.getpid()}"
-    atomicio.make_folder(aside)
     state = {
         "format": FORMAT,
-        "progress": {
-            "step": progress.step,
-            "attempt": progress.attempt,
-            "metrics_bytes": progress.metrics_bytes,
-        },
+        "progress": asdict(progress),
         "identity": dict(identity),
         "plain": dict(plain),
         "scaler": dict(scaler),
     }
-    written = {"state.json": _write(aside / "state.json", [atomicio.to_json(state)])}
-    for part, tensors in parts.items():
-        written[f"{part}.safetensors"] = _write(aside / f"{part}.safetensors", tensor_file.encode(tensors))
-    atomicio.write_synced(aside / "manifest.json", atomicio.to_json({"format": FORMAT, "files": written}))
-    if final.exists():
-        atomicio.remove_folder(final)
-    atomicio.publish_folder(aside, final)
-    if (fault := _fault(final)) is not None:
-        raise HostError(Problem("a checkpoint could not be read back", str(final), fault, "check the disk"))
-    _prune(folder, keep_last)
+    try:
+        atomicio.make_folder(aside)
+        written = {"state.json": _write(aside / "state.json", [atomicio.to_json(state)])}
+        for part, tensors in parts.items():
+            written[f"{part}.safetensors"] = _write(aside / f"{part}.safetensors", tensor_file.encode(tensors))
+        atomicio.write_synced(aside / "manifest.json", atomicio.to_json({"format": FORMAT, "files": written}))
+        _publish(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     return final
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Remove all checkpoints but the newest `keep_last`.
+
+    Raises:
+        OSError: one could not be removed; those kept are whole.
+    """
+    whole = sorted(c for c in folder.iterdir() if _FOLDER.fullmatch(c.name))
+    for old in whole[:-keep_last]:
+        atomicio.remove_folder(old)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and what was wrong with newer ones, which are set aside as `*.corrupt`.
 
     Raises:
-        HostError: there are checkpoints, but none of them verifies: never a silent fresh start.
+        HostError: there are or were checkpoints, but none of them verifies: never a silent fresh start.
     """
     if not folder.is_dir():
         return None, []
     atomicio.clear_temporaries(folder)
-    candidates = sorted((c for c in folder.iterdir() if _FOLDER.fullmatch(c.name)), reverse=True)
+    _finish_replacements(folder)
     faults: list[str] = []
-    for candidate in candidates:
+    for candidate in sorted((c for c in folder.iterdir() if _FOLDER.fullmatch(c.name)), reverse=True):
         fault = _fault(candidate)
         if fault is None:
             return Checkpoint(candidate, json.loads((candidate / "state.json").read_text())), faults
         faults.append(f"{candidate.name} is damaged ({fault}) and was set aside")
         _quarantine(candidate)
-    if candidates:
+    if damaged := sorted(c.name for c in folder.glob("step-*.corrupt*")):
         raise HostError(
             Problem(
                 "no checkpoint of this run can be read",
                 str(folder),
-                "; ".join(faults),
+                "; ".join(faults) or f"all were damaged and set aside: {', '.join(damaged)}",
                 "restore one from a backup, or start anew with --fresh (the old run is kept beside it)",
             )
         )
@@ -177,6 +194,49 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
+def _publish(aside: Path, final: Path) -> None:
+    """Give a checkpoint its name and read it back; one that had the name stays until then under another."""
+    earlier = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        atomicio.rename(final, earlier)
+    atomicio.publish_folder(aside, final)
+    if (fault := _fault(final)) is not None:
+        _quarantine(final)
+        raise OSError(errno.EIO, f"what was written could not be read back: {fault}", str(final))
+    if earlier.exists():
+        atomicio.remove_folder(earlier)
+
+
+def _finish_replacements(folder: Path) -> None:
+    """Of two checkpoints of one step, which a kill left side by side, keep the new one if it is whole, else the old."""
+    for earlier in sorted(folder.glob(f"step-*{_REPLACED}")):
+        final = earlier.with_name(earlier.name.removesuffix(_REPLACED))
+        if final.exists() and _fault(final) is not None:
+            _quarantine(final)
+        if final.exists():
+            atomicio.remove_folder(earlier)
+        else:
+            atomicio.rename(earlier, final)
+
+
+def _require_finite(parts: Mapping[str, tensor_file.Tensors]) -> None:
+    faulty = [
+        f"{part}: {name}"
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if faulty:
+        raise NumericStop(
+            Problem(
+                f"{len(faulty)} tensors of the training state are not finite and are never saved",
+                ", ".join(faulty[:3]) + (" ..." if len(faulty) > 3 else ""),
+                "training diverged",
+                "lower optimizer.lr; the same command goes on from the last checkpoint, which is whole",
+            )
+        )
+
+
 def _quarantine(folder: Path) -> None:
     target = folder.with_name(folder.name + ".corrupt")
     number = 1
@@ -184,9 +244,3 @@ def _quarantine(folder: Path) -> None:
         number += 1
         target = folder.with_name(f"{folder.name}.corrupt-{number}")
     atomicio.rename(folder, target)
-
-
-def _prune(folder: Path, keep_last: int) -> None:
-    whole = sorted(c for c in folder.iterdir() if _FOLDER.fullmatch(c.name))
-    for old in whole[:-keep_last]:
-        atomicio.remove_folder(old)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lora_trainer.assembly import Assembly, assemble
-from lora_trainer.checkpoint import Checkpoint, Progress, newest_checkpoint
-from lora_trainer.config.identity import difference
-from lora_trainer.errors import ConfigError, NumericStop, Problem, StoppedBySignal
+from lora_trainer.checkpoint import Checkpoint, Progress
+from lora_trainer.errors import NumericStop, Problem, StoppedBySignal
 from lora_trainer.prepare import Prepared, files_to_come
 from lora_trainer.probing import Probing
 from lora_trainer.recorder import Recorder
-from lora_trainer.runtime import Runtime, start_runtime
+from lora_trainer.resume import find_checkpoint, restore
+from lora_trainer.runtime import start_runtime
 from lora_trainer.sampling import Sampler
 from lora_trainer.tracking.console import Screen
-from lora_trainer.trial import Trial, TrialSpec
+from lora_trainer.trial import TrialSpec
 from lora_trainer.update import Updater, UpdateResult
 
 MAX_SKIPS_IN_A_ROW = 3
@@ -54,14 +53,14 @@ def fit(
     config, plan = prepared.config, prepared.plan
     result = FitResult(plan.num_updates, tuple(files_to_come(config, plan)))
     with start_runtime(prepared.launch, config.train.precision, prepared.threads) as runtime:
-        checkpoint = _find_checkpoint(prepared, runtime, screen)
+        checkpoint = find_checkpoint(prepared, runtime, screen)
         if _is_finished(checkpoint, result):
             screen.say("this run is finished; nothing to do")
             return result
 
         parts = assemble(prepared, specs, runtime, screen)
         probing = _probing(prepared, parts)
-        start = _restore(checkpoint, parts.trials, parts.updater)
+        start = restore(checkpoint, parts.trials, parts.updater)
 
         recorder = None
         if runtime.launch.is_main:
@@ -92,8 +91,10 @@ def _loop(
 ) -> None:
     """Updates until the planned number is done; `recorder` is that of the main process."""
     progress, skips = start, 0
-    if start.step == 0:
+    if start.attempt == 0:
         _begin(start, probing, recorder)
+    elif start.owed and recorder is not None:
+        recorder.deliver(start)
     with screen.training(num_updates, start.step) as line:
         while progress.step < num_updates:
             started = time.perf_counter()
@@ -102,6 +103,7 @@ def _loop(
             progress = Progress(progress.step + applied, progress.attempt + 1)
             skips = 0 if applied else skips + 1
             last = progress.step == num_updates
+            ends = last or result.stop_asked or _too_many(skips, result)
             if recorder is not None:
                 if applied:
                     recorder.update(progress, result, time.perf_counter() - started, line)
@@ -112,10 +114,9 @@ def _loop(
                 if recorder is not None:
                     recorder.validation(progress, measured)
             if recorder is not None:
-                if last or result.stop_asked or _too_many(skips, result):
-                    recorder.checkpoint(progress)
-                elif applied:
-                    recorder.after_update(progress)
+                recorder.save(replace(progress, owed=applied), now=ends)
+                if applied and not ends:
+                    recorder.deliver(progress)
             if _too_many(skips, result):
                 raise _numeric_stop(progress, skips, result)
             if result.stop_asked and not last:
@@ -140,51 +141,10 @@ def _probing(prepared: Prepared, parts: Assembly) -> Probing | None:
     return Probing(parts.validator, parts.trials, plan.validation.every, plan.num_updates)
 
 
-def _find_checkpoint(prepared: Prepared, runtime: Runtime, screen: Screen) -> Checkpoint | None:
-    """The newest whole checkpoint, if this run directory holds one of the same identity."""
-    found, faults = newest_checkpoint(prepared.run_dir / "checkpoints") if runtime.launch.is_main else (None, [])
-    for fault in faults:
-        screen.say(fault)
-    found = runtime.from_main(found)
-    if found is not None:
-        check_identity(found.identity, prepared.identity(), prepared.run_dir)
-    return found
-
-
-def check_identity(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
-    """Refuse to continue a run as another one.
-
-    Raises:
-        ConfigError: naming every setting and content that differs.
-    """
-    changes = difference(before, now)
-    if changes:
-        listed = "\n         ".join(changes)
-        raise ConfigError(
-            Problem(
-                "this run directory holds a run with other settings",
-                str(run_dir),
-                f"changed since:\n         {listed}",
-                "set the old values to resume it, give the new run another `name`, or start anew with --fresh",
-            )
-        )
-
-
 def _is_finished(checkpoint: Checkpoint | None, result: FitResult) -> bool:
     """Whether the last update is done and all its files are there."""
     at_end = checkpoint is not None and checkpoint.progress.step >= result.step
     return at_end and all(file.is_file() for file in result.files)
-
-
-def _restore(checkpoint: Checkpoint | None, trials: Sequence[Trial], updater: Updater) -> Progress:
-    """Bring everything to the checkpoint's state; where to go on."""
-    if checkpoint is None:
-        return Progress()
-    parts, plain = checkpoint.parts(), checkpoint.state["plain"]
-    for trial in trials:
-        trial.load_state(parts, plain[trial.name])
-    updater.load_state(checkpoint.state["scaler"])
-    return checkpoint.progress
 
 
 def _too_many(skips: int, result: UpdateResult) -> bool:

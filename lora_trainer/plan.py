@@ -22,6 +22,7 @@ TRAINING_FORWARDS = 2.2  # backward through a frozen UNet costs about 1.2 forwar
 PROBE_STRATA = 16
 MIN_PROBE_ITEMS = 2
 MIN_MEASUREMENTS = 10
+FILE_OVERHEAD = 2**20  # names, shapes and settings beside the tensors, bytes
 DENOISER_GROUP = "unet"
 """Name in the log of the weights that no other group has."""
 
@@ -79,6 +80,8 @@ class RunPlan:
     num_parameters: int
     periods: Periods
     validation: ValidationPlan | None = None
+    lr_updates: int | None = None
+    """Length that the LR curves are laid over where a resume keeps an earlier one; None is `num_updates`."""
 
     @property
     def num_samples(self) -> int:
@@ -95,6 +98,19 @@ class RunPlan:
     @property
     def horizon(self) -> Horizon:
         return Horizon(self.num_updates, self.updates_per_epoch)
+
+    @property
+    def lr_horizon(self) -> Horizon:
+        """What the LR curves are laid over."""
+        return Horizon(self.lr_updates or self.num_updates, self.updates_per_epoch)
+
+    def checkpoint_bytes(self, *, with_average: bool) -> int:
+        """About what a checkpoint takes: adapter, two moments and the average in fp32; other optimizers keep 0 to 4."""
+        return self.num_parameters * 4 * (4 if with_average else 3) + FILE_OVERHEAD
+
+    def export_bytes(self, dtype: str) -> int:
+        """About what the two final LoRA files and the last lines of the log take."""
+        return 2 * (self.num_parameters * (4 if dtype == "fp32" else 2) + FILE_OVERHEAD)
 
     def as_json(self) -> dict[str, Any]:
         """All numbers, the derived ones too."""
@@ -170,6 +186,7 @@ def plan_run(
     target_shapes: Mapping[str, Sequence[int]],
     num_held_out: int = 0,
     num_probes: int = 0,
+    lr_updates: int | None = None,
 ) -> RunPlan:
     """Work out a run from its config and the counts that only the data, the launcher and the base know.
 
@@ -180,6 +197,7 @@ def plan_run(
         target_shapes: weight shape of each layer that gets an adapter, by its name.
         num_held_out: images that may be probed.
         num_probes: probes measured each time: held-out, training and, where there is one, prior images.
+        lr_updates: length of the LR curves where a resume keeps that of an earlier start.
 
     Raises:
         ConfigError: the LR schedule does not fit.
@@ -189,6 +207,7 @@ def plan_run(
     per_epoch = updates_per_epoch(bucket_sizes, global_batch)
     num_updates = train.max_steps if train.max_steps is not None else (train.epochs or 0) * per_epoch
     horizon = Horizon(num_updates, per_epoch)
+    groups = lay_groups(config, Horizon(lr_updates or num_updates, per_epoch))
     return RunPlan(
         num_images=num_images,
         bucket_sizes=tuple(bucket_sizes),
@@ -197,7 +216,7 @@ def plan_run(
         accumulation=train.gradient_accumulation_steps,
         updates_per_epoch=per_epoch,
         num_updates=num_updates,
-        lr_groups=tuple(_group_plan(group) for group in lay_groups(config, horizon)),
+        lr_groups=tuple(_group_plan(group) for group in groups),
         num_modules=len(target_shapes),
         num_parameters=sum(lora_parameters(shape, config.adapter.rank) for shape in target_shapes.values())
         + (sum(shape[0] for shape in target_shapes.values()) if config.adapter.use_dora else 0),
@@ -209,6 +228,7 @@ def plan_run(
         validation=None
         if config.validation is None
         else plan_validation(config.validation, horizon, global_batch, num_held_out, num_probes),
+        lr_updates=None if lr_updates == num_updates else lr_updates,
     )
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from lora_trainer import disk
 from lora_trainer.adapters.targets import assign_groups, select_targets
-from lora_trainer.config.identity import identity_fields
+from lora_trainer.config.identity import CURVE_LENGTH, identity_fields
 from lora_trainer.config.lr_notes import unusual_rates
 from lora_trainer.config.places import cache_folder, diffusers_lora_file, lora_file, run_directory
 from lora_trainer.config.schema import RunConfig
@@ -20,7 +21,7 @@ from lora_trainer.families.folder import BaseFolder, inspect_base, locate_base
 from lora_trainer.launch import Launch, default_threads
 from lora_trainer.plan import DENOISER_GROUP, RunPlan, plan_run
 
-VALIDATION_FILE = "validation.json"
+VALIDATION_FILE, PLAN_FILE = "validation.json", "plan.json"
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
@@ -56,6 +57,7 @@ class Prepared:
             "model.prediction_type": self.prediction_type,
             "num_processes": self.launch.num_processes,
             "train.threads": self.threads,
+            CURVE_LENGTH: self.plan.lr_horizon.num_updates,
         }
 
 
@@ -80,13 +82,36 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress) -> Prepared:
         target_shapes=targets,
         num_held_out=len(split.held_out),
         num_probes=2 + (prior is not None),
+        lr_updates=_kept_curve_length(config),
     )
+    _check_room(config, plan)
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = default_threads(launch) if config.train.threads == "auto" else config.train.threads
     return Prepared(
         config, launch, base, base.digests(), prediction_type(config, base), split, dict(targets), plan, threads
     )
+
+
+def _kept_curve_length(config: RunConfig) -> int | None:
+    """The length that an earlier start of this run laid its LR curves over; None for the run's own length."""
+    run_dir = run_directory(config)
+    if config.resume.schedule == "stretch" or not any((run_dir / "checkpoints").glob("step-*")):
+        return None
+    try:
+        before = json.loads((run_dir / PLAN_FILE).read_text())
+        return before["lr_updates"] or before["num_updates"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _check_room(config: RunConfig, plan: RunPlan) -> None:
+    """The checkpoints kept, one more while it is written, and what is reserved for the LoRA files must fit."""
+    run_dir, kept = run_directory(config), config.checkpoint.keep_last
+    one = plan.checkpoint_bytes(with_average=config.train.ema_decay is not None)
+    there = disk.size_of(run_dir / "checkpoints")
+    purpose = f"{kept + 1} checkpoints of about {disk.mib(one)} and the LoRA files"
+    disk.check_room(run_dir, max(one, (kept + 1) * one - there) + plan.export_bytes(config.export.dtype), purpose)
 
 
 def _split(config: RunConfig, checked: Path, progress: Progress) -> tuple[Split, Dataset | None]:
@@ -149,6 +174,8 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         + ("" if len(plan.bucket_sizes) == 1 else f" in each of {len(plan.bucket_sizes)} buckets"),
     )
     yield "updates", f"{plan.num_updates} ({plan.num_epochs:.2f} epochs), warmup {plan.lr_groups[0].warmup_updates}"
+    if plan.lr_updates is not None:
+        yield "", f"the LR curve keeps its first length, {plan.lr_updates} updates, and then its last value"
     for group in plan.lr_groups:
         name = "learning rate" if len(plan.lr_groups) == 1 else f"LR of {group.name}"
         rates = f"start {group.lr_start:.3e}, peak {group.lr_peak:.3e}, last {group.lr_end:.3e}"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_trainer import atomicio
+from lora_trainer import atomicio, disk
 from lora_trainer.adapters.bank import AdapterBank
-from lora_trainer.checkpoint import Checkpoint, Progress, save_checkpoint
+from lora_trainer.checkpoint import Checkpoint, Progress, prune, save_checkpoint
 from lora_trainer.config.load import to_yaml
 from lora_trainer.config.places import best_lora_file, diffusers_lora_file, lora_file
 from lora_trainer.data.holdout import HELD_OUT
+from lora_trainer.errors import HostError, Problem
 from lora_trainer.export.lora_files import base_facts, write_lora
 from lora_trainer.export.recipe import Recipe, recipe_of
 from lora_trainer.families.stable_diffusion import StableDiffusion
-from lora_trainer.prepare import VALIDATION_FILE, Prepared
+from lora_trainer.prepare import PLAN_FILE, VALIDATION_FILE, Prepared
 from lora_trainer.probing import Measurement
 from lora_trainer.report.curves import draw_curves
 from lora_trainer.report.sample_grid import draw_grid
@@ -26,6 +29,9 @@ from lora_trainer.tracking.metrics import MetricsLog, StepRow
 from lora_trainer.tracking.tensorboard import TensorBoardLog
 from lora_trainer.trial import Trial
 from lora_trainer.update import Updater, UpdateResult
+
+RESERVE_FILE = ".reserve"
+"""Holds the room of the final LoRA files while the run lasts."""
 
 
 class Recorder:
@@ -51,6 +57,8 @@ class Recorder:
         """Say what this run is, and continue its log where the checkpoint left it."""
         start = Progress() if checkpoint is None else checkpoint.progress
         write_run_files(self._prepared, self._runtime)
+        kept = self._plan.export_bytes(self._config.export.dtype)
+        self._reserve = disk.Reserve(self._run_dir / RESERVE_FILE, kept)
         self._metrics = MetricsLog(self._run_dir / "metrics.jsonl", keep_bytes=start.metrics_bytes)
         self._tensorboard = None
         if self._config.tracking.tensorboard:
@@ -108,20 +116,27 @@ class Recorder:
                 f"(+-{held_out.gain_se:.4f} over images){', the best so far' if each.is_best else ''}"
             )
             if each.is_best and self._config.validation is not None and self._config.validation.keep_best:
-                self._write_kohya(best_lora_file(self._config), each.trial, progress)
+                with self._disk_faults(progress, "best LoRA"):
+                    self._write_kohya(best_lora_file(self._config), each.trial, progress)
 
-    def after_update(self, progress: Progress) -> None:
-        """What is due after a completed update; the last one's is left to `finish`."""
+    def save(self, progress: Progress, *, now: bool) -> None:
+        """A checkpoint, where one is due after this update or the run ends here."""
+        if now or (progress.owed and _due(progress.step, self._plan.periods.checkpoint)):
+            self._checkpoint(progress, needed=now and progress.step < self._plan.num_updates)
+
+    def deliver(self, progress: Progress) -> None:
+        """Exports and samples due after a completed update; the last one's are left to `finish`."""
         periods = self._plan.periods
-        if _due(progress.step, periods.export):
-            self.export(progress, numbered=True)
-        if _due(progress.step, periods.checkpoint):
-            self.checkpoint(progress)
-        if _due(progress.step, periods.sample):
-            self.sample(progress)
+        with self._disk_faults(progress, "export"):
+            if _due(progress.step, periods.export):
+                self.export(progress, numbered=True)
+        with self._disk_faults(progress, "samples"):
+            if _due(progress.step, periods.sample):
+                self.sample(progress)
 
     def finish(self, progress: Progress) -> None:
-        """The LoRA, the last samples and the pictures."""
+        """The LoRA, with the space that was kept for it; the last samples and the pictures."""
+        self._reserve.release()
         self.export(progress, numbered=False)
         self.sample(progress)
         draw_curves(self._run_dir / "metrics.jsonl", self._run_dir / "curves.png", self._config.name)
@@ -129,23 +144,59 @@ class Recorder:
             texts = [prompt.prompt for prompt in self._config.sample.prompts]
             draw_grid(self._run_dir / "samples", texts, self._run_dir / "samples" / "grid.png")
 
-    def checkpoint(self, progress: Progress) -> None:
-        """All that a resume needs, with the length of the log at this moment."""
+    def _checkpoint(self, progress: Progress, *, needed: bool) -> None:
+        """All that a resume needs, with the length of the log at this moment; then older checkpoints go."""
         parts: dict[str, dict[str, Any]] = {}
         plain = {}
         for trial in self._trials:
             own, plain[trial.name] = trial.state()
             for part, tensors in own.items():
                 parts.setdefault(part, {}).update(tensors)
-        self._metrics.event("checkpoint", progress.step)
-        save_checkpoint(
-            self._run_dir / "checkpoints",
-            Progress(progress.step, progress.attempt, self._metrics.sync()),
-            parts,
-            plain=plain,
-            identity=self._prepared.identity(),
-            scaler=self._updater.state(),
-            keep_last=self._config.checkpoint.keep_last,
+        folder = self._run_dir / "checkpoints"
+        with self._disk_faults(progress, "checkpoint", needed=needed):
+            self._metrics.event("checkpoint", progress.step)
+            save_checkpoint(
+                folder,
+                replace(progress, metrics_bytes=self._metrics.sync()),
+                parts,
+                plain=plain,
+                identity=self._prepared.identity(),
+                scaler=self._updater.state(),
+            )
+            try:
+                prune(folder, self._config.checkpoint.keep_last)
+            except OSError as error:
+                self._screen.say(f"an old checkpoint could not be removed ({error}); training goes on")
+
+    @contextmanager
+    def _disk_faults(self, progress: Progress, what: str, *, needed: bool = False) -> Iterator[None]:
+        """What a full or failing disk refuses inside the block is said; the run goes on, or stops as the config says.
+
+        Args:
+            needed: the run ends here, so that going on without it is no choice.
+        """
+        try:
+            yield
+        except OSError as error:
+            if not disk.is_disk_fault(error):
+                raise
+            self._metrics.event("disk", progress.step, refused=what, reason=error.strerror)
+            if needed or self._config.checkpoint.on_disk_full == "stop":
+                raise self._stop_for_disk(progress, what, error) from error
+            self._screen.say(f"step {progress.step}: the disk took no {what} ({error.strerror}); training goes on")
+
+    def _stop_for_disk(self, progress: Progress, what: str, error: OSError) -> HostError:
+        """Write this step's LoRA into the space kept for it; what to tell the user."""
+        self._reserve.release()
+        self.export(progress, numbered=True)
+        return HostError(
+            Problem(
+                f"stopped at step {progress.step}: the disk took no {what}",
+                str(error.filename or self._run_dir),
+                error.strerror,
+                f"free some space; the same command goes on from the newest checkpoint. The LoRA of this step is "
+                f"{lora_file(self._config, progress.step).name}",
+            )
         )
 
     def export(self, progress: Progress, *, numbered: bool) -> None:
@@ -177,7 +228,7 @@ class Recorder:
 def write_run_files(prepared: Prepared, runtime: Runtime) -> None:
     """config.yaml, plan.json, environment.json: what this run is, for people and for a rerun."""
     atomicio.write_file(prepared.run_dir / "config.yaml", to_yaml(prepared.config).encode())
-    atomicio.write_json(prepared.run_dir / "plan.json", prepared.plan.as_json() | {"identity": prepared.identity()})
+    atomicio.write_json(prepared.run_dir / PLAN_FILE, prepared.plan.as_json() | {"identity": prepared.identity()})
     atomicio.write_json(prepared.run_dir / "environment.json", environment_report(runtime))
     if prepared.split.probes:
         sets = {"images_held_out": prepared.split.held_out, **prepared.split.probes}

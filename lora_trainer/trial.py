@@ -60,7 +60,7 @@ class Trial:
     @classmethod
     def build(cls, spec: TrialSpec, bank: AdapterBank, adapter: str, plan: RunPlan) -> Trial:
         """The trial over its adapter in the bank, with its schedules laid over the plan."""
-        return cls(spec, adapter, bank.parameters(adapter), lay_groups(spec.config, plan.horizon))
+        return cls(spec, adapter, bank.parameters(adapter), lay_groups(spec.config, plan.lr_horizon))
 
     def clip(self) -> torch.Tensor:
         """Scale the gradients down to the norm allowed; the norm before that, on the device."""
@@ -123,7 +123,7 @@ class Trial:
         self._load_optimizer_state(own["optimizer"], plain["optimizer"])
         self.best = None if plain["best"] is None else BestProbe(**plain["best"])
         for group, state in zip(self.groups, plain["feedback"], strict=True):
-            if group.schedule.feedback is not None:
+            if group.schedule.feedback is not None and state is not None:
                 group.schedule.feedback.load(state)
         if self.average is not None:
             self.average.load(own["average"])
@@ -145,8 +145,9 @@ class Trial:
         for place, value in [*tensors.items(), *plain["values"].items()]:
             name, _, key = place.rpartition("/")
             entries.setdefault(indices[name], {})[key] = value
+        written = {"params", *type(self.config.optimizer).model_fields}  # the config decides, not the checkpoint
         groups = [
-            {**{k: _from_json(v) for k, v in saved.items()}, "params": own["params"]}
+            {k: _from_json(v) for k, v in saved.items()} | {k: v for k, v in own.items() if k in written}
             for saved, own in zip(plain["groups"], self.optimizer.state_dict()["param_groups"], strict=True)
         ]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})

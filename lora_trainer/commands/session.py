@@ -7,32 +7,44 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from lora_trainer import atomicio
-from lora_trainer.errors import HostError, Problem, TrainerError
+from lora_trainer.errors import HostError, Problem, StoppedBySignal, TrainerError
 
 
 class StopRequest:
-    """Set by the first SIGTERM or SIGINT; the second ends the process at once."""
+    """Set by the first SIGTERM, SIGINT or SIGHUP; the second ends the process at once.
+
+    Before anybody asks for it there is nothing to finish first: then the signal is raised where it falls.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.polled = False
 
     def __call__(self) -> bool:
+        self.polled = True
         return self.asked
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.asked:
             os._exit(128 + number)
         self.asked = True
+        if not self.polled:
+            what = "stopped as asked before this start's first update; what was saved and cached stays"
+            raise StoppedBySignal(Problem(what, fix="the same command goes on"))
         os.write(2, b"\nstopping after this update; once more ends at once\n")
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Listen inside the block; SIGHUP stays ignored where it is (under nohup)."""
+        heard = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            heard.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._handle) for number in heard}
         try:
             yield self
         finally:
@@ -53,7 +65,7 @@ def report_error(error: TrainerError, *, debug: bool) -> int:
 
 def record_exit(run_dir: Path, code: int, status: str, message: str) -> None:
     """`exit.json`: the code, which `accelerate launch` would turn into 1, and the first line of the message."""
-    if run_dir.is_dir():
+    with suppress(OSError):  # on a full disk the exit code itself still says it
         atomicio.write_json(run_dir / "exit.json", {"code": code, "status": status, "message": message})
 
 

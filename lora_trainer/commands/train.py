@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from lora_trainer import atomicio
+from lora_trainer import atomicio, disk
 from lora_trainer.commands.session import StopRequest, check_platform, record_exit
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import run_directory
@@ -28,27 +28,29 @@ def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False,
     screen = Screen(silent=not launch.is_main)
     run_dir = run_directory(config)
     with ExitStack() as stack:
+        stack.enter_context(disk.faults_in_words())
+        stop = stack.enter_context(StopRequest().listening())
         if launch.is_main and not dry_run:
             stack.enter_context(atomicio.sole_writer(run_dir))
             if fresh:
                 _set_aside(run_dir, screen)
         try:
-            prepared = prepare(config, launch, screen.track)
-            screen.table(f"Plan of {config.name}", plan_rows(prepared))
-            if not dry_run:
-                _train(prepared, screen)
+            with disk.faults_in_words():
+                prepared = prepare(config, launch, screen.track)
+                screen.table(f"Plan of {config.name}", plan_rows(prepared))
+                if not dry_run:
+                    _train(prepared, screen, stop)
         except TrainerError as error:
             if launch.is_main and not dry_run:
                 record_exit(run_dir, error.exit_code, error.title, str(error.problems[0].what))
             raise
 
 
-def _train(prepared: Prepared, screen: Screen) -> None:
+def _train(prepared: Prepared, screen: Screen, stop: StopRequest) -> None:
     from lora_trainer.fit import fit
     from lora_trainer.trial import TrialSpec
 
-    with StopRequest().listening() as stop:
-        result = fit(prepared, [TrialSpec(prepared.config.name, prepared.config)], screen=screen, should_stop=stop)
+    result = fit(prepared, [TrialSpec(prepared.config.name, prepared.config)], screen=screen, should_stop=stop)
     if prepared.launch.is_main:
         record_exit(prepared.run_dir, ExitCode.DONE, "finished", f"{result.step} updates")
     screen.table("Done", [(file.name, str(file)) for file in result.files])

@@ -122,6 +122,12 @@ def _inert(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
             "`use_rslora` and `use_dora` together are in no consumer's format",
             "keep one of them",
         )
+    if config.resume.schedule == "stretch" and not config.resume.allow_changes:
+        yield Conflict(
+            ("resume", "schedule"),
+            "`resume.schedule: stretch` has no effect while no change of length is allowed",
+            "write resume.allow_changes: [train.max_steps] beside it, or remove it",
+        )
     if config.sample.every_steps is not None and not config.sample.prompts:
         yield Conflict(
             ("sample", "every_steps"),

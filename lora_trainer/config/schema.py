@@ -206,6 +206,17 @@ class CheckpointConfig(Section):
     """Period of checkpoints; null saves at the end and on a signal only."""
     keep_last: Annotated[int, Field(ge=2), NotBool] = 2
     """Number of checkpoints kept."""
+    on_disk_full: Literal["continue", "stop"] = "continue"
+    """When the disk takes no checkpoint: train on and try again at the next one, or stop (exit 5) with a LoRA file."""
+
+
+class ResumeConfig(Section):
+    """What may differ when a stopped run is continued. Without these keys a changed setting stops the resume."""
+
+    allow_changes: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = ()
+    """Settings (`optimizer.lr`, a section as `lr_scheduler`) or contents (`data content`) that may have changed."""
+    schedule: Literal["keep", "stretch"] = "keep"
+    """LR of a longer run: `keep` the curve of the first length, then its last value, or `stretch` it over the new."""
 
 
 class ExportConfig(Section):
@@ -245,5 +256,6 @@ class RunConfig(Section):
     validation: ValidationConfig | None = None
     sample: Annotated[SampleConfig, Observational()] = SampleConfig()
     checkpoint: Annotated[CheckpointConfig, Observational()] = CheckpointConfig()
+    resume: Annotated[ResumeConfig, Observational()] = ResumeConfig()
     export: Annotated[ExportConfig, Observational()] = ExportConfig()
     tracking: Annotated[TrackingConfig, Observational()] = TrackingConfig()
