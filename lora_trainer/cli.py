@@ -155,6 +155,34 @@ def plan(
     run(config, overrides or [], processes)
 
 
+@app.command(
+    "find-lr",
+    epilog="Examples:  lora-trainer find-lr -c configs/demo.yaml 'validation={fraction: 0.2}'   |   "
+    "lora-trainer find-lr -c demo.yaml --verify   |   lora-trainer find-lr -c demo.yaml --steps 200 --end-lr 0.1",
+)
+def find_lr(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", help="Updates of the ramp.")] = 100,
+    start_lr: Annotated[
+        float | None, typer.Option("--start-lr", help="First LR; default: the optimizer's default / 100.")
+    ] = None,
+    end_lr: Annotated[
+        float | None, typer.Option("--end-lr", help="Last LR; default: the optimizer's default x 10,000, at most 1.")
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=2, help="Held-out images probed after each update.")] = 4,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Confirm by short runs at five LRs from one state on the same batches.")
+    ] = False,
+    verify_steps: Annotated[int, typer.Option("--verify-steps", min=1, help="Updates of each of these runs.")] = 50,
+) -> None:
+    """Find a base learning rate by a ramp on your data and base; the model and the run's folder stay untouched."""
+    from lora_trainer.commands.find_lr import find_lr as run
+    from lora_trainer.prepare_finder import FinderOptions
+
+    run(config, overrides or [], FinderOptions(steps, start_lr, end_lr, images, verify, verify_steps))
+
+
 @app.command(epilog="Examples:  lora-trainer presets   |   lora-trainer presets prodigy")
 def presets(name: Annotated[str | None, typer.Argument(help="Preset to show as settings.")] = None) -> None:
     """Starting points for learning rates and schedules, to paste into a config."""

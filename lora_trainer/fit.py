@@ -18,10 +18,9 @@ from lora_trainer.runtime import start_runtime
 from lora_trainer.sampling import Sampler
 from lora_trainer.tracking.console import Screen
 from lora_trainer.trial import TrialSpec
-from lora_trainer.update import Updater, UpdateResult
+from lora_trainer.update import MAX_OVERFLOWS_IN_A_ROW, Updater, UpdateResult
 
 MAX_SKIPS_IN_A_ROW = 3
-MAX_OVERFLOWS_IN_A_ROW = 30  # fp16's scale halves at each: more than enough to come down from 2**16
 
 
 @dataclass(frozen=True, slots=True)

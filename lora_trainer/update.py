@@ -20,6 +20,8 @@ from lora_trainer.optimizers import step_size
 from lora_trainer.runtime import Runtime
 from lora_trainer.trial import Trial
 
+MAX_OVERFLOWS_IN_A_ROW = 30  # fp16's scale halves at each: more than enough to come down from 2**16
+
 
 @dataclass(frozen=True, slots=True)
 class TrialUpdate:

@@ -1,0 +1,184 @@
+"""The reading of a learning-rate ramp: constructed curves, pure noise, a quadratic whose stability limit is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_trainer.lr_finder.analysis import Finding, Point, analyse, has_diverged, paired_gain, round_down
+from lora_trainer.lr_finder.forks import Fork, fork_lrs, judge_forks
+from lora_trainer.lr_finder.ramp import Ramp
+from lora_trainer.lr_finder.usual_rules import debiased_average, usual_rules, valley_index
+
+RAMP = Ramp(1e-6, 1.0, 100)
+LRS = [RAMP.lr(k) for k in range(100)]
+FALLBACK = 1e-4
+
+
+def hill(lr: float, best: float, crossing: float) -> float:
+    """Gain in proportion to the LR up to 1 at `best`, then down in proportion to log LR through 0 at `crossing`."""
+    if lr <= best:
+        return lr / best
+    return 1 - math.log(lr / best) / math.log(crossing / best)
+
+
+def points(gains: list[float], se: float = 0.01) -> list[Point]:
+    return [Point(lr, gain, se, 1.0) for lr, gain in zip(LRS, gains, strict=False)]
+
+
+def test_ramp_is_geometric_with_exact_ends() -> None:
+    np.testing.assert_allclose(LRS, np.geomspace(1e-6, 1, 100), rtol=1e-12)
+    assert LRS[0] == pytest.approx(1e-6, rel=1e-15)
+    assert LRS[-1] == 1.0
+    assert LRS[1] / LRS[0] == pytest.approx(RAMP.ratio)
+
+
+@given(best=st.floats(1e-3, 3e-2), factor=st.floats(1.5, 20))
+def test_onset_and_crossing_are_where_the_curve_has_them(best: float, factor: float) -> None:
+    crossing = min(best * factor, 0.9)
+    finding = analyse(points([hill(lr, best, crossing) for lr in LRS]), FALLBACK)
+    found = max(hill(lr, best, crossing) for lr in LRS)
+    assert finding.verdict == "found"
+    assert finding.onset == next(lr for lr in LRS if hill(lr, best, crossing) >= 0.1 * found)
+    assert finding.crossing == next(lr for lr in LRS if lr > best and hill(lr, best, crossing) < 0)
+    middle = math.sqrt(finding.onset * finding.crossing)
+    assert finding.high == finding.crossing / 2
+    assert finding.suggestion <= min(middle, finding.high) * (1 + 1e-11)
+    assert finding.suggestion * 1.11 > min(middle, finding.high)
+
+
+def test_a_fall_after_the_divergence_is_not_taken_for_learning() -> None:
+    gains = [hill(lr, 1e-3, 1e-2) if lr < 2e-2 else -5.0 if lr < 0.1 else 3.0 for lr in LRS]
+    finding = analyse(points(gains), FALLBACK)
+    assert finding.best is not None
+    assert finding.best.lr == pytest.approx(1e-3, rel=0.15)
+    assert finding.crossing == pytest.approx(1e-2, rel=0.16)
+
+
+def test_numbers_that_are_not_finite_are_a_crossing() -> None:
+    gains = [hill(lr, 1e-3, 1.0) if lr < 3e-3 else math.nan for lr in LRS]
+    finding = analyse(points(gains), FALLBACK)
+    assert finding.crossing == next(lr for lr in LRS if lr >= 3e-3)
+    assert has_diverged(points(gains)[: gains.index(next(g for g in gains if math.isnan(g))) + 1])
+
+
+def test_a_ramp_that_never_crosses_suggests_less_than_its_best() -> None:
+    finding = analyse(points([hill(lr, 1e-2, 1e6) for lr in LRS]), FALLBACK)
+    assert (finding.verdict, finding.crossing) == ("found", None)
+    assert finding.high == finding.best.lr if finding.best else False
+    assert finding.suggestion < 1e-2
+
+
+def test_a_ramp_that_diverges_early_is_too_coarse_to_read() -> None:
+    finding = analyse(points([hill(lr, 1e-5, 3e-5) for lr in LRS]), FALLBACK)
+    assert (finding.verdict, finding.suggestion) == ("too few points", FALLBACK)
+    assert finding.num_points < 30
+
+
+def noise_that_is_new_at_each_update(rng: np.random.Generator) -> list[Point]:
+    return [Point(lr, *paired_gain(rng.normal(1, 0.1, 64), np.ones(64)), 1.0) for lr in LRS]
+
+
+def drift_without_direction(rng: np.random.Generator) -> list[Point]:
+    """Weights on a random walk whose steps grow with the LR; each measurement has a gradient of its own."""
+    gradients, weights, seen = rng.normal(size=(64, 20)), np.zeros(20), []
+    for lr in LRS:
+        weights = weights + lr * rng.normal(size=20)
+        seen.append(Point(lr, *paired_gain(gradients @ weights + 0.5 * weights @ weights, np.zeros(64)), 1.0))
+    return seen
+
+
+@pytest.mark.parametrize("null", [noise_that_is_new_at_each_update, drift_without_direction])
+def test_noise_has_no_signal(null: object) -> None:
+    verdicts = [analyse(null(np.random.default_rng(seed)), FALLBACK) for seed in range(100)]  # type: ignore[operator]
+    assert sum(f.verdict == "no signal" and f.suggestion == FALLBACK for f in verdicts) >= 95
+
+
+def test_exactly_no_effect_has_no_signal() -> None:
+    assert analyse(points([0.0] * 100, se=0.0), FALLBACK).verdict == "no signal"
+
+
+def quadratic_ramp(curvature: float, seed: int) -> Finding:
+    """SGD on the mean of (c/2)(x - a)^2 over 256 values a, one a per update, from x = 10; stable below LR 2 / c."""
+    rng = np.random.default_rng(seed)
+    centres, x, seen = rng.normal(size=256), 10.0, []
+    start = curvature / 2 * (x - centres) ** 2
+    for k in range(100):
+        x -= RAMP.lr(k) * curvature * (x - rng.choice(centres))
+        now = curvature / 2 * (x - centres) ** 2
+        seen.append(Point(RAMP.lr(k), *paired_gain(now / start.mean(), start / start.mean()), 1.0))
+        if has_diverged(seen):
+            break
+    return analyse(seen, FALLBACK)
+
+
+@pytest.mark.parametrize("curvature", [10.0, 100.0, 1000.0])
+def test_the_upper_end_is_within_a_factor_of_two_of_a_quadratics_stability_limit(curvature: float) -> None:
+    for seed in range(10):
+        finding = quadratic_ramp(curvature, seed)
+        limit = 2 / curvature
+        assert finding.high is not None
+        assert limit / 2 <= finding.high <= limit * 2
+        assert finding.suggestion < limit
+
+
+@given(st.floats(1e-7, 0.99))
+def test_rounding_keeps_two_digits_and_never_rises(lr: float) -> None:
+    rounded = round_down(lr)
+    assert rounded <= lr * (1 + 1e-11)
+    assert rounded > lr * 0.9
+    assert float(f"{rounded:.1e}") == rounded
+
+
+def test_usual_rules_on_a_known_curve() -> None:
+    rules = usual_rules(points([hill(lr, 1e-3, 1e-2) for lr in LRS]))
+    assert rules["probe: minimum / 10"] == pytest.approx(1e-4, rel=RAMP.ratio - 1)
+    assert rules["probe: steepest"] == pytest.approx(1e-3, rel=2 * (RAMP.ratio - 1))
+
+
+def test_valley_is_the_middle_of_the_longest_fall() -> None:
+    assert (
+        valley_index([9, 9, 8, 7, 6, 5, 4, 3, 9, 9]) == 3
+    )  # the fall has 7 values up to index 7, so from 0: 0 + 2 + 1
+    assert valley_index([5, 4, 3, 2, 1, 0, 6, 7]) == 1
+
+
+def test_average_has_no_bias_at_its_start() -> None:
+    assert debiased_average([3.0] * 5) == pytest.approx([3.0] * 5)
+
+
+START = np.ones((4, 16))
+NOISE = np.random.default_rng(0).normal(size=(4, 16))
+
+
+def fork(lr: float, gain: float, spread: float = 0.01) -> Fork:
+    return Fork(lr, START - gain + spread * NOISE * (1 + lr))
+
+
+def test_the_fork_that_gains_most_is_chosen() -> None:
+    verdict = judge_forks([fork(1e-4, 0.1), fork(3e-4, 0.2), fork(1e-3, 0.3), Fork(1e-2, None)], START)
+    assert verdict.choice == 1e-3
+    assert verdict.readings[0].behind == pytest.approx(0.2, rel=0.01)
+    assert verdict.readings[3].gain is None
+
+
+def test_of_two_forks_that_overlap_the_smaller_is_chosen() -> None:
+    other = np.random.default_rng(1).normal(size=(4, 16))
+    forks = [fork(1e-4, 0.1), fork(3e-4, 0.2), Fork(1e-3, START - 0.201 + 0.05 * other)]
+    verdict = judge_forks(forks, START)
+    assert verdict.choice == 3e-4
+    assert "cannot be told apart" in verdict.reason
+
+
+def test_forks_without_gain_choose_nothing() -> None:
+    assert judge_forks([fork(1e-4, 0.0001), fork(1e-3, -0.1)], START).choice is None
+    assert judge_forks([Fork(1e-4, None)], START).choice is None
+
+
+def test_forks_are_five_half_a_decade_apart() -> None:
+    assert fork_lrs(2e-3, 1.0) == [2e-4, 6.3e-4, 2e-3, 6.3e-3, 2e-2]
+    assert fork_lrs(0.5, 1.0)[-1] == 1.0
