@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "demo-base", help="where unfinished work is kept")
     parser.add_argument("--vae-steps", type=int, default=10_000)
-    parser.add_argument("--denoiser-steps", type=int, default=10_000)
+    parser.add_argument("--denoiser-steps", type=int, default=12_000)
     parser.add_argument("--judge", action="store_true", help="only judge demo/base")
     options = parser.parse_args()
     if not options.judge:
