@@ -17,7 +17,7 @@ from typing import Any, Literal
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils import reduce as reduce_over_processes
 
 from lora_trainer import __version__
@@ -63,6 +63,10 @@ class Runtime:
             return value
         return broadcast_object_list([value])[0]
 
+    def from_all(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes, one after the other."""
+        return values if self.launch.num_processes == 1 else gather_object(values)
+
     def wait_for_everyone(self) -> None:
         self.state.wait_for_everyone()
 
@@ -78,11 +82,20 @@ def start_runtime(launch: Launch, precision: str, threads: int) -> Iterator[Runt
     """Join the other processes and set threads and precision; leave them in order at the end.
 
     Raises:
-        HostError: the precision asked for does not exist on this device.
+        HostError: the precision asked for does not exist on this device, or processes are missing.
     """
     _die_with_launcher()
     torch.set_num_threads(threads)
     state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != launch.num_processes:
+        raise HostError(
+            Problem(
+                f"{launch.num_processes} processes are announced, and {state.num_processes} found each other",
+                "WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR",
+                "each process would train on a part of the images and none would hear of the others",
+                "start with torchrun --nproc-per-node N train.py --config ..., or unset WORLD_SIZE",
+            )
+        )
     try:
         chosen = _choose_precision(precision, state.device)
         yield Runtime(launch, state.device, chosen, threads, state)

@@ -43,6 +43,7 @@ class UpdateResult:
     trials: dict[str, TrialUpdate]
     num_samples: int
     files: tuple[str, ...]
+    """The images of this process; those of all where the update was skipped."""
     stop_asked: bool
     skipped: str | None
     base_loss: float | None
@@ -112,7 +113,7 @@ class Updater:
         return UpdateResult(
             trials=done,
             num_samples=sums.num_samples,
-            files=tuple(sums.files),
+            files=tuple(self._runtime.from_all(sums.files) if skipped else sums.files),
             stop_asked=stopping,
             skipped=skipped,
             base_loss=base_loss if with_base else None,

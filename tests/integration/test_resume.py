@@ -71,6 +71,14 @@ def test_a_resume_is_byte_identical(
     same_run_twice(train_toy, monkeypatch, RICH, stops)
 
 
+def test_a_resume_after_every_update_of_twenty_is_byte_identical(
+    train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nineteen stops: LR, losses, gradient norms and weights at every k are those of the run without a stop."""
+    curve = "lr_scheduler={type: cosine_with_restarts, num_cycles: 3, warmup_steps: 2}"
+    same_run_twice(train_toy, monkeypatch, ("train.max_steps=20", curve), [1] * 19)
+
+
 def test_a_resume_with_validation_and_plateau_is_byte_identical(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
