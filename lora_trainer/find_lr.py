@@ -170,6 +170,7 @@ def restored(trial: Trial, updater: Updater, device: torch.device) -> Iterator[N
 def following(trial: Trial, lr_of: Callable[[int], float]) -> Iterator[None]:
     """Let the trial's learning rates follow `lr_of` inside the block; groups keep their ratios to one another."""
     before, base_lr = trial.groups, trial.config.optimizer.lr
+    lrs_before = [own["lr"] for own in trial.optimizer.param_groups]
     horizon = before[0].schedule.horizon
     schedule = LRSchedule("finder", horizon, lambda k, _: lr_of(k) / base_lr, Warmup(0))
     trial.groups = tuple(replace(group, schedule=schedule) for group in before)
@@ -177,3 +178,5 @@ def following(trial: Trial, lr_of: Callable[[int], float]) -> Iterator[None]:
         yield
     finally:
         trial.groups = before
+        for own, lr in zip(trial.optimizer.param_groups, lrs_before, strict=True):
+            own["lr"] = lr
