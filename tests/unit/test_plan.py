@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import inject_adapter_in_model
 
 from lora_trainer.adapters.bank import peft_config
+from lora_trainer.commands.plan import explanation, prepare_plan
+from lora_trainer.config.load import load_config
 from lora_trainer.config.schema import LoraConfig, RunConfig
 from lora_trainer.errors import ConfigError
 from lora_trainer.plan import RunPlan, lora_parameters, plan_run, updates_per_epoch
@@ -93,3 +96,17 @@ def test_parameter_counts_equal_pefts(use_dora: bool) -> None:
     )
     assert plan.num_parameters == expected
     assert lora_parameters((10, 6), 3) == 48
+
+
+def test_a_plan_is_explained_as_frequency_duration_and_intensity(toy_config: Path) -> None:
+    overrides = ["train.max_steps=null", "train.epochs=4", "train.gradient_accumulation_steps=2"]
+    told = list(explanation(prepare_plan(load_config(toy_config, overrides), num_processes=1)))
+    words = {name: text for name, text in told if name}
+    assert words["samples"].startswith("6 = the sum of images x repeats over 6 images")
+    assert words["frequency"].startswith("one update per 4 samples = 1 processes x 2 images x 2 accumulated")
+    assert words["duration"] == "8 updates (4 epochs x that) = 4.00 epochs"
+    assert "over 1.00e-03" in words["intensity unet"]
+    assert ("", "an epoch is 2 updates = 6 / 4, rounded up") in told
+    four = dict(explanation(prepare_plan(load_config(toy_config, overrides), num_processes=4)))
+    assert four["frequency"].startswith("one update per 16 samples = 4 processes")
+    assert four["duration"].startswith("4 updates")

@@ -255,3 +255,11 @@ def test_every_preset_is_a_valid_config(name: str) -> None:
 def test_the_recommended_learning_rates() -> None:
     rates = {name: PRESETS[name].settings["optimizer.lr"] for name in ("lora", "general", "conservative", "full")}
     assert rates == {"lora": 1e-4, "general": 5e-5, "conservative": 4e-5, "full": 5e-6}
+
+
+def test_the_bert_preset_warms_up_over_epochs_and_falls_straight() -> None:
+    (setting,) = PRESETS["bert"].settings.values()
+    (shown,) = previews(["linear", f"warmup_steps={setting['warmup_steps']}"], None, 60, 1.0, updates_per_epoch=20)
+    assert setting["type"] == "linear"
+    assert shown.schedule.marks == (Mark(20, "End of warmup"),)
+    assert [shown.facts.lrs[k] for k in (0, 10, 20, 40)] == pytest.approx([0, 0.5, 1, 0.5])

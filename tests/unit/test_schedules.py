@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch.optim import lr_scheduler as theirs
 
@@ -89,6 +86,9 @@ def test_step_and_multistep_golden() -> None:
 def test_step_every_ten_epochs() -> None:
     halves = laid("step", 250, 10, step_size="10ep", gamma=0.5)
     assert [halves.lr(epoch * 10, 0.1) for epoch in (0, 9, 10, 19, 20)] == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025])
+    tenths = laid("step", 250, 10, step_size="10ep")
+    lrs = [tenths.lr(epoch * 10 + 9, 0.1) for epoch in (0, 9, 10, 19, 20)]
+    assert lrs == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
 
 
 TORCH = [
@@ -158,42 +158,6 @@ def test_equals_transformers_at_every_update(num_updates: int, warmup: int) -> N
     for ours, build in pairs:
         expected = stepped(build, num_updates, 1e-3)
         assert max(abs(a - b) for a, b in zip(curve(ours, num_updates, 1e-3), expected, strict=True)) < 1e-12
-
-
-@given(name=st.sampled_from(sorted(set(SCHEDULES) - {"torch"})), num_updates=st.integers(12, 300))
-def test_finite_not_negative_clamped_and_not_above_the_base(name: str, num_updates: int) -> None:
-    schedule = laid(name, num_updates, **EXAMPLES.get(name, {}))
-    multipliers = [schedule.multiplier(k, 1e-3) for k in range(num_updates + 1)]
-    assert all(math.isfinite(m) and 0 <= m <= 1 + 1e-12 for m in multipliers)
-    assert schedule.multiplier(num_updates * 5, 1e-3) == multipliers[-1]
-
-
-FALLING = (
-    "linear",
-    "cosine",
-    "polynomial",
-    "exponential",
-    "step",
-    "multistep",
-    "inverse_sqrt",
-    "rex",
-    "warmup_stable_decay",
-)
-
-
-@pytest.mark.parametrize("name", FALLING)
-def test_falling_schedules_never_rise_after_the_warmup(name: str) -> None:
-    schedule = laid(name, 200, warmup_steps=20, **EXAMPLES.get(name, {}))
-    values = [schedule.multiplier(k, 1e-3) for k in range(20, 201)]
-    assert all(second <= first + 1e-15 for first, second in itertools.pairwise(values))
-    assert values[0] == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine", "rex", "warmup_stable_decay", "cosine_with_restarts"])
-def test_the_floor_is_respected_and_does_not_lift_the_warmup(name: str) -> None:
-    schedule = laid(name, 100, warmup_steps=10, min_ratio=0.2)
-    assert schedule.multiplier(0, 1.0) == 0
-    assert min(schedule.multiplier(k, 1.0) for k in range(10, 101)) >= 0.2 - 1e-12
 
 
 def test_phases_join_end_to_end_and_scale() -> None:
