@@ -1,0 +1,116 @@
+"""docs/evidence.md is complete, and docs/learning_rates.md says what the code does."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lora_trainer.config.lr_notes import USUAL_RANGE
+from lora_trainer.config.optimizers import AdamW
+from lora_trainer.config.presets import PRESETS
+from lora_trainer.plan import updates_per_epoch
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+EVIDENCE = (DOCS / "evidence.md").read_text()
+ADVICE = (DOCS / "learning_rates.md").read_text()
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading, cell by cell."""
+    section = text.split(f"{heading}\n", 1)[1]
+    lines = re.search(r"(?m)(^\|.*\n)+", section).group().splitlines()  # type: ignore[union-attr]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_row_is_there_with_a_test_or_an_answer() -> None:
+    rows = table(EVIDENCE, "## What they name") + table(EVIDENCE, "## What they trip over")
+    assert [row[0] for row in rows] == [f"S{n}" for n in range(1, 46)] + [f"X{n}" for n in range(1, 16)]
+    for name, what, answer, tests in rows:
+        assert what, name
+        assert answer, name
+        assert "tests/" in tests or "](" in answer, name
+
+
+def test_every_test_that_is_named_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", EVIDENCE)
+    assert len(named) > 60
+    assert EVIDENCE.count("`tests/") == len(named) + 1  # the one that names this file
+    for file in {file for file, _ in named}:
+        functions = {
+            node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)
+        }
+        assert {test for other, test in named if other == file} <= functions, file
+
+
+@pytest.mark.parametrize("page", ["evidence.md", "learning_rates.md", "schedules.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", (DOCS / page).read_text()):
+        file, _, anchor = target.partition("#")
+        assert (DOCS / file).is_file(), target
+        assert not anchor or anchor in anchors(DOCS / file), target
+
+
+def test_every_schedule_command_that_is_named_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_trainer.cli import main
+    from lora_trainer.errors import ExitCode
+
+    monkeypatch.chdir(tmp_path)
+    refused = {"S6", "S30"}
+    rows = table(EVIDENCE, "## What they name") + table(EVIDENCE, "## What they trip over")
+    tried = 0
+    for name, _, answer, _ in rows:
+        for command in re.findall(r"`schedules ([^`]+)`", answer):
+            if "NAME" in command:
+                continue
+            with pytest.raises(SystemExit) as caught:
+                main(["schedules", *shlex.split(command)])
+            assert (caught.value.code or 0) == (ExitCode.CONFIG if name in refused else ExitCode.DONE), command
+            tried += 1
+    assert tried > 25
+
+
+def test_the_starting_points_are_the_presets() -> None:
+    rows = {row[0].strip("`"): row for row in table(ADVICE, "## Starting points")}
+    assert rows.keys() == PRESETS.keys()
+    for name, preset in PRESETS.items():
+        optimizer = preset.settings.get("optimizer", {})
+        kind = optimizer.get("type", preset.settings.get("optimizer.type", "adamw"))
+        lr = optimizer.get("lr", preset.settings.get("optimizer.lr", AdamW.model_fields["lr"].default))
+        assert (rows[name][1], float(rows[name][2])) == (kind, lr)
+
+
+def test_the_usual_ranges_are_those_of_the_notes() -> None:
+    told = {
+        kind: (float(low), float(high))
+        for kinds, low, high in table(ADVICE, "### Usual ranges")
+        for kind in kinds.split(", ")
+    }
+    assert told == USUAL_RANGE
+
+
+def test_the_arithmetic_of_the_page_is_the_plans() -> None:
+    for row in table(ADVICE, "## The arithmetic of steps"):
+        images, repeats, processes, batch, accumulation, updates = map(int, row)
+        assert updates_per_epoch([images * repeats], processes * batch * accumulation) == updates
+
+
+def test_the_numbers_of_the_traps() -> None:
+    assert next(j for j in range(1000) if 0.99**j <= 0.5) == 69
+    assert next(j for j in range(1000) if 0.99**j <= 0.01) == 459
+    assert round(0.99 ** (1 / 25), 4) == 0.9996
+    assert pytest.approx(1e-4) == 0.1 ** (2000 // 500)
+    assert 1 - math.exp(-0.01 * 1e-4 * 2000) == pytest.approx(0.002, rel=0.01)
+    assert 1 - math.exp(-0.53 * 1e-4 * 2000) == pytest.approx(0.1, rel=0.01)
