@@ -18,7 +18,7 @@ from peft import LoraConfig as PeftLoraConfig
 from PIL import Image
 
 from lora_trainer import streams
-from lora_trainer.adapters.bank import AdapterBank
+from lora_trainer.adapters.bank import AdapterBank, AdapterSpec
 from lora_trainer.batch import Slot
 from lora_trainer.cache import build_cache
 from lora_trainer.config.schema import RunConfig
@@ -51,7 +51,9 @@ class Ours:
         family = open_family(prepared.base)
         cache = build_cache(config, family, prepared.split, prepared.base_digests, runtime, lambda items, *_: items)
         denoiser = family.load_denoiser(runtime.device, runtime.dtype).train()
-        bank = AdapterBank.attach(denoiser, config.adapter, list(prepared.target_shapes), ["trial0"], seed=config.seed)
+        bank = AdapterBank.attach(
+            denoiser, {"trial0": AdapterSpec(config.adapter, tuple(prepared.target_shapes))}, seed=config.seed
+        )
         self.trial = Trial.build(TrialSpec("benchmark", config), bank, "trial0", plan)
         batches = BatchSource(
             prepared.dataset.records,
@@ -66,7 +68,7 @@ class Ours:
             device=runtime.device,
         )
         objective = Objective(config.objective, family.noise_schedule, prepared.prediction_type, runtime.device)
-        parts = (family, bank, [self.trial], batches, objective, runtime)
+        parts = (family, bank, [(self.trial,)], batches, objective, runtime)
         self.updater = Updater(*parts, seed=config.seed, accumulation=1, base_loss_every=None)
 
     def step(self, number: int) -> float:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_trainer.adapters.bank import AdapterBank
+from lora_trainer.adapters.bank import AdapterBank, AdapterSpec
+from lora_trainer.adapters.targets import select_targets
 from lora_trainer.cache import Cache, build_cache
+from lora_trainer.config.schema import LoraConfig
 from lora_trainer.data.batches import BatchSource
 from lora_trainer.families.registry import open_family
 from lora_trainer.families.stable_diffusion import StableDiffusion
@@ -16,7 +18,7 @@ from lora_trainer.objective import Objective
 from lora_trainer.prepare import Prepared
 from lora_trainer.runtime import Runtime
 from lora_trainer.tracking.console import Screen
-from lora_trainer.trial import Trial, TrialSpec
+from lora_trainer.trial import Trial, TrialSpec, passes_of
 from lora_trainer.update import Updater
 from lora_trainer.validation import Validator
 
@@ -30,13 +32,27 @@ class Assembly:
     denoiser: nn.Module
     bank: AdapterBank
     trials: tuple[Trial, ...]
+    passes: tuple[tuple[Trial, ...], ...]
+    """The trials of each forward."""
     updater: Updater
     validator: Validator | None
     """None where the config has no validation section."""
 
 
-def assemble(prepared: Prepared, specs: Sequence[TrialSpec], runtime: Runtime, screen: Screen) -> Assembly:
+def assemble(
+    prepared: Prepared,
+    specs: Sequence[TrialSpec],
+    runtime: Runtime,
+    screen: Screen,
+    *,
+    trials_per_pass: int = 1,
+    drop_failed: bool = False,
+) -> Assembly:
     """Cache the data, load the base, attach an adapter per trial and build what moves them; nothing is trained yet.
+
+    Args:
+        trials_per_pass: adapters that share a forward.
+        drop_failed: see `Updater`.
 
     Raises:
         TrainerError: the data, the base or the host is at fault.
@@ -46,27 +62,33 @@ def assemble(prepared: Prepared, specs: Sequence[TrialSpec], runtime: Runtime, s
     cache = build_cache(config, family, prepared.split, prepared.base_digests, runtime, screen.track)
     _say_cache(cache, screen)
     denoiser = family.load_denoiser(runtime.device, runtime.dtype)
-    adapters = [f"trial{index}" for index in range(len(specs))]
-    bank = AdapterBank.attach(denoiser, config.adapter, list(prepared.target_shapes), adapters, seed=config.seed)
+    adapters = {f"trial{index}": _adapter(prepared, spec.config.adapter) for index, spec in enumerate(specs)}
+    bank = AdapterBank.attach(denoiser, adapters, seed=config.seed)
     if config.train.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     denoiser.train()
 
     trials = tuple(Trial.build(spec, bank, name, plan) for spec, name in zip(specs, adapters, strict=True))
+    passes = passes_of(trials, trials_per_pass)
     objective = Objective(config.objective, family.noise_schedule, prepared.prediction_type, runtime.device)
     updater = Updater(
         family,
         bank,
-        trials,
+        passes,
         _batches(prepared, cache, runtime),
         objective,
         runtime,
         seed=config.seed,
         accumulation=plan.accumulation,
         base_loss_every=config.tracking.base_loss_every,
+        drop_failed=drop_failed,
     )
     validator = _validator(prepared, family, bank, cache, objective, runtime)
-    return Assembly(family, cache, denoiser, bank, trials, updater, validator)
+    return Assembly(family, cache, denoiser, bank, trials, passes, updater, validator)
+
+
+def _adapter(prepared: Prepared, config: LoraConfig) -> AdapterSpec:
+    return AdapterSpec(config, tuple(select_targets(prepared.base.denoiser_shapes(), config.targets)))
 
 
 def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:

@@ -25,6 +25,10 @@ class Conditioning:
 
     prompt_embeds_BLD: torch.Tensor
 
+    def tiled(self, copies: int) -> Conditioning:
+        """The same, once for each of so many trials: [P*B, L, D]."""
+        return Conditioning(tile(self.prompt_embeds_BLD, copies))
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -56,3 +60,12 @@ class Draw:
     timesteps_B: torch.Tensor
     digest: str = ""
     """Hash of both: equal for runs that drew the same."""
+
+    def tiled(self, copies: int) -> Draw:
+        """The same, once for each of so many trials."""
+        return Draw(tile(self.noise_BChw, copies), tile(self.timesteps_B, copies))
+
+
+def tile(values: torch.Tensor, copies: int) -> torch.Tensor:
+    """[B, ...] -> [P*B, ...], one copy after the other; the tensor itself for one."""
+    return values if copies == 1 else values.repeat(copies, *[1] * (values.dim() - 1))

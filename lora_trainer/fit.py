@@ -137,7 +137,7 @@ def _probing(prepared: Prepared, parts: Assembly) -> Probing | None:
     plan = prepared.plan
     if parts.validator is None or plan.validation is None:
         return None
-    return Probing(parts.validator, parts.trials, plan.validation.every, plan.num_updates)
+    return Probing(parts.validator, parts.passes, plan.validation.every, plan.num_updates)
 
 
 def _is_finished(checkpoint: Checkpoint | None, result: FitResult) -> bool:

@@ -68,8 +68,9 @@ class Objective:
 
 
 def squared_error(prediction_BChw: torch.Tensor, target_BChw: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample [B], in fp32."""
-    return (prediction_BChw.float() - target_BChw).square().flatten(1).mean(1)
+    """Mean squared error of each sample [B], in fp32, or fp64 where the prediction is."""
+    exact = torch.promote_types(prediction_BChw.dtype, torch.float32)
+    return (prediction_BChw.to(exact) - target_BChw).square().flatten(1).mean(1)
 
 
 def _snr_weights(alphas_T: torch.Tensor, gamma: float | None, prediction_type: PredictionType) -> torch.Tensor:

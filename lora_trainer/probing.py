@@ -24,8 +24,8 @@ class Measurement:
 class Probing:
     """Every process measures its share and comes to the same conclusions."""
 
-    def __init__(self, validator: Validator, trials: Sequence[Trial], every: int, num_updates: int) -> None:
-        self._validator, self._trials = validator, list(trials)
+    def __init__(self, validator: Validator, passes: Sequence[Sequence[Trial]], every: int, num_updates: int) -> None:
+        self._validator, self._passes = validator, passes
         self._every, self._num_updates = every, num_updates
 
     def is_due(self, step: int) -> bool:
@@ -35,21 +35,27 @@ class Probing:
     def start(self) -> list[Measurement]:
         """The probes before the first update: the base itself, as an adapter's B is zero."""
         base = {name: ProbeReading(losses, losses) for name, losses in self._validator.base().items()}
-        return [Measurement(trial, base) for trial in self._trials]
+        return [Measurement(trial, base) for members in self._passes for trial in members]
 
     def measure(self, step: int) -> list[Measurement]:
-        """Measure every trial's exported weights, feed its schedules and compare with its best."""
+        """Measure every live trial's exported weights, feed its schedules and compare with its best."""
         measured = []
-        for trial in self._trials:
-            readings = self._validator.measure(trial.adapter, trial.weights())
-            held_out = readings[HELD_OUT]
-            reduced = tuple(
-                group.name
-                for group in trial.groups
-                if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items)
-            )
-            is_best = trial.best is None or held_out.relative < trial.best.relative
-            if is_best:
-                trial.remember_best(step, held_out.relative)
-            measured.append(Measurement(trial, readings, reduced, is_best))
+        for members in self._passes:
+            if any(trial.is_live for trial in members):
+                readings = self._validator.measure_packed({trial.adapter: trial.weights() for trial in members})
+                pairs = zip(members, readings, strict=True)
+                measured += [_conclude(trial, step, own) for trial, own in pairs if trial.is_live]
         return measured
+
+
+def _conclude(trial: Trial, step: int, readings: dict[str, ProbeReading]) -> Measurement:
+    held_out = readings[HELD_OUT]
+    reduced = tuple(
+        group.name
+        for group in trial.groups
+        if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items)
+    )
+    is_best = trial.best is None or held_out.relative < trial.best.relative
+    if is_best:
+        trial.remember_best(step, held_out.relative)
+    return Measurement(trial, readings, reduced, is_best)

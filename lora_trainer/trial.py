@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_trainer.adapters.bank import AdapterBank
+from lora_trainer.adapters.packed import can_pack
 from lora_trainer.adapters.targets import assign_groups
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.optimizers import build_optimizer, evaluated_weights
@@ -35,6 +36,14 @@ class BestProbe:
     relative: float
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a trial ended before the others of its group: after `step` completed updates, with what not finite."""
+
+    step: int
+    reason: str
+
+
 class Trial:
     """Adapter, optimizer, schedule and average of one trial, moved on one update at a time."""
 
@@ -49,6 +58,7 @@ class Trial:
         self.parameters = dict(parameters)
         self.groups = tuple(groups)
         self.best: BestProbe | None = None
+        self.failure: Failure | None = None
         options, ema_decay = spec.config.optimizer, spec.config.train.ema_decay
         patterns = {group.name: group.match for group in options.groups}
         members = assign_groups(list(self.parameters), patterns, DENOISER_GROUP)
@@ -61,6 +71,15 @@ class Trial:
     def build(cls, spec: TrialSpec, bank: AdapterBank, adapter: str, plan: RunPlan) -> Trial:
         """The trial over its adapter in the bank, with its schedules laid over the plan."""
         return cls(spec, adapter, bank.parameters(adapter), lay_groups(spec.config, plan.lr_horizon))
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is still trained."""
+        return self.failure is None
+
+    def fail(self, step: int, reason: str) -> None:
+        """End here; the weights stay those after `step` completed updates."""
+        self.failure = Failure(step, reason)
 
     def clip(self) -> torch.Tensor:
         """Scale the gradients down to the norm allowed; the norm before that, on the device."""
@@ -108,7 +127,8 @@ class Trial:
         named = {part: {f"{self.name}/{k}": v for k, v in own.items()} for part, own in parts.items()}
         feedback = [None if g.schedule.feedback is None else g.schedule.feedback.state() for g in self.groups]
         best = None if self.best is None else {"step": self.best.step, "relative": self.best.relative}
-        return named, {"optimizer": optimizer, "feedback": feedback, "best": best}
+        failure = None if self.failure is None else {"step": self.failure.step, "reason": self.failure.reason}
+        return named, {"optimizer": optimizer, "feedback": feedback, "best": best, "failure": failure}
 
     @torch.no_grad()
     def load_state(self, parts: Mapping[str, Tensors], plain: Mapping[str, Any]) -> None:
@@ -122,6 +142,7 @@ class Trial:
             parameter.copy_(own["adapter"][name])
         self._load_optimizer_state(own["optimizer"], plain["optimizer"])
         self.best = None if plain["best"] is None else BestProbe(**plain["best"])
+        self.failure = None if plain["failure"] is None else Failure(**plain["failure"])
         for group, state in zip(self.groups, plain["feedback"], strict=True):
             if group.schedule.feedback is not None and state is not None:
                 group.schedule.feedback.load(state)
@@ -151,6 +172,14 @@ class Trial:
             for saved, own in zip(plain["groups"], self.optimizer.state_dict()["param_groups"], strict=True)
         ]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def passes_of(trials: Sequence[Trial], trials_per_pass: int) -> tuple[tuple[Trial, ...], ...]:
+    """The trials of each forward: in their order, `trials_per_pass` at a time; those that cannot be packed alone."""
+    packable = [trial for trial in trials if trials_per_pass > 1 and can_pack(trial.config.adapter)]
+    alone = [(trial,) for trial in trials if trial not in packable]
+    packed = [tuple(packable[first : first + trials_per_pass]) for first in range(0, len(packable), trials_per_pass)]
+    return (*packed, *alone)
 
 
 def _to_json(value: Any) -> Any:

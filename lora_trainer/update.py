@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from lora_trainer import streams
 from lora_trainer.adapters.bank import AdapterBank
-from lora_trainer.batch import Batch, Draw, Slot
+from lora_trainer.batch import Batch, Draw, Slot, tile
 from lora_trainer.data.batches import BatchSource
 from lora_trainer.families.stable_diffusion import StableDiffusion
 from lora_trainer.objective import Objective
@@ -21,6 +21,8 @@ from lora_trainer.runtime import Runtime
 from lora_trainer.trial import Trial
 
 MAX_OVERFLOWS_IN_A_ROW = 30  # fp16's scale halves at each: more than enough to come down from 2**16
+FAULTS = ("loss", "gradient", "fp16 overflow")
+"""What may not be finite, the more telling first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class UpdateResult:
     """`trials` is empty where the update was skipped; `skipped` then says why."""
 
     trials: dict[str, TrialUpdate]
+    failed: dict[str, str]
+    """Trials that ended here, in a group of which the others go on, each with what was not finite."""
     num_samples: int
     files: tuple[str, ...]
     """The images of this process; those of all where the update was skipped."""
@@ -63,13 +67,19 @@ class _Sums:
 
 
 class Updater:
-    """Runs attempts. All it needs of the past is in the trials and in the gradient scaler."""
+    """Runs attempts. All it needs of the past is in the trials and in the gradient scaler.
+
+    Args:
+        passes: the trials of each forward; together they are all trials.
+        drop_failed: a trial whose numbers are not finite ends and keeps its place, with no weight in the loss, so that
+            the others stay untouched to the bit. Otherwise the whole update is skipped.
+    """
 
     def __init__(
         self,
         family: StableDiffusion,
         bank: AdapterBank,
-        trials: Sequence[Trial],
+        passes: Sequence[Sequence[Trial]],
         batches: BatchSource,
         objective: Objective,
         runtime: Runtime,
@@ -77,11 +87,14 @@ class Updater:
         seed: int,
         accumulation: int,
         base_loss_every: int | None,
+        drop_failed: bool = False,
     ) -> None:
-        self._family, self._bank, self._trials = family, bank, list(trials)
+        self._family, self._bank, self._passes = family, bank, [tuple(members) for members in passes]
+        self._trials = [trial for members in self._passes for trial in members]
+        self._rows = {trial.name: row for row, trial in enumerate(self._trials)}
+        self._drop_failed = drop_failed
         self._batches, self._objective, self._runtime = batches, objective, runtime
         self._seed, self._accumulation, self._base_loss_every = seed, accumulation, base_loss_every
-        self._passes = [(trial,) for trial in self._trials]  # one trial per pass
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
     def run(self, attempt: int, step: int, *, stop_asked: bool) -> UpdateResult:
@@ -103,15 +116,22 @@ class Updater:
             if slots:
                 self._backward(slots, sums, with_base=with_base)
         stopping = self._reduce(sums.losses_K1, stop_asked)
-        norms_K = [self._clip(trial) for trial in self._trials]
-        numbers = torch.cat([sums.losses_K1, torch.stack(norms_K)]).tolist()  # the one host sync of an update
-        losses, base_loss, norms = numbers[: len(norms_K)], numbers[len(norms_K)], numbers[len(norms_K) + 1 :]
-        skipped = self._fault(losses, norms)
-        done = {} if skipped else self._apply(step, losses, norms)
+        live = [trial for trial in self._trials if trial.is_live]
+        norms = torch.stack([self._clip(trial) for trial in live])
+        numbers = torch.cat([sums.losses_K1, norms]).tolist()  # the one host sync of an update
+        losses, base_loss = numbers[: len(self._trials)], numbers[len(self._trials)]
+        measured = {
+            trial.name: (losses[self._rows[trial.name]], norm)
+            for trial, norm in zip(live, numbers[len(self._trials) + 1 :], strict=True)
+        }
+        faults = {name: fault for name, (loss, norm) in measured.items() if (fault := self._fault(loss, norm))}
+        skipped = None if self._drop_failed or not faults else min(faults.values(), key=FAULTS.index)
+        done = {} if skipped else self._apply(step, measured, faults)
         if self.scaler.is_enabled():
             self.scaler.update()
         return UpdateResult(
             trials=done,
+            failed=faults if self._drop_failed else {},
             num_samples=sums.num_samples,
             files=tuple(self._runtime.from_all(sums.files) if skipped else sums.files),
             stop_asked=stopping,
@@ -125,24 +145,31 @@ class Updater:
         batch = self._batches.at(slots)
         draw = self._objective.draw(batch, self._seed)
         noisy_BChw = self._objective.noisy(batch.latents_BChw, draw)
-        for index, (trial,) in enumerate(self._passes):
-            if trial.config.adapter.dropout:
+        for members in self._passes:
+            live = [place for place, trial in enumerate(members) if trial.is_live]
+            if not live:
+                continue
+            if members[0].config.adapter.dropout:
                 torch.manual_seed(streams.torch_seed(self._seed, "adapter dropout", *slots[0]))
-            with self._bank.active([trial.adapter]):
-                loss = self._loss(batch, draw, noisy_BChw) / sums.num_samples
-                self.scaler.scale(loss).backward()
-            sums.losses_K1[index] += loss.detach()
+            with self._bank.active([trial.adapter for trial in members]):
+                losses_P = self._losses(batch, draw, noisy_BChw, len(members)) / sums.num_samples
+                self.scaler.scale(losses_P[live].sum()).backward()
+            rows = [self._rows[trial.name] for trial in members]
+            sums.losses_K1[rows] += losses_P.detach()
         if with_base:
             with torch.no_grad(), self._bank.disabled():
-                sums.losses_K1[-1] += self._loss(batch, draw, noisy_BChw) / sums.num_samples
+                sums.losses_K1[-1] += self._losses(batch, draw, noisy_BChw, 1)[0] / sums.num_samples
         sums.files += batch.files
         sums.draws.update(f"{draw.digest}{batch.files}".encode())
 
-    def _loss(self, batch: Batch, draw: Draw, noisy_BChw: torch.Tensor) -> torch.Tensor:
-        """Sum of the weighted losses of a micro-batch with whatever adapter acts."""
+    def _losses(self, batch: Batch, draw: Draw, noisy_BChw: torch.Tensor, num_trials: int) -> torch.Tensor:
+        """Sum of the weighted losses of a micro-batch [P], for each trial of the pass that acts."""
+        said, draw_PB = batch.conditioning.tiled(num_trials), draw.tiled(num_trials)
         with self._runtime.autocast():
-            prediction = self._family.predict(self._bank.denoiser, noisy_BChw, draw.timesteps_B, batch.conditioning)
-        return (self._objective.loss(prediction, batch.latents_BChw, draw) * batch.weight_B).sum()
+            noisy_PBChw = tile(noisy_BChw, num_trials)
+            prediction = self._family.predict(self._bank.denoiser, noisy_PBChw, draw_PB.timesteps_B, said)
+        losses_PB = self._objective.loss(prediction, tile(batch.latents_BChw, num_trials), draw_PB)
+        return (losses_PB * tile(batch.weight_B, num_trials)).unflatten(0, (num_trials, -1)).sum(1)
 
     def _reduce(self, losses_K1: torch.Tensor, stop_asked: bool) -> bool:
         """Sum gradients, losses and the wish to stop over all processes, in one flat tensor; in place."""
@@ -168,21 +195,28 @@ class Updater:
             self.scaler.unscale_(trial.optimizer)
         return trial.clip()
 
-    def _fault(self, losses: Sequence[float], norms: Sequence[float]) -> str | None:
-        if not all(map(math.isfinite, losses)):
+    def _fault(self, loss: float, norm: float) -> str | None:
+        if not math.isfinite(loss):
             return "loss"
-        if not all(map(math.isfinite, norms)):
+        if not math.isfinite(norm):
             return "fp16 overflow" if self.scaler.is_enabled() else "gradient"
         return None
 
-    def _apply(self, step: int, losses: Sequence[float], norms: Sequence[float]) -> dict[str, TrialUpdate]:
+    def _apply(
+        self, step: int, measured: Mapping[str, tuple[float, float]], faults: Mapping[str, str]
+    ) -> dict[str, TrialUpdate]:
+        """Update the trials whose loss and gradient norm are finite; the others end here."""
         done = {}
-        for trial, loss, norm in zip(self._trials, losses, norms, strict=True):
-            limit = trial.config.train.max_grad_norm
-            lrs = trial.apply_update(step)
-            done[trial.name] = TrialUpdate(
-                loss, norm, limit is not None and norm > limit, lrs, step_size(trial.optimizer)
-            )
+        for trial in self._trials:
+            if trial.name in faults:
+                trial.fail(step, faults[trial.name])
+            elif trial.name in measured:
+                loss, norm = measured[trial.name]
+                limit = trial.config.train.max_grad_norm
+                lrs = trial.apply_update(step)
+                done[trial.name] = TrialUpdate(
+                    loss, norm, limit is not None and norm > limit, lrs, step_size(trial.optimizer)
+                )
         return done
 
     def state(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ are told relative to the frozen base, stratum by stratum, so that no end of the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from lora_trainer import streams
 from lora_trainer.adapters.bank import AdapterBank
-from lora_trainer.batch import Draw, ProbeItems
+from lora_trainer.batch import Conditioning, Draw, ProbeItems, tile
 from lora_trainer.data.batches import PromptStore
 from lora_trainer.families.stable_diffusion import StableDiffusion
 from lora_trainer.objective import Objective, squared_error
@@ -25,7 +26,7 @@ from lora_trainer.runtime import Runtime
 from lora_trainer.schedules.plateau import standard_error
 
 NUM_BANDS = 4
-Losses = np.ndarray  # [N images, S strata], float64
+Losses = np.ndarray  # [N images, S strata] of one trial, or [P, N, S], float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,22 +103,33 @@ class Validator:
 
     def measure(self, adapter: str, weights: Mapping[str, torch.Tensor]) -> dict[str, ProbeReading]:
         """Each probe with these weights in an adapter. The training's state and randomness stay untouched."""
+        return self.measure_packed({adapter: weights})[0]
+
+    def measure_packed(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> list[dict[str, ProbeReading]]:
+        """The same for several adapters in one forward: the readings of each, in the order given."""
         base = self.base()
-        with self._bank.active([adapter]), self._bank.swapped(adapter, weights):
-            return {name: ProbeReading(self._losses(grid), base[name]) for name, grid in self._grids.items()}
+        with ExitStack() as stack:
+            stack.enter_context(self._bank.active(list(weights)))
+            for adapter, own in weights.items():
+                stack.enter_context(self._bank.swapped(adapter, own))
+            losses = {name: self._losses(grid, len(weights)) for name, grid in self._grids.items()}
+        return [
+            {name: ProbeReading(losses_PNS[place], base[name]) for name, losses_PNS in losses.items()}
+            for place in range(len(weights))
+        ]
 
     def base(self) -> dict[str, Losses]:
         """Each probe with the frozen base alone; measured once."""
         if not self._base:
             with self._bank.disabled():
-                self._base = {name: self._losses(grid) for name, grid in self._grids.items()}
+                self._base = {name: self._losses(grid, 1)[0] for name, grid in self._grids.items()}
         return self._base
 
     @torch.no_grad()
-    def _losses(self, grid: _Grid) -> Losses:
-        """Losses [N, S]; with several processes each measures its share."""
+    def _losses(self, grid: _Grid, num_trials: int) -> Losses:
+        """Losses [P, N, S] of the trials that act; with several processes each measures its share."""
         launch, denoiser = self._runtime.launch, self._bank.denoiser
-        losses_M = torch.zeros(len(grid.prompts), dtype=torch.float64, device=self._runtime.device)
+        losses_PM = torch.zeros(num_trials, len(grid.prompts), dtype=torch.float64, device=self._runtime.device)
         own = torch.arange(launch.rank, len(grid.prompts), launch.num_processes)
         was_training = denoiser.training
         denoiser.eval()
@@ -125,12 +137,18 @@ class Validator:
             for rows in own.split(self._batch_size):
                 said = self._prompts.conditioning([grid.prompts[row] for row in rows.tolist()], self._runtime.device)
                 rows = rows.to(self._runtime.device)
-                with self._runtime.autocast():
-                    prediction = self._family.predict(denoiser, grid.noisy_MChw[rows], grid.timesteps_M[rows], said)
-                losses_M[rows] = squared_error(prediction, grid.target_MChw[rows]).double()
+                losses_PM[:, rows] = self._losses_of(grid, rows, said.tiled(num_trials), num_trials)
         finally:
             denoiser.train(was_training)
-        return self._runtime.sum_over_processes(losses_M).reshape(-1, PROBE_STRATA).cpu().numpy()
+        return self._runtime.sum_over_processes(losses_PM).unflatten(1, (-1, PROBE_STRATA)).cpu().numpy()
+
+    def _losses_of(self, grid: _Grid, rows: torch.Tensor, said: Conditioning, num_trials: int) -> torch.Tensor:
+        """Losses [P, rows] of one forward."""
+        noisy, timesteps = tile(grid.noisy_MChw[rows], num_trials), tile(grid.timesteps_M[rows], num_trials)
+        with self._runtime.autocast():
+            prediction = self._family.predict(self._bank.denoiser, noisy, timesteps, said)
+        losses = squared_error(prediction, tile(grid.target_MChw[rows], num_trials))
+        return losses.double().unflatten(0, (num_trials, -1))
 
 
 def strata_midpoints(num_timesteps: int) -> list[int]:

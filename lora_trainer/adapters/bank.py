@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -13,41 +15,49 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_trainer import streams
+from lora_trainer.adapters.packed import PackedForward
 from lora_trainer.config.schema import LoraConfig
 
 Tensors = dict[str, torch.Tensor]
 _SAVED_ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude_vector": ".lora_magnitude_vector"}
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """One adapter to inject: its options and the exact names of its layers."""
+
+    config: LoraConfig
+    targets: tuple[str, ...]
+
+
 class AdapterBank:
     """Named adapters on one denoiser; which of them act is switched by `active`."""
 
-    def __init__(self, denoiser: nn.Module, names: Sequence[str], config: LoraConfig) -> None:
+    def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
         self.denoiser = denoiser
         self.names = tuple(names)
-        self.config = config
         self._layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
-        self._active: tuple[str, ...] = (names[-1],)
+        self._active: str = names[-1]
+        self._packed: dict[tuple[str, ...], PackedForward] = {}
 
     @classmethod
-    def attach(
-        cls, denoiser: nn.Module, config: LoraConfig, targets: Sequence[str], names: Sequence[str], *, seed: int
-    ) -> AdapterBank:
-        """Inject an adapter per name into the target layers, in fp32, with equal initial weights.
+    def attach(cls, denoiser: nn.Module, adapters: Mapping[str, AdapterSpec], *, seed: int) -> AdapterBank:
+        """Inject the adapters, in fp32, with initial weights that are equal where their shapes are.
 
         Args:
-            targets: exact layer names.
             seed: A is drawn per (seed, layer) from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), peft's distribution; B is zero.
         """
-        for name in names:
-            inject_adapter_in_model(peft_config(config, targets), denoiser, adapter_name=name)
-        bank = cls(denoiser, names, config)
-        for name in names:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            for name, spec in adapters.items():
+                inject_adapter_in_model(peft_config(spec.config, spec.targets), denoiser, adapter_name=name)
+        bank = cls(denoiser, list(adapters))
+        for name in adapters:
             for parameter in bank.parameters(name).values():
                 parameter.data = parameter.data.float()  # peft follows the base's dtype; updates need fp32
                 parameter.requires_grad_(True)
             bank._initialise(name, seed)
-        bank._switch((names[0],))
+        bank._switch(bank.names[0])
         return bank
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
@@ -66,13 +76,23 @@ class AdapterBank:
 
     @contextmanager
     def active(self, names: Sequence[str]) -> Iterator[None]:
-        """Let exactly these adapters act inside the block."""
-        before = self._active
-        self._switch(tuple(names))
-        try:
+        """Let exactly these adapters act inside the block: one by peft's own forward, several packed.
+
+        Packed, the batch holds one copy of the images per adapter, in the order of the names ([P*B, ...]).
+        """
+        if len(names) == 1:
+            before = self._active
+            self._switch(names[0])
+            try:
+                yield
+            finally:
+                self._switch(before)
+            return
+        members = tuple(names)
+        if members not in self._packed:
+            self._packed[members] = PackedForward(self._layers, members)
+        with self._packed[members].acting():
             yield
-        finally:
-            self._switch(before)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -101,12 +121,12 @@ class AdapterBank:
         for key, tensor in self.state(name).items():
             tensor.copy_(state[key])
 
-    def _switch(self, names: tuple[str, ...]) -> None:
-        """Set the names on each layer directly: peft's `set_adapter` walks all parameters and freezes the others."""
-        if names != self._active:
+    def _switch(self, name: str) -> None:
+        """Set the name on each layer directly: peft's `set_adapter` walks all parameters and freezes the others."""
+        if name != self._active:
             for layer in self._layers:
-                layer._active_adapter = list(names)
-            self._active = names
+                layer._active_adapter = [name]
+            self._active = name
 
     @torch.no_grad()
     def _initialise(self, name: str, seed: int) -> None:
@@ -131,8 +151,3 @@ def peft_config(config: LoraConfig, targets: Sequence[str]) -> PeftLoraConfig:
         use_dora=config.use_dora,
         bias="none",
     )
-
-
-def scale(config: LoraConfig) -> float:
-    """The factor on B A: alpha / rank, or alpha / sqrt(rank) with rank stabilisation."""
-    return config.alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank)

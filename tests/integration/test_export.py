@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lora_trainer.adapters.bank import AdapterBank
+from lora_trainer.adapters.bank import AdapterBank, AdapterSpec
 from lora_trainer.checkpoint import open_checkpoint
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import NumericStop
@@ -52,7 +52,7 @@ def live_output(run_dir: Path, base: Path, inputs: tuple[torch.Tensor, ...]) -> 
     adapter = {name.removeprefix("toy/"): tensor for name, tensor in state.items()}
     unet = UNet2DConditionModel.from_pretrained(base / "unet").requires_grad_(False)
     layers = sorted({name.rpartition(".lora_")[0] for name in adapter})
-    bank = AdapterBank.attach(unet, config.adapter, layers, ["live"], seed=0)
+    bank = AdapterBank.attach(unet, {"live": AdapterSpec(config.adapter, tuple(layers))}, seed=0)
     bank.load("live", adapter)
     return output(unet, inputs)
 
