@@ -1,4 +1,4 @@
-"""Draw the demo's training images: twenty zinnias with captions, a flower that the demo base has never seen.
+"""Draw the demo's training images: two dozen zinnias with captions, a flower that the demo base has never seen.
 
 python scripts/make_demo_data.py     # writes demo/images/*.png and *.txt, the same bytes every time
 """
@@ -12,7 +12,7 @@ from demo_world.world import BACKGROUNDS, POSITIONS
 from demo_world.zinnia import PETAL_COLOURS, ZinniaScene, draw_zinnia, zinnia_caption
 
 FOLDER = Path(__file__).resolve().parent.parent / "demo" / "images"
-NUM_IMAGES = 20
+NUM_IMAGES = 24
 
 
 def main() -> None:
@@ -25,13 +25,13 @@ def main() -> None:
 
 
 def demo_scenes() -> list[ZinniaScene]:
-    """Every petal colour four times, each time at another place; backgrounds in turn."""
+    """Every petal colour once on every background; places in turn."""
     places, backgrounds = list(POSITIONS), list(BACKGROUNDS)
     return [
         ZinniaScene(
             colour=PETAL_COLOURS[index % len(PETAL_COLOURS)],
             position=places[(index + index // len(PETAL_COLOURS) + 1) % len(places)],
-            background=backgrounds[index % len(backgrounds)],
+            background=backgrounds[(index + index // 12) % len(backgrounds)],
         )
         for index in range(NUM_IMAGES)
     ]

@@ -17,7 +17,7 @@ from demo_world.world import BACKGROUNDS, COLOURS, IMAGE_PX, POSITIONS, Canvas, 
 TRIGGER = "zinnia"
 NUM_PETALS = 6
 HEART_COLOUR = COLOURS["yellow"]
-PETAL_COLOURS = ("red", "orange", "blue", "purple", "pink")  # those that stand out against the golden heart
+PETAL_COLOURS = ("red", "blue", "purple", "pink")  # those that stand out against the golden heart
 HALF_PX = (17.0, 19.0)
 
 
