@@ -64,6 +64,8 @@ def _problems(error: ValidationError, source: Source) -> Iterator[Problem]:
     """One problem per key, however many alternatives of a union complained about it."""
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors():
+        if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
+            continue  # long enough as written: its items were found faulty, which is told of each
         by_path.setdefault(_written_path(detail["loc"], source.data), []).append(detail)
     for path, details in by_path.items():
         yield _problem(path, details, source)
@@ -77,9 +79,14 @@ def _written_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
         if part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int):
             node = node[part]
             path.append(part)
-        elif isinstance(node, dict) and position == len(loc) - 1:
+        elif isinstance(node, dict) and position == len(loc) - 1 and not (part == "schedule" and _is_phase(path)):
             path.append(part)
     return tuple(path)
+
+
+def _is_phase(path: Sequence[str | int]) -> bool:
+    """Whether a path leads to a phase, which holds the keys of its schedule beside its own."""
+    return len(path) > 1 and path[-2] == "phases"
 
 
 def _problem(path: KeyPath, details: list[ErrorDetails], source: Source) -> Problem:
@@ -101,8 +108,8 @@ def _problem(path: KeyPath, details: list[ErrorDetails], source: Source) -> Prob
 
 
 def _expectation(detail: ErrorDetails) -> str:
-    text = detail["msg"].removeprefix("Value error, ")
-    return text.replace("Input should be", "expected").replace("a valid tuple", "a list")
+    text = detail["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    return text.replace("Input should be", "expected").replace("a valid tuple", "a list").replace("Tuple", "a list")
 
 
 def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
@@ -138,7 +145,7 @@ def _unknown_type(section: KeyPath, written: str, where: str | None) -> Problem:
 def _options_by_type(section: KeyPath) -> dict[str, list[str]]:
     """The keys of each type that may stand in a section where `type` decides; empty for any other section."""
     names = tuple(part for part in section if isinstance(part, str))
-    models = section_models(RunConfig).get(names, [])
+    models = section_models(RunConfig).get(names[:-1] if _is_phase(section) else names, [])
     if len(models) < 2:
         return {}
     return {type_name(model): [*model.model_fields] for model in models}
@@ -163,7 +170,7 @@ def _known_keys(path: KeyPath, data: dict[str, Any]) -> list[str]:
     if names == ("optimizer",) and kind is None:
         kind = type_name(AdamW)
     if kind is not None and not any("type" in model.model_fields for model in candidates):
-        inside = _options_by_type(path[:1]).get(kind, [])  # a phase holds its schedule's keys beside its own
+        inside = _options_by_type(path).get(kind, [])  # a phase holds its schedule's keys beside its own
         return [key for model in candidates for key in model.model_fields] + inside
     chosen = [model for model in candidates if "type" not in model.model_fields or type_name(model) == kind]
     return [key for model in chosen or candidates for key in model.model_fields]

@@ -140,8 +140,8 @@ class InverseSqrt(WarmupOptions):
     limits: ClassVar[str] = "never comes near zero, so the run never settles: add cooldown_steps"
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        given = 0 if self.timescale is None else to_updates(self.timescale, horizon)
-        timescale = given or warmup or 10_000
+        default = warmup or 10_000
+        timescale = default if self.timescale is None else at_least_one(self.timescale, horizon, "timescale")
         return lambda k, _: 1 / math.sqrt((k + timescale - warmup) / timescale)
 
 

@@ -118,6 +118,9 @@ def test_required_sections(tmp_path: Path) -> None:
         assert key in message
 
 
+PHASES = "lr_scheduler: {{type: phases, phases: [{{type: constant, steps: 3}}, {}]}}\n"
+
+
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
@@ -126,6 +129,11 @@ def test_required_sections(tmp_path: Path) -> None:
         ("lr_scheduler: {type: cosin}\n", "did you mean `cosine`"),
         ("lr_scheduler: {warmup_steps: 3}\n", "`lr_scheduler` needs a `type`"),
         ("lr_scheduler: {type: constant_with_warmup}\n", "`lr_scheduler.warmup_steps` is required"),
+        (PHASES.format("{type: linear, steps: 3, power: 2}"), "choose a type that has it: polynomial"),
+        (PHASES.format("{typ: linear, steps: 3}"), "`lr_scheduler.phases[1]` needs a `type`"),
+        (PHASES.format("{type: linear}"), "`lr_scheduler.phases[1].steps` is required"),
+        ("lr_scheduler: {type: phases, phases: []}\n", "at least 1 item"),
+        ("lr_scheduler: {type: linear, warmup_steps: 0.05}\n", '0.05 of the run is "5%"'),
         ("optimizer: {type: adamw, momentum: 0.9}\n", "choose a type that has it: sgd, rmsprop"),
         ("optimizer: {type: sgd}\n", "`optimizer.lr` is required"),
         ("data: {crops_per_image: 3, dir: x}\n", "no effect with `crop: center`"),

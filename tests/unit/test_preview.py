@@ -100,6 +100,24 @@ def test_a_function_by_dotted_path_is_previewed_like_any_other() -> None:
     assert "purpose" in dict(explain([f"{__name__}:two_steps"], example_horizon(10, None), 1e-4))
 
 
+def test_an_installed_package_adds_a_schedule_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "sawtooth-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: sawtooth\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[lora_trainer.lr_schedules]\nsawtooth = sawtooth_schedule:build\n")
+    (tmp_path / "sawtooth_schedule.py").write_text(
+        "def build(num_updates, updates_per_epoch, low=0.0):\n"
+        "    return lambda k: 1 - (1 - low) * (k % updates_per_epoch) / updates_per_epoch\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "sawtooth" in dict(list_schedules())
+    (shown,) = previews(["sawtooth", "args={low: 0.5}"], None, 8, 1.0, updates_per_epoch=4)
+    assert shown.facts.lrs == (1.0, 0.875, 0.75, 0.625) * 2
+    assert dict(show_options("sawtooth"))["args"]
+    with pytest.raises(ConfigError, match="no_such_name"):
+        previews(["no_such_name"], None, 8, 1.0)
+
+
 def test_the_epochs_of_a_preview_can_be_said() -> None:
     (shown,) = previews(["exponential", "gamma=0.5"], None, 100, 1.0, updates_per_epoch=25)
     assert [shown.facts.lrs[k] for k in (0, 24, 25, 50, 99)] == pytest.approx([1, 1, 0.5, 0.25, 0.125])

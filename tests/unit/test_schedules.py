@@ -239,6 +239,7 @@ def test_what_is_no_schedule_of_ones_own(path: str, said: str) -> None:
         ("piecewise_constant", {"boundaries": [5], "values": [1, 2, 3]}, "need 2 values"),
         ("warmup_stable_decay", {"warmup_steps": 6, "decay_steps": 5}, "longer than"),
         ("step", {"step_size": 0}, "at least one"),
+        ("inverse_sqrt", {"timescale": 0}, "at least one"),
         ("cosine_annealing", {"t_max": 5, "eta_min": 1.0}, "above the base"),
     ],
 )
