@@ -25,6 +25,8 @@ from lora_trainer.tracking.console import Screen
 from lora_trainer.trial import Trial, TrialSpec
 from lora_trainer.update import MAX_OVERFLOWS_IN_A_ROW, Updater, UpdateResult
 
+HOPELESS_LOSS = 10.0  # the targets have variance 1, so saying nothing at all costs 1
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -107,12 +109,12 @@ class Instrument:
         return judge_forks(forks, self.start_NS)
 
     def run_constant(self, lr: float, num_updates: int) -> np.ndarray | None:
-        """The probe [N, S] after a run at one learning rate; None where its numbers were not finite."""
+        """The probe [N, S] after a run at one learning rate; None where it diverged."""
         attempt = 0
         with restored(self._trial, self._updater, self._device), following(self._trial, lambda _: lr):
             for k in range(num_updates):
                 result, attempt = self._update(attempt, k)
-                if result.skipped is not None:
+                if result.skipped is not None or result.trials[self._trial.name].loss > HOPELESS_LOSS:
                     return None
             return self._probe()
 

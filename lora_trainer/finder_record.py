@@ -69,8 +69,19 @@ def answer_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str
         yield "", f"ramp {decades} again with --steps {steps}, or a smaller --start-lr"
     else:
         yield from _finding_rows(finder, found)
-    yield "in the config", f"optimizer: {{type: {finder.prepared.config.optimizer.type}, lr: {found.lr:.1e}}}"
-    yield "on the command line", f"optimizer.lr={found.lr:.1e}"
+    yield from _lines_to_paste(finder, found.lr)
+
+
+def _lines_to_paste(finder: PreparedFinder, lr: float) -> Iterator[tuple[str, str]]:
+    optimizer = finder.prepared.config.optimizer
+    yield "in the config", f"lr: {lr:.1e}     (under optimizer)"
+    yield "on the command line", f"optimizer.lr={lr:.1e}"
+    for group in optimizer.groups:
+        if group.lr is not None:
+            yield (
+                f"group {group.name}",
+                f"lr: {group.lr / optimizer.lr * lr:.1e}     (it kept its ratio to the base LR)",
+            )
 
 
 def _finding_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
@@ -113,13 +124,13 @@ def _point(number: int, each: Measured) -> dict[str, Any]:
 
 
 def _forks(finder: PreparedFinder, forks: ForkVerdict) -> dict[str, Any]:
-    updates = finder.options.num_verify_updates
-    return {
-        "num_updates": updates,
-        "choice": forks.choice,
-        "reason": forks.reason,
-        "readings": asdict(forks)["readings"],
-    }
+    """The choice, and each fork in the form of a run's `fork` events: `factor` is on the config's own LR."""
+    updates, base_lr = finder.options.num_verify_updates, finder.prepared.config.optimizer.lr
+    events = [
+        asdict(reading) | {"event": "fork", "step": 0, "updates": updates, "factor": reading.lr / base_lr}
+        for reading in forks.readings
+    ]
+    return {"choice": forks.choice, "reason": forks.reason, "events": events}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

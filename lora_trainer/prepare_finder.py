@@ -108,7 +108,10 @@ def finder_rows(finder: PreparedFinder) -> Iterator[tuple[str, str]]:
     measurements = num_images * PROBE_STRATA
     yield "images", f"{plan.num_images} to train on, {len(prepared.split.held_out)} held out; batch {plan.global_batch}"
     yield "ramp", f"{ramp.num_updates} updates from {ramp.start_lr:.1e} to {ramp.end_lr:.1e}, x {ramp.ratio:.3f} each"
-    yield "probe", f"{num_images} images x {PROBE_STRATA} timesteps after every update"
+    all_there = (
+        f", of {options.num_images} asked for, as no more are held out" if num_images < options.num_images else ""
+    )
+    yield "probe", f"{num_images} images{all_there}, x {PROBE_STRATA} timesteps after every update"
     updates, probes = ramp.num_updates, ramp.num_updates + 1
     if options.verify:
         updates += finder.num_forks * options.num_verify_updates

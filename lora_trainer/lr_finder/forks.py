@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_trainer.lr_finder.analysis import paired_gain, round_down
+from lora_trainer.lr_finder.analysis import SIGNAL_SE, paired_gain, round_down
 
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
 OVERLAP_SE = 2.0
@@ -20,18 +19,20 @@ class Fork:
 
     lr: float
     relative_NS: np.ndarray | None
-    """Relative losses of the probe's N images at S strata; None where the run's numbers were not finite."""
+    """Relative losses of the probe's N images at S strata; None where the run diverged."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForkReading:
-    """A fork's gain since the common start, and how far it stays behind the best one."""
+    """A fork's gain since the common start, and how far it stays behind the best one; None where it diverged."""
 
     lr: float
-    gain: float | None
-    se: float | None
-    behind: float | None
-    behind_se: float | None
+    gain: float | None = None
+    se: float | None = None
+    items: tuple[float, ...] | None = None
+    """Relative loss of each image, averaged over strata."""
+    behind: float | None = None
+    behind_se: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def judge_forks(forks: Sequence[Fork], start_NS: np.ndarray) -> ForkVerdict:
     leader = forks[ranked[0]]
     readings = [_behind(reading, fork, leader) for reading, fork in zip(readings, forks, strict=True)]
     top = readings[ranked[0]]
-    if (top.gain or 0.0) <= 3 * (top.se or 0.0):
+    if (top.gain or 0.0) <= SIGNAL_SE * (top.se or 0.0):
         return ForkVerdict(None, "none gained more than three standard errors", tuple(readings))
     choice, reason = top.lr, "it gained most"
     if len(ranked) > 1:
@@ -71,10 +72,9 @@ def judge_forks(forks: Sequence[Fork], start_NS: np.ndarray) -> ForkVerdict:
 
 
 def _read(fork: Fork, start_NS: np.ndarray) -> ForkReading:
-    if fork.relative_NS is None:
-        return ForkReading(fork.lr, None, None, None, None)
-    gain, se = paired_gain(fork.relative_NS, start_NS)
-    return ForkReading(fork.lr, gain, se, None, None) if math.isfinite(gain) else _read(Fork(fork.lr, None), start_NS)
+    if fork.relative_NS is None or not np.isfinite(fork.relative_NS).all():
+        return ForkReading(fork.lr)
+    return ForkReading(fork.lr, *paired_gain(fork.relative_NS, start_NS), tuple(fork.relative_NS.mean(axis=1).tolist()))
 
 
 def _behind(reading: ForkReading, fork: Fork, leader: Fork) -> ForkReading:
@@ -82,4 +82,4 @@ def _behind(reading: ForkReading, fork: Fork, leader: Fork) -> ForkReading:
     if reading.gain is None or fork.relative_NS is None or leader.relative_NS is None:
         return reading
     behind, se = paired_gain(leader.relative_NS, fork.relative_NS)
-    return ForkReading(reading.lr, reading.gain, reading.se, behind, se)
+    return replace(reading, behind=behind, behind_se=se)

@@ -29,7 +29,7 @@ from lora_trainer.validation import Validator
 
 CPU = torch.device("cpu")
 HELD_OUT = "validation={fraction: 0.3}"
-SMALL = FinderOptions(num_updates=40, start_lr=1e-4, end_lr=1.0, num_images=2)
+SMALL = FinderOptions(num_updates=32, start_lr=1e-4, end_lr=1.0, num_images=2)
 
 
 def silent(items: object, _: str, __: int) -> object:
@@ -87,12 +87,20 @@ def test_everything_comes_back_bitwise(toy_config: Path, monkeypatch: pytest.Mon
             with pytest.raises(KeyboardInterrupt):
                 instrument.run_ramp(finder, Screen(silent=True))
         else:
-            assert len(instrument.run_ramp(finder, Screen(silent=True))) == 40
+            assert len(instrument.run_ramp(finder, Screen(silent=True))) == 32
         assert state_digest(parts) == before
 
 
-def test_training_goes_on_after_the_finder_as_without_it(toy_config: Path) -> None:
-    finder = finder_of(toy_config, "adapter.dropout=0.1")
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
+def test_training_goes_on_after_the_finder_as_without_it(toy_config: Path, optimizer: str) -> None:
+    options = FinderOptions(num_updates=30, start_lr=1e-4, num_images=2)
+    finder = finder_of(
+        toy_config,
+        "adapter.dropout=0.1",
+        f"optimizer={{type: {optimizer}}}",
+        "lr_scheduler={type: constant}",
+        options=options,
+    )
     digests = []
     for with_finder in (False, True):
         with assembled(finder) as parts:
@@ -100,7 +108,7 @@ def test_training_goes_on_after_the_finder_as_without_it(toy_config: Path) -> No
                 if k == 2 and with_finder:
                     instrument = Instrument(parts, CPU, lambda: False)
                     instrument.run_ramp(finder, Screen(silent=True))
-                    instrument.run_forks([1e-3, 1e-2], 3, Screen(silent=True))
+                    instrument.run_forks([1e-3, 1e-2], 2, Screen(silent=True))
                 parts.updater.run(k, k, stop_asked=False)
             tensors, _ = parts.trials[0].state()
             digests.append({name: t.clone() for own in tensors.values() for name, t in own.items()})
@@ -128,7 +136,7 @@ def test_each_update_uses_the_ramps_rate_and_groups_keep_their_ratio(
         optimizer = parts.trials[0].optimizer
         optimizer.register_step_pre_hook(lambda own, *_: used.append([group["lr"] for group in own.param_groups]))
         measured = Instrument(parts, CPU, lambda: False).run_ramp(finder, Screen(silent=True))
-    np.testing.assert_allclose([own[0] for own in used], np.geomspace(1e-4, 1, 40)[: len(used)], rtol=1e-12)
+    np.testing.assert_allclose([own[0] for own in used], np.geomspace(1e-4, 1, 32)[: len(used)], rtol=1e-12)
     np.testing.assert_allclose([own[1] / own[0] for own in used], 0.1, rtol=1e-12)  # 1e-4 beside the toy's 1e-3
     assert [each.point.lr for each in measured] == [own[0] for own in used]
 
@@ -148,12 +156,12 @@ def test_the_program_end_to_end(
 ) -> None:
     run_dir = train_toy(HELD_OUT)  # type: ignore[operator]
     before = files_digest(run_dir)
-    words = ["find-lr", "-c", str(toy_config), HELD_OUT, "--steps", "40", "--start-lr", "1e-4", "--images", "2"]
+    words = ["find-lr", "-c", str(toy_config), HELD_OUT, "--steps", "32", "--start-lr", "1e-4", "--images", "2"]
     folder = tmp_path / "runs" / "toy-find-lr"
     found = []
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:
-            main([*words, "--verify", "--verify-steps", "5"])
+            main([*words, "--verify", "--verify-steps", "2"])
         assert ended.value.code == 0
         found.append(json.loads((folder / "find_lr.json").read_text()))
     said = capsys.readouterr().out
@@ -166,7 +174,10 @@ def test_the_program_end_to_end(
     assert first == second
     assert first["finding"]["verdict"] == "found"
     assert f"optimizer.lr={first['lr']:.1e}" in said
-    assert [fork["lr"] for fork in first["forks"]["readings"]] == sorted({f["lr"] for f in first["forks"]["readings"]})
+    forks = first["forks"]["events"]
+    assert [fork["lr"] for fork in forks] == sorted({fork["lr"] for fork in forks})
+    assert [fork["factor"] for fork in forks] == pytest.approx([fork["lr"] / 1e-3 for fork in forks])
+    assert all(fork["event"] == "fork" and len(fork["items"]) == 2 for fork in forks)
     assert first["forks"]["choice"] == first["lr"]
     start = np.array(first["probe"]["start"])
     for point in first["points"]:
