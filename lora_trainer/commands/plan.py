@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -17,6 +18,8 @@ from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.launch import read_launch
 from lora_trainer.prepare import Prepared, plan_rows, prepare
 from lora_trainer.tracking.console import Screen
+
+DECOUPLED = ("adamw", "adamw_8bit", "lion", "schedule_free_adamw")  # whose decay is multiplied by the LR alone
 
 
 def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepared:
@@ -55,6 +58,10 @@ def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:
             f"{group.schedule} from {group.lr_start:.2e} over {group.lr_peak:.2e} to {group.lr_end:.2e}: in sum "
             f"{group.lr_budget:.2f} of a constant LR over {p.num_updates} updates",
         )
+    if config.optimizer.type in DECOUPLED and config.optimizer.weight_decay:
+        rates_summed = p.lr_groups[0].lr_budget * config.optimizer.lr * p.num_updates
+        shrink = 1 - math.exp(-config.optimizer.weight_decay * rates_summed)
+        yield "", f"weight decay {config.optimizer.weight_decay:g} alone shrinks a weight by {shrink:.2%} over the run"
     scale = config.adapter.alpha / (config.adapter.rank**0.5 if config.adapter.use_rslora else config.adapter.rank)
     yield "", f"the adapter's output is scaled by {scale:g}, and with it the effect of the learning rate"
     if note := small_set_note(config, p.num_images):

@@ -18,7 +18,7 @@ from lora_trainer.commands.plan import prepare_plan
 from lora_trainer.config.describe import option_rows
 from lora_trainer.config.load import check_source, load_config
 from lora_trainer.config.source import Source
-from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.plan import lay_groups
 from lora_trainer.prepare import Prepared
 from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
@@ -192,7 +192,14 @@ def plot(
     output: Path | None,
     terminal: bool,
 ) -> None:
-    """Draw the chosen schedules, print their numbers, and write the picture where one is asked for."""
+    """Draw the chosen schedules, print their numbers, and write the picture where one is asked for.
+
+    Raises:
+        ConfigError: as `previews`, or the picture's name does not end in .png.
+        HostError: the picture cannot be written.
+    """
+    if output is not None and output.suffix.lower() != ".png":
+        raise ConfigError(Problem("a picture is written as PNG", f"--output {output}", fix="end its name in .png"))
     screen = Screen()
     if every:
         words = [*words, *(name for name, kind in SCHEDULES.items() if kind is not TorchSchedule)]
@@ -207,7 +214,13 @@ def plot(
         screen.table(each.label, fact_rows(each))
     if output is not None:
         per_epoch = chosen[0].schedule.horizon.updates_per_epoch if config or updates_per_epoch else None
-        draw_schedules(curves, output, title=title, updates_per_epoch=per_epoch)
+        try:
+            draw_schedules(curves, output, title=title, updates_per_epoch=per_epoch)
+        except OSError as error:
+            fault = Problem(
+                "the picture cannot be written", f"--output {output}", error.strerror, "choose another place"
+            )
+            raise HostError(fault) from error
         screen.say(f"\nwrote {output}")
 
 

@@ -106,7 +106,16 @@ def test_a_plan_is_explained_as_frequency_duration_and_intensity(toy_config: Pat
     assert words["frequency"].startswith("one update per 4 samples = 1 processes x 2 images x 2 accumulated")
     assert words["duration"] == "8 updates (4 epochs x that) = 4.00 epochs"
     assert "over 1.00e-03" in words["intensity unet"]
+    assert ("", "weight decay 0.01 alone shrinks a weight by 0.00% over the run") in told
     assert ("", "an epoch is 2 updates = 6 / 4, rounded up") in told
     four = dict(explanation(prepare_plan(load_config(toy_config, overrides), num_processes=4)))
     assert four["frequency"].startswith("one update per 16 samples = 4 processes")
     assert four["duration"].startswith("4 updates")
+
+
+def test_the_shrink_by_weight_decay_is_that_of_the_runs_own_rates(toy_config: Path) -> None:
+    overrides = ["train.max_steps=2000", "lr_scheduler={type: constant}", "optimizer={lr: 1e-4, weight_decay: 0.53}"]
+    prepared = prepare_plan(load_config(toy_config, overrides))
+    assert ("", "weight decay 0.53 alone shrinks a weight by 10.06% over the run") in list(explanation(prepared))
+    coupled = prepare_plan(load_config(toy_config, [*overrides, "optimizer={type: adam, weight_decay: 0.53}"]))
+    assert not [text for _, text in explanation(coupled) if "weight decay" in text]

@@ -24,7 +24,7 @@ from lora_trainer.commands.schedules import (
 from lora_trainer.config.load import check_source, load_config
 from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.source import Source
-from lora_trainer.errors import ConfigError
+from lora_trainer.errors import ConfigError, HostError
 from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.schedules.schedule import Mark
@@ -145,6 +145,14 @@ def test_a_preview_is_what_the_plan_of_the_run_says(toy_config: Path) -> None:
     assert [g.lr_end for g in groups] == [first.facts.last, up.facts.last]
     assert [g.lr_budget for g in groups] == [first.facts.budget, up.facts.budget]
     assert up.label == "up: cosine"
+
+
+def test_a_picture_that_cannot_be_written_is_a_plain_refusal(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"end its name in \.png"):
+        plot(["linear"], None, 10, None, every=False, output=tmp_path / "x.jpg", terminal=False)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(HostError, match="cannot be written"):
+        plot(["linear"], None, 10, None, every=False, output=tmp_path / "folder.png", terminal=False)
 
 
 @pytest.mark.parametrize("lr", ["0", "-1e-4", "nan", "inf"])
