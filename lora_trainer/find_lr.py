@@ -119,7 +119,10 @@ class Instrument:
             return self._probe()
 
     def _update(self, attempt: int, k: int) -> tuple[UpdateResult, int]:
-        """One update, tried again on the next batch where fp16's scale was too large; and the next attempt."""
+        """One update, tried again on the next batch where fp16's scale was too large; and the next attempt.
+
+        Overflows without end are a divergence, unless the very first update has them.
+        """
         for _ in range(MAX_OVERFLOWS_IN_A_ROW):
             result = self._updater.run(attempt, k, stop_asked=self._should_stop())
             attempt += 1
@@ -129,9 +132,9 @@ class Instrument:
                 )
             if result.skipped != "fp16 overflow":
                 return result, attempt
-        raise NumericStop(
-            Problem(f"{MAX_OVERFLOWS_IN_A_ROW} updates in a row overflowed in fp16", fix="use precision bf16 or fp32")
-        )
+        if k == 0:
+            raise NumericStop(Problem("every first update overflows in fp16", fix="use train.precision bf16 or fp32"))
+        return result, attempt
 
     def _measured(self, result: UpdateResult, lr: float) -> Measured:
         if result.skipped is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -78,10 +79,8 @@ def _lines_to_paste(finder: PreparedFinder, lr: float) -> Iterator[tuple[str, st
     yield "on the command line", f"optimizer.lr={lr:.1e}"
     for group in optimizer.groups:
         if group.lr is not None:
-            yield (
-                f"group {group.name}",
-                f"lr: {group.lr / optimizer.lr * lr:.1e}     (it kept its ratio to the base LR)",
-            )
+            own = group.lr / optimizer.lr * lr
+            yield f"group {group.name}", f"lr: {own:.1e}     (it kept its ratio to the base LR)"
 
 
 def _finding_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
@@ -92,10 +91,9 @@ def _finding_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, s
     gain = f"{finding.best.gain:.2%} +- {finding.best.se:.2%} of the base's held-out loss"
     yield "best", f"{finding.best.lr:.1e}: {gain}"
     if finding.crossing is None:
-        yield (
-            "crossing",
-            f"none up to {finder.ramp.end_lr:.1e}: the largest safe LR is not known, so the best LR bounds it",
-        )
+        yield "crossing", f"none up to {finder.ramp.end_lr:.1e}: the best LR is the upper end in its place"
+        if finding.best == found.measured[-1].point:
+            yield "", "the ramp ended while the gain still rose: a larger LR may do better (--end-lr)"
     else:
         yield "crossing", f"{finding.crossing:.1e}: the held-out loss is above its start again"
         yield "", "half of it is the upper end: from B = 0 a ramp overstates the safe LR about twofold"
@@ -133,16 +131,11 @@ def _forks(finder: PreparedFinder, forks: ForkVerdict) -> dict[str, Any]:
     return {"choice": forks.choice, "reason": forks.reason, "events": events}
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(value: Any) -> Any:
     """With null in place of what JSON cannot say."""
-    return {
-        key: None
-        if isinstance(value, float) and not np.isfinite(value)
-        else _plain(value)
-        if isinstance(value, dict)
-        else value
-        for key, value in values.items()
-    }
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rounded(values_NS: np.ndarray) -> list[list[float]]:

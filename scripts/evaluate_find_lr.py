@@ -52,8 +52,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--fork-seeds", type=int, default=5)
     parser.add_argument("--no-signal-seeds", type=int, default=100)
+    parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    store = Store(RESULT)
+    store = Store(options.output)
     for seed in range(1, options.seeds + 1):
         evaluate_seed(seed, store, with_forks=seed <= options.fork_seeds)
     for seed in range(1, options.no_signal_seeds + 1):

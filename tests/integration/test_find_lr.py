@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from lora_trainer.prepare_finder import FinderOptions, PreparedFinder, prepare_f
 from lora_trainer.runtime import start_runtime
 from lora_trainer.tracking.console import Screen
 from lora_trainer.trial import TrialSpec
+from lora_trainer.update import Updater, UpdateResult
 from lora_trainer.validation import Validator
 
 CPU = torch.device("cpu")
@@ -149,6 +151,22 @@ def test_a_stop_leaves_no_result(toy_config: Path) -> None:
         with pytest.raises(StoppedBySignal):
             Instrument(parts, CPU, lambda: next(asked, True)).run_ramp(finder, Screen(silent=True))
         assert state_digest(parts) == before
+
+
+@pytest.mark.parametrize("fault", ["loss", "fp16 overflow"])
+def test_numbers_that_are_not_finite_end_the_ramp_as_a_divergence(
+    toy_config: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    finder, run = finder_of(toy_config), Updater.run
+
+    def failing(self: Updater, attempt: int, step: int, *, stop_asked: bool) -> UpdateResult:
+        result = run(self, attempt, step, stop_asked=stop_asked)
+        return result if step < 5 else replace(result, skipped=fault, trials={})
+
+    monkeypatch.setattr(Updater, "run", failing)
+    with assembled(finder) as parts:
+        measured = Instrument(parts, CPU, lambda: False).run_ramp(finder, Screen(silent=True))
+    assert [each.point.is_finite for each in measured] == [True] * 5 + [False]
 
 
 def test_the_program_end_to_end(
