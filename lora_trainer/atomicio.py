@@ -82,7 +82,10 @@ class AppendLog:
         """Open `path` for appending, cut back to `keep_bytes` first (0 starts anew)."""
         make_folder(path.parent)
         self._path = path
+        is_new = not path.exists()
         self._file = path.open("ab", buffering=0)
+        if is_new:
+            sync_folder(path.parent)
         self._length = self._file.tell()
         self._waiting: list[bytes] = []
         if self._length > keep_bytes:
@@ -204,9 +207,12 @@ def observe_operations(observer: Observer) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, with synced names: a file is as durable as the names that lead to it."""
     if not folder.is_dir():
+        make_folder(folder.parent)
         with _observed("mkdir", folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def rename(source: Path, target: Path) -> None:

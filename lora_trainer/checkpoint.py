@@ -56,8 +56,10 @@ class Checkpoint:
         return self.state["identity"]
 
     def parts(self) -> dict[str, tensor_file.Tensors]:
-        """All tensors by part and name, as they were given to `save_checkpoint`."""
-        return {file.stem: tensor_file.load(file)[0] for file in sorted(self.folder.glob("*.safetensors"))}
+        """All tensors by part and name, as they were given to `save_checkpoint`; files of others are passed over."""
+        names = json.loads((self.folder / "manifest.json").read_text())["files"]
+        files = [self.folder / name for name in sorted(names) if name.endswith(".safetensors")]
+        return {file.stem: tensor_file.load(file)[0] for file in files}
 
 
 def save_checkpoint(
@@ -97,7 +99,8 @@ def save_checkpoint(
         written = {"state.json": _write(aside / "state.json", [atomicio.to_json(state)])}
         for part, tensors in parts.items():
             written[f"{part}.safetensors"] = _write(aside / f"{part}.safetensors", tensor_file.encode(tensors))
-        atomicio.write_synced(aside / "manifest.json", atomicio.to_json({"format": FORMAT, "files": written}))
+        manifest = {"format": FORMAT, "files": written, "sha256": _digest_of(written)}
+        atomicio.write_synced(aside / "manifest.json", atomicio.to_json(manifest))
         _publish(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -175,12 +178,19 @@ def _write(file: Path, chunks: Any) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def _digest_of(files: Mapping[str, Any]) -> str:
+    """sha256 of the manifest's list, so that an entry cannot vanish from it."""
+    return hashlib.sha256(atomicio.to_json(dict(files))).hexdigest()
+
+
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder; None if every file is what its manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not known to this version"
+        if manifest["sha256"] != _digest_of(manifest["files"]):
+            return "manifest.json is not what was written"
         for name, expected in manifest["files"].items():
             with (folder / name).open("rb") as file:
                 if os.fstat(file.fileno()).st_size != expected["bytes"]:

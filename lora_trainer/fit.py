@@ -92,7 +92,7 @@ def _loop(
     progress, skips = start, 0
     if start.attempt == 0:
         _begin(start, probing, recorder)
-    elif start.owed and recorder is not None:
+    elif start.owed and start.step < num_updates and recorder is not None:
         recorder.deliver(start)
     with screen.training(num_updates, start.step) as line:
         while progress.step < num_updates:

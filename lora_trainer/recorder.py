@@ -56,10 +56,15 @@ class Recorder:
     def open(self, checkpoint: Checkpoint | None) -> None:
         """Say what this run is, and continue its log where the checkpoint left it."""
         start = Progress() if checkpoint is None else checkpoint.progress
+        for folder in (self._run_dir, diffusers_lora_file(self._config).parent, self._run_dir / "samples"):
+            atomicio.clear_temporaries(folder)
         write_run_files(self._prepared, self._runtime)
         kept = self._plan.export_bytes(self._config.export.dtype)
         self._reserve = disk.Reserve(self._run_dir / RESERVE_FILE, kept)
-        self._metrics = MetricsLog(self._run_dir / "metrics.jsonl", keep_bytes=start.metrics_bytes)
+        log = self._run_dir / "metrics.jsonl"
+        if start.metrics_bytes > (log.stat().st_size if log.exists() else 0):
+            self._screen.say(f"{log} is shorter than it was at step {start.step}: rows before it are missing")
+        self._metrics = MetricsLog(log, keep_bytes=start.metrics_bytes)
         self._tensorboard = None
         if self._config.tracking.tensorboard:
             self._tensorboard = TensorBoardLog(self._run_dir / "tensorboard", start_step=start.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,23 @@ def toy_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=MAX_TOKENS)
 
 
-def build_toy_base(folder: Path, prediction_type: str = "epsilon") -> Path:
+def tiny_unet() -> UNet2DConditionModel:
+    """The smallest UNet with cross-attention: for tests that train hundreds of times."""
+    return UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
+def build_toy_base(
+    folder: Path, prediction_type: str = "epsilon", unet: Callable[[], UNet2DConditionModel] = toy_unet
+) -> Path:
     """Save a random-weight Stable Diffusion as a diffusers folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -64,7 +81,7 @@ def build_toy_base(folder: Path, prediction_type: str = "epsilon") -> Path:
             vae=vae,
             text_encoder=CLIPTextModel(text_config),
             tokenizer=tokenizer,
-            unet=toy_unet(),
+            unet=unet(),
             scheduler=DDIMScheduler(
                 beta_start=0.00085,
                 beta_end=0.012,

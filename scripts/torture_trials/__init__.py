@@ -1,0 +1,1 @@
+"""Trials that try to lose a run: kills, power loss, full disks, damaged files. `scripts/torture --help` runs them."""
