@@ -183,6 +183,24 @@ def find_lr(
     run(config, overrides or [], FinderOptions(steps, start_lr, end_lr, images, verify, verify_steps))
 
 
+@app.command(
+    epilog="Examples:  lora-trainer report runs/demo   |   lora-trainer report runs/cosine-* runs/rex-* -o compare.html"
+)
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file; default: RUN/report.html, of several report.html.")
+    ] = None,
+    min_effect: Annotated[
+        float, typer.Option("--min-effect", min=0, help="Smallest difference that matters, as a share of the gain.")
+    ] = 0.01,
+) -> None:
+    """Write one page about runs: verdict, curves, samples, settings. Also while they train (docs/verdicts.md)."""
+    from lora_trainer.commands.report import report as run
+
+    run(runs, output, min_effect)
+
+
 @app.command(epilog="Examples:  lora-trainer presets   |   lora-trainer presets prodigy")
 def presets(name: Annotated[str | None, typer.Argument(help="Preset to show as settings.")] = None) -> None:
     """Starting points for learning rates and schedules, to paste into a config."""

@@ -12,7 +12,7 @@ from lora_trainer import disk
 from lora_trainer.adapters.targets import assign_groups, select_targets
 from lora_trainer.config.identity import CURVE_LENGTH, identity_fields
 from lora_trainer.config.lr_notes import unusual_rates
-from lora_trainer.config.places import cache_folder, diffusers_lora_file, lora_file, run_directory
+from lora_trainer.config.places import cache_folder, diffusers_lora_file, lora_file, report_file, run_directory
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.data.holdout import Split, no_split, split_by_folder, split_by_fraction, with_watched
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover
@@ -202,7 +202,8 @@ def files_to_come(config: RunConfig, plan: RunPlan) -> list[Path]:
     """What lies in the run directory in the end."""
     run_dir = run_directory(config)
     files = [lora_file(config), diffusers_lora_file(config), run_dir / "metrics.jsonl", run_dir / "curves.png"]
-    return files + ([run_dir / "samples" / "grid.png"] if config.sample.prompts else [])
+    samples = [run_dir / "samples" / "grid.png"] if config.sample.prompts else []
+    return [*files, *samples, report_file(config)]
 
 
 def _saves(plan: RunPlan) -> str:

@@ -12,7 +12,7 @@ from lora_trainer import atomicio, disk
 from lora_trainer.adapters.bank import AdapterBank
 from lora_trainer.checkpoint import Checkpoint, Progress, prune, save_checkpoint
 from lora_trainer.config.load import to_yaml
-from lora_trainer.config.places import best_lora_file, diffusers_lora_file, lora_file
+from lora_trainer.config.places import best_lora_file, diffusers_lora_file, lora_file, report_file
 from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.errors import HostError, Problem
 from lora_trainer.export.lora_files import base_facts, write_lora
@@ -21,6 +21,7 @@ from lora_trainer.families.stable_diffusion import StableDiffusion
 from lora_trainer.prepare import PLAN_FILE, VALIDATION_FILE, Prepared
 from lora_trainer.probing import Measurement
 from lora_trainer.report.curves import draw_curves
+from lora_trainer.report.page import write_report
 from lora_trainer.report.sample_grid import draw_grid
 from lora_trainer.runtime import Runtime, environment_report
 from lora_trainer.sampling import Sampler, save_samples
@@ -148,6 +149,7 @@ class Recorder:
         if self._config.sample.prompts:
             texts = [prompt.prompt for prompt in self._config.sample.prompts]
             draw_grid(self._run_dir / "samples", texts, self._run_dir / "samples" / "grid.png")
+        write_report([self._run_dir], report_file(self._config))
 
     def _checkpoint(self, progress: Progress, *, needed: bool) -> None:
         """All that a resume needs, with the length of the log at this moment; then older checkpoints go."""

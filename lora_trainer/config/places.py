@@ -31,3 +31,8 @@ def best_lora_file(config: RunConfig) -> Path:
 def diffusers_lora_file(config: RunConfig) -> Path:
     """The LoRA in diffusers' layout."""
     return run_directory(config) / "diffusers" / "pytorch_lora_weights.safetensors"
+
+
+def report_file(config: RunConfig) -> Path:
+    """The page about the run."""
+    return run_directory(config) / "report.html"

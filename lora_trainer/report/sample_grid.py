@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from lora_trainer import atomicio
 
 _SAMPLE = re.compile(r"step-(\d{8})-(\d+)\.png")
 MAX_COLUMNS = 8
+T = TypeVar("T")
 
 
 def draw_grid(folder: Path, prompts: Sequence[str], picture: Path) -> None:
@@ -40,8 +42,8 @@ def draw_grid(folder: Path, prompts: Sequence[str], picture: Path) -> None:
     atomicio.write_file(picture, buffer.getvalue())
 
 
-def spread(steps: Sequence[int], most: int) -> list[int]:
-    """At most `most` of the steps, evenly spread, the first and the last always among them."""
-    if len(steps) <= most:
-        return list(steps)
-    return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` of the items, evenly spread, the first and the last always among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]

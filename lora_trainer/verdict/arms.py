@@ -71,7 +71,7 @@ def questions(arms: Sequence[Arm]) -> list[Question]:
             )
         )
     for lr in sorted({arm.peak_lr for arm in arms}):
-        same = tuple(arm for arm in arms if arm.peak_lr == lr)
+        same = tuple(replace(arm, name=arm.setting) for arm in arms if arm.peak_lr == lr)
         if len(same) > 1:
             found.append(Question(f"same peak LR {lr:.3g}", same))
     return found or [Question("peak LRs differ and were not tuned: a difference may be the LR's", tuple(arms))]

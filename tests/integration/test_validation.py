@@ -221,3 +221,15 @@ def test_a_plateau_in_the_loop_is_recorded_and_moves_the_lr(train_toy: Callable[
     assert [row["step"] for row in events(run_dir, "plateau")] == [4, 6, 8]
     lrs = [row["lr"] for row in step_rows(run_dir / "metrics.jsonl")]
     assert lrs == pytest.approx([1e-3] * 4 + [1e-4] * 2 + [1e-5] * 2)
+
+
+def test_the_report_is_built_anew_from_the_run_directory_alone(train_toy: Callable[..., Path]) -> None:
+    from lora_trainer.commands.report import report
+
+    run_dir = train_toy(WATCHED, "sample={prompts: [picture 0], num_inference_steps: 2}")
+    written = (run_dir / "report.html").read_bytes()
+    (run_dir / "report.html").unlink()
+    report([run_dir], None, 0.01)
+    assert (run_dir / "report.html").read_bytes() == written
+    held_out = events(run_dir, "validation", probe="held_out")[-1]["relative"]
+    assert f"the held-out loss is {held_out:.4f} of the base" in written.decode()

@@ -1,0 +1,168 @@
+"""What a run left in its directory, read for a report: the log, the plan, the settings, the samples. Never torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.data.holdout import HELD_OUT
+from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.tracking.metrics import read_rows
+
+SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One trial's run. What was not recorded is empty."""
+
+    name: str
+    folder: Path
+    plan: dict[str, Any]
+    environment: dict[str, Any]
+    exit: dict[str, Any]
+    updates: tuple[Row, ...]
+    """Completed updates."""
+    events: tuple[Row, ...]
+    prompts: tuple[str, ...]
+    samples: dict[tuple[int, int], Path]
+    """Picture of (step, number of the prompt from 1)."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Every setting and content that decides what is learned."""
+        return self.plan["identity"]
+
+    @property
+    def seed(self) -> int:
+        return int(self.identity["seed"])
+
+    @property
+    def num_updates(self) -> int:
+        """As planned."""
+        return int(self.plan["num_updates"])
+
+    @property
+    def step(self) -> int:
+        """Updates completed."""
+        return self.updates[-1]["step"] if self.updates else 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.num_updates
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run has no result that counts; None while it may still get one."""
+        if self.exit.get("status") == "numeric stop":
+            return str(self.exit.get("message", "numbers were not finite"))
+        last = self.final
+        if last is not None and not isinstance(last["relative"], float):
+            return f"the held-out loss at step {last['step']} is {last['relative']}"
+        return None
+
+    @property
+    def status(self) -> str:
+        if self.failure is not None:
+            return f"failed at step {self.step}: {self.failure}"
+        return "finished" if self.is_finished else f"unfinished: step {self.step} of {self.num_updates}"
+
+    def probe(self, name: str = HELD_OUT) -> list[Row]:
+        """The readings of one probe, the one before the first update first."""
+        return [row for row in self.events if row["event"] == "validation" and row["probe"] == name]
+
+    @property
+    def final(self) -> Row | None:
+        """The held-out reading after the last update done, where there is one."""
+        readings = self.probe()
+        return readings[-1] if readings and readings[-1]["step"] == self.step and self.step else None
+
+    @property
+    def best(self) -> Row | None:
+        """The smallest held-out reading."""
+        readings = [row for row in self.probe() if isinstance(row["relative"], float)]
+        return min(readings, key=lambda row: row["relative"], default=None)
+
+    @property
+    def training_s(self) -> float:
+        """Seconds spent in updates; probes, samples and saves are not in it."""
+        return sum(self.plan["global_batch"] / row["images_per_s"] for row in self.updates)
+
+    @property
+    def peak_memory_gib(self) -> float | None:
+        return max((row["peak_memory_gib"] for row in self.updates), default=None)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read one run directory, also while the run goes on.
+
+    Raises:
+        ConfigError: it is none, or what is in it cannot be read.
+    """
+    plan_file, metrics = folder / "plan.json", folder / "metrics.jsonl"
+    if not plan_file.is_file() or not metrics.is_file():
+        raise ConfigError(
+            Problem(
+                "this is no run directory: it lacks plan.json or metrics.jsonl",
+                str(folder),
+                fix="name folders that `lora-trainer train` or `lora-trainer sweep` wrote",
+            )
+        )
+    try:
+        rows = list(read_rows(metrics))
+        plan = json.loads(plan_file.read_text())
+        return RunRecord(
+            name=folder.resolve().name,
+            folder=folder,
+            plan=plan,
+            environment=_read_json(folder / "environment.json"),
+            exit=_read_json(folder / "exit.json"),
+            updates=tuple(row for row in rows if "event" not in row),
+            events=tuple(row for row in rows if "event" in row),
+            prompts=_prompts(folder / "config.yaml"),
+            samples=_samples(folder / "samples"),
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(Problem("this run directory cannot be read", str(folder), str(error))) from error
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Read several run directories; what is wrong with any is told together.
+
+    Raises:
+        ConfigError: as `read_run`, for all that cannot be read.
+    """
+    records: list[RunRecord] = []
+    problems: list[Problem] = []
+    for folder in folders:
+        try:
+            records.append(read_run(folder))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return records
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _prompts(config: Path) -> tuple[str, ...]:
+    from ruamel.yaml import YAML
+
+    if not config.is_file():
+        return ()
+    settings = YAML(typ="safe").load(config)
+    return tuple(prompt["prompt"] for prompt in settings["sample"]["prompts"])
+
+
+def _samples(folder: Path) -> dict[tuple[int, int], Path]:
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = ((SAMPLE_FILE.fullmatch(file.name), file) for file in files)
+    return {(int(match[1]), int(match[2])): file for match, file in found if match}
