@@ -106,6 +106,7 @@ def _loop(
             if recorder is not None:
                 if applied:
                     recorder.update(progress, result, time.perf_counter() - started, line)
+                    recorder.prove(progress)
                 else:
                     recorder.skip(progress, result)
             if applied and probing is not None and probing.is_due(progress.step):

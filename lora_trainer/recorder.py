@@ -20,6 +20,7 @@ from lora_trainer.export.recipe import Recipe, recipe_of
 from lora_trainer.families.stable_diffusion import StableDiffusion
 from lora_trainer.prepare import PLAN_FILE, VALIDATION_FILE, Prepared
 from lora_trainer.probing import Measurement
+from lora_trainer.proof import proofs_due
 from lora_trainer.report.curves import draw_curves
 from lora_trainer.report.page import write_report
 from lora_trainer.report.sample_grid import draw_grid
@@ -100,6 +101,23 @@ class Recorder:
             if self._tensorboard is not None:
                 self._tensorboard.step(row)
             line.step(row)
+
+    def prove(self, progress: Progress) -> None:
+        """In the first updates: that every layer of every trial learns, or which do not and why."""
+        for trial in self._trials:
+            for proof in proofs_due(trial, self._bank, self._config.seed, progress.step):
+                self._metrics.event(
+                    "proof",
+                    progress.step,
+                    trial=trial.name,
+                    claim=proof.claim,
+                    num_tensors=proof.num_tensors,
+                    missing=proof.missing,
+                )
+                if proof.missing:
+                    listed = "\n  ".join(f"{name}: {reason}" for name, reason in proof.missing.items())
+                    count = f"{len(proof.missing)} of {proof.num_tensors} tensors do not"
+                    self._screen.say(f"step {progress.step}: {proof.claim}, but {count}:\n  {listed}")
 
     def skip(self, progress: Progress, result: UpdateResult) -> None:
         """A skipped update: why, and on which files."""

@@ -63,6 +63,7 @@ class Trial:
         patterns = {group.name: group.match for group in options.groups}
         members = assign_groups(list(self.parameters), patterns, DENOISER_GROUP)
         self._order = [name for group in self.groups for name in members[group.name]]
+        self._group_of = {name: group for group in self.groups for name in members[group.name]}
         grouped = [[self.parameters[name] for name in members[group.name]] for group in self.groups]
         self.optimizer = build_optimizer(options, grouped, self.groups[0].schedule.horizon)
         self.average = None if ema_decay is None else Average(self.parameters, ema_decay)
@@ -108,6 +109,10 @@ class Trial:
         if evaluated is not None:
             return dict(zip(self._order, evaluated, strict=True))
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def group_of(self, parameter: str) -> LRGroup:
+        """The LR group of a parameter."""
+        return self._group_of[parameter]
 
     def remember_best(self, step: int, relative: float) -> None:
         self.best = BestProbe(step, relative)

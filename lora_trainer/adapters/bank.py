@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -128,15 +128,25 @@ class AdapterBank:
                 layer._active_adapter = [name]
             self._active = name
 
+    def initial(self, name: str, seed: int) -> Callable[[str], torch.Tensor]:
+        """What an A or B of this adapter was before training, drawn again by its key, on the CPU."""
+        shapes = {key: parameter.shape for key, parameter in self.parameters(name).items()}
+
+        def draw(key: str) -> torch.Tensor:
+            layer, _, kind = key.rpartition(".lora_")
+            if kind.startswith("B"):
+                return torch.zeros(shapes[key])
+            bound = 1 / math.sqrt(math.prod(shapes[key][1:]))
+            return streams.uniform(-bound, bound, shapes[key], seed, "adapter init", layer)
+
+        return draw
+
     @torch.no_grad()
     def _initialise(self, name: str, seed: int) -> None:
+        initial = self.initial(name, seed)
         for key, parameter in self.parameters(name).items():
-            layer, _, kind = key.rpartition(".lora_")
-            if kind.startswith("A"):
-                bound = 1 / math.sqrt(parameter[0].numel())
-                parameter.copy_(streams.uniform(-bound, bound, parameter.shape, seed, "adapter init", layer))
-            elif kind.startswith("B"):
-                parameter.zero_()
+            if ".lora_A" in key or ".lora_B" in key:
+                parameter.copy_(initial(key))
 
 
 def peft_config(config: LoraConfig, targets: Sequence[str]) -> PeftLoraConfig:
