@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,16 +15,25 @@ from types import FrameType
 from lora_trainer import atomicio
 from lora_trainer.errors import HostError, Problem, StoppedBySignal, TrainerError
 
+ECHO_S = 1.0
+
 
 class StopRequest:
-    """Set by the first SIGTERM, SIGINT or SIGHUP; the second ends the process at once.
+    """Set by the first SIGTERM, SIGINT or SIGHUP; the same signal once more ends the process at once.
 
-    Before anybody asks for it there is nothing to finish first: then the signal is raised where it falls.
+    Ctrl-C under a launcher comes twice: from the terminal, and as the launcher's own SIGTERM or death. So another
+    signal, or the same one within `ECHO_S`, is no second request. Before anybody asks, nothing has to be finished
+    first: then the signal is raised where it falls.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked_by: int | None = None
         self.polled = False
+        self._asked_at = 0.0
+
+    @property
+    def asked(self) -> bool:
+        return self.asked_by is not None
 
     def __call__(self) -> bool:
         self.polled = True
@@ -31,8 +41,10 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.asked:
-            os._exit(128 + number)
-        self.asked = True
+            if number == self.asked_by and time.monotonic() - self._asked_at > ECHO_S:
+                os._exit(128 + number)
+            return
+        self.asked_by, self._asked_at = number, time.monotonic()
         if not self.polled:
             what = "stopped as asked before this start's first update; what was saved and cached stays"
             raise StoppedBySignal(Problem(what, fix="the same command goes on"))

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -18,7 +14,6 @@ from safetensors.torch import load_file
 from lora_trainer.tracking.metrics import step_rows
 
 pytestmark = pytest.mark.e2e
-ROOT = Path(__file__).parents[2]
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -68,68 +63,6 @@ def test_two_processes_asked_of_accelerates_cpu_launcher_are_not_silently_one(
     run = program(["accelerate", "launch", "--cpu", "--num_processes", "2", "train.py", "--config", str(toy_config)])
     assert run.returncode != 0
     assert "torchrun --nproc_per_node 2 train.py" in run.stderr
-
-
-@pytest.fixture
-def long_run(toy_config: Path) -> Iterator[Callable[[list[str]], Any]]:
-    """Start a run that would take minutes and wait until it trains; killed at the end of the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(command: list[str]) -> subprocess.Popen[str]:
-        environment = os.environ | {
-            "PYTHONUNBUFFERED": "1",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
-        process = subprocess.Popen(
-            [*command, "--config", str(toy_config), "train.max_steps=20000"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                return process
-        raise AssertionError(f"the run ended with {process.wait()}")
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def last_step(run_dir: Path) -> int:
-    (newest,) = sorted((run_dir / "checkpoints").iterdir())[-1:]
-    return int(newest.name.removeprefix("step-"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_with_75(
-    long_run: Callable[[list[str]], Any], tmp_path: Path, number: signal.Signals
-) -> None:
-    process = long_run([sys.executable, "train.py"])
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
-    run_dir = tmp_path / "runs" / "toy"
-    assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
-    rows = step_rows(run_dir / "metrics.jsonl")
-    assert last_step(run_dir) == rows[-1]["step"] == len(rows)
-
-
-def test_the_death_of_accelerate_reaches_the_trainer(long_run: Callable[[list[str]], Any], tmp_path: Path) -> None:
-    process = long_run(["accelerate", "launch", "train.py"])
-    process.kill()
-    exit_file = tmp_path / "runs" / "toy" / "exit.json"
-    for _ in range(300):
-        if exit_file.is_file():
-            break
-        time.sleep(0.1)
-    assert json.loads(exit_file.read_text())["code"] == 75
-    assert last_step(tmp_path / "runs" / "toy") >= 3
 
 
 def test_errors_have_codes_and_no_traceback(program: Program, toy_config: Path, tmp_path: Path) -> None:
