@@ -166,6 +166,10 @@ def _encode_texts(
     tokenizer, encoder = family.load_tokenizer(), family.load_text_encoder(runtime.device)
     for text in progress(texts, "encoding prompts", len(texts)):
         embeds_LD = family.encode_prompts(tokenizer, encoder, [text])[0].cpu()
+        if not torch.isfinite(embeds_LD).all():
+            raise DataError(
+                Problem("the prompt's embedding is not finite", repr(text), fix="check the base's text encoder")
+            )
         _write_entry(files[text], {"embeds": embeds_LD})
     del encoder
     _free(runtime.device)
