@@ -185,20 +185,27 @@ def find_lr(
 
 @app.command(
     epilog="Examples:  lora-trainer report runs/demo   |   lora-trainer report runs/cosine-* runs/rex-* -o compare.html"
+    "   |   lora-trainer report runs/sweep --confirm runs/sweep-fresh"
 )
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories or sweeps; several are compared.")
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML file; default: RUN/report.html, of several report.html.")
     ] = None,
     min_effect: Annotated[
         float, typer.Option("--min-effect", min=0, help="Smallest difference that matters, as a share of the gain.")
     ] = 0.01,
+    confirm: Annotated[
+        list[Path] | None,
+        typer.Option("--confirm", help="Runs or a sweep of the leaders on fresh seeds; may be given several times."),
+    ] = None,
 ) -> None:
     """Write one page about runs: verdict, curves, samples, settings. Also while they train (docs/verdicts.md)."""
     from lora_trainer.commands.report import report as run
 
-    run(runs, output, min_effect)
+    run(runs, output, min_effect, confirm or [])
 
 
 @app.command(epilog="Examples:  lora-trainer presets   |   lora-trainer presets prodigy")

@@ -26,6 +26,7 @@ def write_run(
     draws: str = "d",
     status: tuple[int, str, str] | None = None,
     probes: Sequence[str] = ("held_out", "train"),
+    ending: tuple[str, str] | None = None,
     **identity: Any,
 ) -> Path:
     """A run whose held-out loss goes straight from 1 to `loss`; keyword arguments with `__` for dots are settings."""
@@ -51,6 +52,8 @@ def write_run(
         code, name, message = status
         (folder / "exit.json").write_text(json.dumps({"code": code, "status": name, "message": message}))
     rows = [row for step in range(done + 1) for row in _rows(step, loss, lr, probes, f"{draws}{seed}-{step}")]
+    if ending is not None:
+        rows.append({"event": ending[0], "step": done, "trial": "t", "reason": ending[1]})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for number in range(1, len(prompts) + 1):
         (folder / "samples").mkdir(exist_ok=True)
@@ -73,3 +76,17 @@ def _rows(step: int, loss: float, lr: float, probes: Sequence[str], draws: str) 
         reading = {"relative": relative, "se": 0.002, "bands": [relative] * 4, "items": [relative] * NUM_ITEMS}
         rows += [{"event": "validation", "step": step, "probe": probe, **reading} for probe in probes]
     return rows
+
+
+def write_sweep(folder: Path, arms: dict[str, float], seeds: Sequence[int], **options: Any) -> Path:
+    """A finished sweep of schedules at one LR, each seed a little off in its own way; `options` are those of a run."""
+    trials = []
+    for number, (arm, loss) in enumerate(arms.items()):
+        for seed in seeds:
+            name = f"{arm}-seed{seed}"
+            own = loss + 1e-3 * seed + 1e-4 * ((seed * (number + 2)) % 3)
+            write_run(folder / "trials" / name, schedule=arm, loss=own, seed=seed, **options)
+            trials.append({"name": name, "arm": arm, "setting": arm, "folder": f"trials/{name}"})
+    trials.append({"name": "later", "arm": "later", "setting": "later", "folder": "trials/later"})
+    (folder / "sweep.json").write_text(json.dumps({"format": 1, "trials": trials}))
+    return folder

@@ -11,15 +11,18 @@ from lora_trainer.tracking.console import Screen
 from lora_trainer.verdict.compare import Rules
 
 
-def report(runs: Sequence[Path], output: Path | None, min_effect: float) -> None:
-    """Write the page and say its sentence; of one run into its directory, of several beside where we are.
+def report(runs: Sequence[Path], output: Path | None, min_effect: float, confirm: Sequence[Path] = ()) -> None:
+    """Write the page and say its sentence; of one run into its directory, of several where we are.
+
+    Args:
+        confirm: runs of the leaders on fresh seeds.
 
     Raises:
         ConfigError: a folder is no run directory, runs do not go together, or the page would replace another's file.
     """
     chosen = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     _refuse_to_replace(chosen)
-    sentence = write_report(runs, chosen, rules=Rules(min_effect=min_effect))
+    sentence = write_report(runs, chosen, confirm=confirm, rules=Rules(min_effect=min_effect))
     screen = Screen()
     screen.say(sentence)
     screen.say(f"\nwrote {chosen}")

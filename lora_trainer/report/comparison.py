@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.report.run_record import RunRecord
 from lora_trainer.verdict.arms import Arm
+from lora_trainer.verdict.wording import Purpose
 
 MUST_AGREE = ("base content", "data content", "validation content", "validation.seed", "data.resolution")
 """Without these equal, held-out losses do not measure the same thing."""
@@ -31,17 +32,24 @@ class ArmRuns:
 
     @property
     def peak_lr(self) -> float:
-        return float(self.runs[0].identity[_LR])
+        return _lr(self.runs[0])
 
     @property
     def lr_budget(self) -> float:
         return float(self.runs[0].plan["lr_groups"][0]["lr_budget"])
 
-    def as_arm(self) -> Arm:
-        """Its final held-out losses by seed, and the seeds that failed; unfinished runs are left out."""
-        failed = {run.seed: run.failure for run in self.runs if run.failure is not None}
-        ended = [run for run in self.runs if run.is_finished and run.seed not in failed and run.final is not None]
-        losses = {run.seed: float(run.final["relative"]) for run in ended if run.final is not None}
+    def as_arm(self, purpose: Purpose) -> Arm | None:
+        """Its final held-out losses by seed, and the seeds that failed; unfinished and pruned runs are left out.
+
+        Args:
+            purpose: of the runs to look at. None where it has none of them.
+        """
+        runs = [run for run in self.runs if run.purpose == purpose]
+        if not runs:
+            return None
+        failed = {run.seed: run.failure for run in runs if run.failure is not None}
+        finals = {run.seed: run.final for run in runs if run.is_finished and run.seed not in failed}
+        losses = {seed: float(final["relative"]) for seed, final in finals.items() if final is not None}
         return Arm(self.name, self.setting, self.peak_lr, self.lr_budget, losses, failed)
 
 
@@ -52,32 +60,29 @@ def varied(records: Sequence[RunRecord]) -> list[str]:
 
 
 def arms(records: Sequence[RunRecord]) -> list[ArmRuns]:
-    """Sort runs into arms, in the order of the runs.
+    """Sort runs into arms, in the order of the runs: by the names that a sweep gave, else by what was varied.
 
     Raises:
         ConfigError: two runs are of one setting and one seed.
     """
-    keys = varied(records)
-    rest = [key for key in keys if key != _LR]
-    settings: dict[tuple[str, ...], str] = {}
-    for record in records:
-        settings.setdefault(tuple(_value(record, key) for key in rest), "")
-    _name_settings(settings, records, rest)
-    found: dict[tuple[str, float], list[RunRecord]] = {}
-    for record in records:
-        setting = settings[tuple(_value(record, key) for key in rest)]
-        found.setdefault((setting, float(record.identity[_LR])), []).append(record)
-    _refuse_doubles(found)
-    order = list(settings.values())
-    lrs = sorted({lr for _, lr in found})
+    if all(record.arm is not None for record in records):
+        named = [(str(record.arm), str(record.setting)) for record in records]
+    else:
+        named = _names(records)
+    found: dict[tuple[str, str], list[RunRecord]] = {}
+    for names, record in zip(named, records, strict=True):
+        found.setdefault(names, []).append(record)
+    _refuse_doubles(found.values())
+    settings = list(dict.fromkeys(setting for _, setting in found))
+    lrs = sorted({_lr(runs[0]) for runs in found.values()})
     return [
         ArmRuns(
-            _arm_name(setting, lr, _LR in keys, records),
+            name,
             setting,
             tuple(sorted(runs, key=lambda run: run.seed)),
-            (order.index(setting), lrs.index(lr)),
+            (settings.index(setting), lrs.index(_lr(runs[0]))),
         )
-        for (setting, lr), runs in found.items()
+        for (name, setting), runs in found.items()
     ]
 
 
@@ -92,6 +97,27 @@ def hindrances(records: Sequence[RunRecord]) -> list[str]:
     if without:
         found.append(f"held-out loss was not measured in {', '.join(without)} (no `validation` section)")
     return found
+
+
+def check_fresh(records: Sequence[RunRecord]) -> None:
+    """Refuse to confirm on seeds that took part in choosing.
+
+    Raises:
+        ConfigError: naming the seeds.
+    """
+    seeds = {
+        purpose: {record.seed for record in records if record.purpose == purpose}
+        for purpose in ("selection", "confirmation")
+    }
+    used = sorted(seeds["selection"] & seeds["confirmation"])
+    if used:
+        raise ConfigError(
+            Problem(
+                f"seed {', '.join(map(str, used))} took part in choosing, so it cannot confirm",
+                "--confirm",
+                fix="train the leaders with other seeds",
+            )
+        )
 
 
 def pairing_notes(groups: Sequence[ArmRuns]) -> list[str]:
@@ -109,6 +135,23 @@ def pairing_notes(groups: Sequence[ArmRuns]) -> list[str]:
     if not loose:
         return []
     return [f"the runs of seed {', '.join(loose)} did not see the same batches: pairing helps them less"]
+
+
+def _lr(record: RunRecord) -> float:
+    return float(record.identity[_LR])
+
+
+def _names(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """Name of the arm and of the setting of each run, from what was varied."""
+    keys = varied(records)
+    rest = [key for key in keys if key != _LR]
+    settings = dict.fromkeys((tuple(_value(record, key) for key in rest) for record in records), "")
+    _name_settings(settings, records, rest)
+    named = []
+    for record in records:
+        setting = settings[tuple(_value(record, key) for key in rest)]
+        named.append((_arm_name(setting, _lr(record), _LR in keys, records), setting))
+    return named
 
 
 def _is_no_setting(key: str) -> bool:
@@ -155,9 +198,9 @@ def _arm_name(setting: str, lr: float, lrs_differ: bool, records: Sequence[RunRe
     return f"{setting}, LR {lr:.3g}" if lrs_differ else setting
 
 
-def _refuse_doubles(found: Mapping[tuple[str, float], Sequence[RunRecord]]) -> None:
+def _refuse_doubles(arms: Iterable[Sequence[RunRecord]]) -> None:
     problems = []
-    for runs in found.values():
+    for runs in arms:
         by_seed: dict[int, RunRecord] = {}
         for run in runs:
             first = by_seed.setdefault(run.seed, run)

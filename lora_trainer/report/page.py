@@ -13,14 +13,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lora_trainer import __version__, atomicio
-from lora_trainer.report.comparison import ArmRuns, arms, hindrances, pairing_notes, varied
+from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, hindrances, pairing_notes, varied
 from lora_trainer.report.figure import Plot, Table
 from lora_trainer.report.line_plot import swatch
 from lora_trainer.report.run_plots import band_plot, curve_plots
 from lora_trainer.report.run_record import RunRecord, read_runs
 from lora_trainer.report.sample_table import SampleTable, sample_table
 from lora_trainer.report.verdict_view import VerdictView, verdict_view
-from lora_trainer.verdict.arms import questions
+from lora_trainer.verdict.arms import confirming, questions
 from lora_trainer.verdict.compare import Rules
 from lora_trainer.verdict.wording import judge
 
@@ -52,28 +52,39 @@ class Page:
     version: str = __version__
 
 
-def write_report(folders: Sequence[Path], output: Path, *, title: str | None = None, rules: Rules | None = None) -> str:
-    """Write the page of these run directories; the sentence at its head.
+def write_report(
+    folders: Sequence[Path],
+    output: Path,
+    *,
+    confirm: Sequence[Path] = (),
+    title: str | None = None,
+    rules: Rules | None = None,
+) -> str:
+    """Write the page of these run directories and sweeps; the sentence at its head.
+
+    Args:
+        confirm: run directories and sweeps of settings that were chosen among `folders`, on fresh seeds.
 
     Raises:
-        ConfigError: a folder is no run directory, or two runs have equal settings and seed.
+        ConfigError: a folder is no run directory, two runs have equal settings and seed, or a confirming seed is not
+            fresh.
     """
-    page = build_page(read_runs(folders), title, rules or Rules())
+    page = build_page([*read_runs(folders), *read_runs(confirm, "confirmation")], title, rules or Rules())
     atomicio.write_file(output, render(page).encode())
     return page.headline
 
 
 def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules) -> Page:
     """Lay out the page of some runs."""
+    check_fresh(records)
+    sources = list(dict.fromkeys(record.source for record in records))
     groups, against = arms(records), hindrances(records)
     verdicts = verdict_views(groups, rules) if len(groups) > 1 and not against else []
-    unfinished = [r.name for r in records if not r.is_finished and r.failure is None]
-    notes = pairing_notes(groups) + ([f"unfinished, not in any verdict: {', '.join(unfinished)}"] if unfinished else [])
     started = [group for group in groups if group.runs[0].updates]
     return Page(
-        title=title or (records[0].name if len(records) == 1 else f"{len(records)} runs compared"),
+        title=title or (f"{len(records)} runs compared" if len(sources) > 1 else sources[0]),
         headline=headline(records, groups, verdicts, against),
-        notes=tuple(notes),
+        notes=(*pairing_notes(groups), *waiting_notes(records)),
         legend=tuple((swatch(group.place), group.name) for group in groups) if len(groups) > 1 else (),
         verdicts=tuple(verdicts),
         runs=runs_table(groups),
@@ -104,9 +115,20 @@ def render(page: Page) -> str:
 
 
 def verdict_views(groups: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
-    """The answer to every question that these arms allow."""
-    asked = questions([group.as_arm() for group in groups])
-    return [verdict_view(judge(question, rules), number) for number, question in enumerate(asked, start=1)]
+    """The answer to every question that these arms allow; what fresh seeds say comes first."""
+    confirmed = [arm for group in groups if (arm := group.as_arm("confirmation")) is not None]
+    selected = [arm for group in groups if (arm := group.as_arm("selection")) is not None]
+    verdicts = [judge(confirming(confirmed), rules, "confirmation")] if len(confirmed) > 1 else []
+    verdicts += [judge(question, rules) for question in questions(selected)] if len(selected) > 1 else []
+    return [verdict_view(verdict, number) for number, verdict in enumerate(verdicts, start=1)]
+
+
+def waiting_notes(records: Sequence[RunRecord]) -> list[str]:
+    """Runs that no verdict counts: those that go on, and those that a sweep stopped."""
+    goes_on = [run.name for run in records if not run.is_finished and run.failure is None and run.ending is None]
+    pruned = [run.name for run in records if run.ending is not None and run.failure is None]
+    told = {"unfinished": goes_on, "stopped early": pruned}
+    return [f"{what}, not in any verdict: {', '.join(names)}" for what, names in told.items() if names]
 
 
 def headline(
@@ -202,9 +224,14 @@ def environment_table(records: Sequence[RunRecord]) -> Table:
 
 def commands(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """What to type to have the runs and this page again; run directories by their names."""
-    names = [record.name for record in records]
-    trained = tuple(f"lora-trainer train --config {name}/config.yaml" for name in names)
-    return (*trained, f"lora-trainer report {' '.join(names)}")
+    sources = {record.source: record for record in records}
+    trained = [
+        f"lora-trainer {'train' if record.arm is None else 'sweep'} --config {name}/config.yaml"
+        for name, record in sources.items()
+    ]
+    chosen = [name for name, record in sources.items() if record.purpose == "selection"]
+    fresh = [f"--confirm {name}" for name, record in sources.items() if record.purpose == "confirmation"]
+    return (*trained, f"lora-trainer report {' '.join([*chosen, *fresh])}")
 
 
 def without_paths(text: str) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.tracking.metrics import read_rows
+from lora_trainer.verdict.wording import Purpose
 
 SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
+SWEEP_FILE = "sweep.json"
 Row = dict[str, Any]
 
 
@@ -32,6 +34,13 @@ class RunRecord:
     prompts: tuple[str, ...]
     samples: dict[tuple[int, int], Path]
     """Picture of (step, number of the prompt from 1)."""
+    arm: str | None = None
+    """The trial's name in a sweep, without its seed."""
+    setting: str | None = None
+    """The same without its LR."""
+    source: str = ""
+    """Name of the folder that was asked for: the run's, or its sweep's."""
+    purpose: Purpose = "selection"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -57,8 +66,15 @@ class RunRecord:
         return self.step >= self.num_updates
 
     @property
+    def ending(self) -> Row | None:
+        """The event by which a sweep ended this trial before its last update: `failed` or `stopped`."""
+        return next((row for row in self.events if row["event"] in ("failed", "stopped")), None)
+
+    @property
     def failure(self) -> str | None:
-        """Why the run has no result that counts; None while it may still get one."""
+        """Why the run has no result that counts; None while it may still get one, and where it was pruned."""
+        if self.ending is not None:
+            return str(self.ending["reason"]) if self.ending["event"] == "failed" else None
         if self.exit.get("status") == "numeric stop":
             return str(self.exit.get("message", "numbers were not finite"))
         last = self.final
@@ -70,6 +86,8 @@ class RunRecord:
     def status(self) -> str:
         if self.failure is not None:
             return f"failed at step {self.step}: {self.failure}"
+        if self.ending is not None:
+            return f"stopped at step {self.ending['step']}: {self.ending['reason']}"
         return "finished" if self.is_finished else f"unfinished: step {self.step} of {self.num_updates}"
 
     def probe(self, name: str = HELD_OUT) -> list[Row]:
@@ -131,17 +149,37 @@ def read_run(folder: Path) -> RunRecord:
         raise ConfigError(Problem("this run directory cannot be read", str(folder), str(error))) from error
 
 
-def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Read several run directories; what is wrong with any is told together.
+def read_sweep(folder: Path) -> list[RunRecord]:
+    """Read the trials of a sweep that have begun, with their names in `sweep.json` (docs/sweeps.md).
 
     Raises:
-        ConfigError: as `read_run`, for all that cannot be read.
+        ConfigError: nothing has begun, or something cannot be read.
+    """
+    try:
+        trials = json.loads((folder / SWEEP_FILE).read_text())["trials"]
+        begun = [trial for trial in trials if (folder / trial["folder"] / "metrics.jsonl").is_file()]
+        records = [
+            replace(read_run(folder / t["folder"]), name=t["name"], arm=t["arm"], setting=t["setting"]) for t in begun
+        ]
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(Problem("this sweep cannot be read", str(folder), str(error))) from error
+    if not records:
+        raise ConfigError(Problem("no trial of this sweep has begun", str(folder), fix="start it, then ask again"))
+    return records
+
+
+def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[RunRecord]:
+    """Read several run directories and sweeps; what is wrong with any is told together.
+
+    Raises:
+        ConfigError: as `read_run` and `read_sweep`, for all that cannot be read.
     """
     records: list[RunRecord] = []
     problems: list[Problem] = []
     for folder in folders:
         try:
-            records.append(read_run(folder))
+            found = read_sweep(folder) if (folder / SWEEP_FILE).is_file() else [read_run(folder)]
+            records += [replace(record, purpose=purpose, source=folder.resolve().name) for record in found]
         except ConfigError as error:
             problems += error.problems
     if problems:

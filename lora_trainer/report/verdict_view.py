@@ -34,8 +34,9 @@ class VerdictView:
 def verdict_view(verdict: Verdict, number: int) -> VerdictView:
     """Lay out one verdict; `number` keeps the ids of its plot apart."""
     tested = [pair for pair in verdict.pairs if pair.test is not None]
+    fresh = "Confirmation on fresh seeds: " if verdict.purpose == "confirmation" else ""
     return VerdictView(
-        verdict.question.label,
+        fresh + verdict.question.label,
         verdict.sentence,
         verdict.question.notes,
         arms_table(verdict),

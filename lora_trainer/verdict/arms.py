@@ -77,6 +77,12 @@ def questions(arms: Sequence[Arm]) -> list[Question]:
     return found or [Question("peak LRs differ and were not tuned: a difference may be the LR's", tuple(arms))]
 
 
+def confirming(arms: Sequence[Arm]) -> Question:
+    """The one comparison of arms that were chosen on other seeds."""
+    lrs = {arm.peak_lr for arm in arms}
+    return Question(f"same peak LR {lrs.pop():.3g}" if len(lrs) == 1 else "LRs chosen on other seeds", tuple(arms))
+
+
 def tuned(arms: Sequence[Arm]) -> Arm:
     """One setting's arm at its best LR: the smallest mean loss, of equals the smaller LR.
 

@@ -18,6 +18,7 @@ class Verdict:
     """The answer to one question."""
 
     question: Question
+    purpose: Purpose
     rules: Rules
     arms: tuple[Arm, ...]
     """Best mean first, failed ones last."""
@@ -43,7 +44,7 @@ def judge(question: Question, rules: Rules | None = None, purpose: Purpose = "se
     unbeaten = tuple(arm for arm in order if arm.name in tested and arm.name not in beaten)
     choice = min(unbeaten, key=lambda arm: (arm.peak_lr, arm.lr_sum), default=None)
     sentence = _sentence(question, rules, purpose, order, pairs, unbeaten)
-    return Verdict(question, rules, order, pairs, unbeaten, choice, sentence)
+    return Verdict(question, purpose, rules, order, pairs, unbeaten, choice, sentence)
 
 
 def _sentence(

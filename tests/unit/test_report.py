@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from run_directories import STEPS, write_run
+from run_directories import STEPS, write_run, write_sweep
 
 from lora_trainer.commands.report import report
 from lora_trainer.errors import ConfigError
@@ -272,3 +272,40 @@ def test_the_command_writes_into_the_run_and_replaces_no_other_file(
 
 def test_the_smallest_effect_can_be_set(compared: list[Path], tmp_path: Path) -> None:
     assert "no difference shown" in write_report(compared, tmp_path / "r.html", rules=Rules(min_effect=0.9))
+
+
+def test_a_sweep_is_read_by_its_own_names_and_what_was_stopped_says_why(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", {"constant": 0.97, "cosine": 0.94}, (1, 2, 3))
+    names = [record.name for record in read_runs([sweep])]
+    assert names == [f"{arm}-seed{seed}" for arm in ("constant", "cosine") for seed in (1, 2, 3)]
+    trials = sweep / "trials"
+    write_run(trials / "later", schedule="rex", seed=1, done=20, ending=("stopped", "clearly worse than rex-lr1e-4"))
+    page = build_page(read_runs([sweep]), None, Rules())
+    assert page.title == "sweep"
+    assert page.headline.startswith("On 3 paired seeds (held-out loss, same peak LR 0.001, 3 pairs corrected")
+    assert page.runs.rows[-1][:3] == ("later", "1", "stopped at step 20: clearly worse than rex-lr1e-4")
+    assert page.notes == ("stopped early, not in any verdict: later",)
+    assert page.commands == ("lora-trainer sweep --config sweep/config.yaml", "lora-trainer report sweep")
+
+
+def test_a_trial_that_failed_in_a_sweep_says_why(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", done=7, ending=("failed", "loss is not finite"))
+    assert read_run(run).status == "failed at step 7: loss is not finite"
+
+
+def test_fresh_seeds_confirm_and_used_ones_are_refused(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", {"constant": 0.97, "cosine": 0.94, "rex": 0.95}, (1, 2, 3))
+    fresh = write_sweep(tmp_path / "fresh", {"cosine": 0.945, "rex": 0.95}, (11, 12, 13, 14))
+    chosen = write_report([sweep], tmp_path / "chosen.html")
+    assert "to be confirmed on fresh ones" in chosen
+    sentence = write_report([sweep], tmp_path / "both.html", confirm=[fresh])
+    assert (
+        sentence == "On 4 fresh paired seeds (held-out loss, same peak LR 0.001, one pair): cosine is better than rex."
+    )
+    html = (tmp_path / "both.html").read_text()
+    assert "Confirmation on fresh seeds: same peak LR 0.001" in html
+    assert chosen.replace("'", "&#39;") in html
+    assert "lora-trainer report sweep --confirm fresh" in html
+    used = write_sweep(tmp_path / "used", {"cosine": 0.94, "rex": 0.95}, (3, 11, 12))
+    with pytest.raises(ConfigError, match="seed 3 took part in choosing"):
+        write_report([sweep], tmp_path / "r.html", confirm=[used])
