@@ -106,6 +106,9 @@ def evaluate_seed(seed: int, store: Store, *, with_forks: bool) -> None:
         return
     with laboratory([*DATA, f"seed={seed}"], FinderOptions()) as (finder, parts, runtime):
         store.get("environment", measure=lambda: environment_report(runtime))
+        content = {key: value for key, value in finder.prepared.identity().items() if key.endswith("content")}
+        if store.get("content", measure=lambda: content) != content:
+            raise SystemExit(f"{store.file} was measured on another base or other images: move it aside")
         instrument = Instrument(parts, runtime.device, lambda: False)
 
         def gain(lr: float) -> float | None:

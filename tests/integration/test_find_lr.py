@@ -22,6 +22,7 @@ from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.find_lr import Instrument, restored
 from lora_trainer.launch import Launch
 from lora_trainer.lr_finder.analysis import analyse
+from lora_trainer.lr_finder.ramp import Ramp
 from lora_trainer.prepare_finder import FinderOptions, PreparedFinder, prepare_finder
 from lora_trainer.runtime import start_runtime
 from lora_trainer.tracking.console import Screen
@@ -40,6 +41,11 @@ def silent(items: object, _: str, __: int) -> object:
 
 def finder_of(config: Path, *overrides: str, options: FinderOptions = SMALL) -> PreparedFinder:
     return prepare_finder(load_config(config, [HELD_OUT, *overrides]), Launch(), options, silent)  # type: ignore[arg-type]
+
+
+def short(finder: PreparedFinder) -> PreparedFinder:
+    """The same with a ramp of eight updates, too few to read."""
+    return replace(finder, ramp=Ramp(1e-4, 1.0, 8))
 
 
 @contextmanager
@@ -71,7 +77,7 @@ def files_digest(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_everything_comes_back_bitwise(toy_config: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool) -> None:
-    finder = finder_of(toy_config, "adapter.dropout=0.1")
+    finder = short(finder_of(toy_config, "adapter.dropout=0.1"))
     with assembled(finder) as parts:
         for k in range(3):
             parts.updater.run(k, k, stop_asked=False)
@@ -81,7 +87,7 @@ def test_everything_comes_back_bitwise(toy_config: Path, monkeypatch: pytest.Mon
             measure, calls = Validator.measure, iter(range(100))
 
             def interrupt(self: Validator, adapter: str, weights: dict[str, torch.Tensor]) -> object:
-                if next(calls) == 7:
+                if next(calls) == 4:
                     raise KeyboardInterrupt
                 return measure(self, adapter, weights)
 
@@ -89,20 +95,14 @@ def test_everything_comes_back_bitwise(toy_config: Path, monkeypatch: pytest.Mon
             with pytest.raises(KeyboardInterrupt):
                 instrument.run_ramp(finder, Screen(silent=True))
         else:
-            assert len(instrument.run_ramp(finder, Screen(silent=True))) == 32
+            assert len(instrument.run_ramp(finder, Screen(silent=True))) == 8
         assert state_digest(parts) == before
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
 def test_training_goes_on_after_the_finder_as_without_it(toy_config: Path, optimizer: str) -> None:
-    options = FinderOptions(num_updates=30, start_lr=1e-4, num_images=2)
-    finder = finder_of(
-        toy_config,
-        "adapter.dropout=0.1",
-        f"optimizer={{type: {optimizer}}}",
-        "lr_scheduler={type: constant}",
-        options=options,
-    )
+    words = ["adapter.dropout=0.1", f"optimizer={{type: {optimizer}}}", "lr_scheduler={type: constant}"]
+    finder = short(finder_of(toy_config, *words))
     digests = []
     for with_finder in (False, True):
         with assembled(finder) as parts:
@@ -132,19 +132,19 @@ def test_each_update_uses_the_ramps_rate_and_groups_keep_their_ratio(
     toy_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = "optimizer.groups=[{name: values, match: [to_v], lr: 1e-4, lr_scheduler: {type: linear}}]"
-    finder = finder_of(toy_config, groups)
+    finder = short(finder_of(toy_config, groups))
     with assembled(finder) as parts:
         used: list[list[float]] = []
         optimizer = parts.trials[0].optimizer
         optimizer.register_step_pre_hook(lambda own, *_: used.append([group["lr"] for group in own.param_groups]))
         measured = Instrument(parts, CPU, lambda: False).run_ramp(finder, Screen(silent=True))
-    np.testing.assert_allclose([own[0] for own in used], np.geomspace(1e-4, 1, 32)[: len(used)], rtol=1e-12)
+    np.testing.assert_allclose([own[0] for own in used], np.geomspace(1e-4, 1, 8)[: len(used)], rtol=1e-12)
     np.testing.assert_allclose([own[1] / own[0] for own in used], 0.1, rtol=1e-12)  # 1e-4 beside the toy's 1e-3
     assert [each.point.lr for each in measured] == [own[0] for own in used]
 
 
 def test_a_stop_leaves_no_result(toy_config: Path) -> None:
-    finder = finder_of(toy_config)
+    finder = short(finder_of(toy_config))
     asked = iter([False] * 5)
     with assembled(finder) as parts:
         before = state_digest(parts)
@@ -157,7 +157,7 @@ def test_a_stop_leaves_no_result(toy_config: Path) -> None:
 def test_numbers_that_are_not_finite_end_the_ramp_as_a_divergence(
     toy_config: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    finder, run = finder_of(toy_config), Updater.run
+    finder, run = short(finder_of(toy_config)), Updater.run
 
     def failing(self: Updater, attempt: int, step: int, *, stop_asked: bool) -> UpdateResult:
         result = run(self, attempt, step, stop_asked=stop_asked)
@@ -237,7 +237,7 @@ def test_the_suggestion_serves_nearly_as_well_as_the_best_of_a_grid(toy_config: 
 
 def test_a_model_that_cannot_learn_has_no_signal(toy_config: Path) -> None:
     """The denoiser's output is cut off, so no adapter inside has any effect."""
-    finder = finder_of(toy_config, options=FinderOptions(num_updates=30, num_images=2))
+    finder = short(finder_of(toy_config))
     with assembled(finder) as parts:
         for parameter in parts.denoiser.conv_out.parameters():
             torch.nn.init.zeros_(parameter)
