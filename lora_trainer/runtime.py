@@ -105,7 +105,7 @@ def start_runtime(launch: Launch, precision: str, threads: int) -> Iterator[Runt
 
 def environment_report(runtime: Runtime) -> dict[str, Any]:
     """Versions and hardware: what another person needs to repeat the run. No host or user names."""
-    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else _processor()
+    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else processor_name()
     return {
         "python": platform.python_version(),
         "platform": platform.system() + " " + platform.machine(),
@@ -118,7 +118,7 @@ def environment_report(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
     try:
         with Path("/proc/cpuinfo").open() as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
