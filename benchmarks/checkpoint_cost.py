@@ -129,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, help="folder on the disk to measure; default: the temporary one")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--note", default="", help="what else to know of machine and disk; stands in the results")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     said = parser.parse_args()
     torch.set_num_threads(1)
@@ -138,7 +139,7 @@ def main() -> None:
             "what": "SDXL-shaped state, rank 32, AdamW, fp32; step times are published ones, not measured here",
             "command": "python benchmarks/checkpoint_cost.py",
             "processor": processor_name(),
-            "disk": "ext4 on a virtual disk; one core, shared with other jobs while this ran",
+            "note": said.note,
             "threads": 1,
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -62,8 +62,9 @@ def main() -> int:
     show(record)
     if not complete:
         print(f"time is up after {time.monotonic() - started:.0f} s; the same command goes on")
-    elif said.output is not None:
-        said.output.write_text(json.dumps(results(record, said.seed), indent=2, sort_keys=True) + "\n")
+    if said.output is not None:
+        content = results(record, said.seed) | {"complete": complete}
+        said.output.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     return 1 if record.failures() else 0
 
 
