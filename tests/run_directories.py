@@ -27,6 +27,7 @@ def write_run(
     status: tuple[int, str, str] | None = None,
     probes: Sequence[str] = ("held_out", "train"),
     ending: tuple[str, str] | None = None,
+    events: Sequence[dict[str, Any]] = (),
     **identity: Any,
 ) -> Path:
     """A run whose held-out loss goes straight from 1 to `loss`; keyword arguments with `__` for dots are settings."""
@@ -52,6 +53,7 @@ def write_run(
         code, name, message = status
         (folder / "exit.json").write_text(json.dumps({"code": code, "status": name, "message": message}))
     rows = [row for step in range(done + 1) for row in _rows(step, loss, lr, probes, f"{draws}{seed}-{step}")]
+    rows += events
     if ending is not None:
         rows.append({"event": ending[0], "step": done, "trial": "t", "reason": ending[1]})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -38,6 +38,10 @@ class ArmRuns:
     def lr_budget(self) -> float:
         return float(self.runs[0].plan["lr_groups"][0]["lr_budget"])
 
+    def name_of(self, run: RunRecord) -> str:
+        """The arm's name, with the seed where it has several."""
+        return self.name if len(self.runs) == 1 else f"{self.name}, seed {run.seed}"
+
     def as_arm(self, purpose: Purpose) -> Arm | None:
         """Its final held-out losses by seed, and the seeds that failed; unfinished and pruned runs are left out.
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from lora_trainer import __version__, atomicio
 from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, hindrances, pairing_notes, varied
+from lora_trainer.report.diagnosis_table import NOT_MEASURED, diagnosis_table
 from lora_trainer.report.figure import Plot, Table
 from lora_trainer.report.line_plot import swatch
 from lora_trainer.report.run_plots import band_plot, curve_plots
@@ -27,7 +28,6 @@ from lora_trainer.verdict.wording import judge
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATOR = "lora_trainer report"
 """Said in the page's head, so that a page of ours can be told from another file."""
-NOT_MEASURED = "not measured"
 _PATH = re.compile(r"(?<![\w:/.…])~?(?:/[^\s/'\"`:,;()]+)+/(?=[^\s/])")
 
 
@@ -44,6 +44,7 @@ class Page:
     curves: tuple[Plot, ...]
     bands: Plot | None
     samples: SampleTable | None
+    diagnosis: Table | None
     differences: Table | None
     settings: tuple[Table, ...]
     cost: Table
@@ -91,6 +92,7 @@ def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules) ->
         curves=tuple(curve_plots(started)) if started else (),
         bands=band_plot(groups),
         samples=sample_table(groups),
+        diagnosis=diagnosis_table(groups),
         differences=differences_table(records, groups),
         settings=tuple(settings_table(group.runs[0], group.name) for group in groups),
         cost=cost_table(groups),
@@ -171,8 +173,7 @@ def runs_table(groups: Sequence[ArmRuns]) -> Table:
 
 
 def _run_row(group: ArmRuns, run: RunRecord) -> tuple[str, ...]:
-    name = group.name if len(group.runs) == 1 else f"{group.name}, seed {run.seed}"
-    start = (name, str(run.seed), without_paths(run.status))
+    start = (group.name_of(run), str(run.seed), without_paths(run.status))
     last, best = run.final, run.best
     if last is None or best is None or run.failure is not None:
         return (*start, *[NOT_MEASURED] * 5)
@@ -206,8 +207,7 @@ def cost_table(groups: Sequence[ArmRuns]) -> Table:
         for run in group.runs:
             memory = NOT_MEASURED if run.peak_memory_gib is None else f"{run.peak_memory_gib:.2f} GiB"
             speed = f"{run.step * run.plan['global_batch'] / run.training_s:.2f}" if run.updates else NOT_MEASURED
-            name = group.name if len(group.runs) == 1 else f"{group.name}, seed {run.seed}"
-            rows.append((name, str(run.step), f"{run.training_s:.0f} s", speed, memory))
+            rows.append((group.name_of(run), str(run.step), f"{run.training_s:.0f} s", speed, memory))
     header = ("run", "updates", "time in updates", "images/s", "peak memory")
     return Table("Time and memory; probes, samples and saves are not in the time", header, tuple(rows))
 

@@ -309,3 +309,20 @@ def test_fresh_seeds_confirm_and_used_ones_are_refused(tmp_path: Path) -> None:
     used = write_sweep(tmp_path / "used", {"cosine": 0.94, "rex": 0.95}, (3, 11, 12))
     with pytest.raises(ConfigError, match="seed 3 took part in choosing"):
         write_report([sweep], tmp_path / "r.html", confirm=[used])
+
+
+def test_the_diagnosis_last_told_stands_with_its_advice(tmp_path: Path) -> None:
+    def event(step: int, state: str) -> dict[str, object]:
+        advice = [{"text": "lower the LR", "key": "optimizer.lr", "value": 3e-4}]
+        finding = {"state": state, "confidence": "high", "evidence": f"{state} it is", "advice": advice}
+        return {"event": "diagnosis", "step": step, "trial": "t", "findings": [finding]}
+
+    told = write_run(tmp_path / "told", events=[event(10, "stagnant"), event(30, "oscillating")])
+    quiet = write_run(tmp_path / "quiet", schedule="rex", events=[{"event": "early_report", "step": 4}])
+    blind = write_run(tmp_path / "blind", schedule="linear")
+    page = build_page(read_runs([told, quiet, blind]), None, Rules())
+    assert page.diagnosis is not None
+    advice = "lower the LR (optimizer.lr: 0.0003)"
+    assert page.diagnosis.rows[0] == ("cosine", "oscillating", "high", "step 30: oscillating it is", advice)
+    assert [row[:2] for row in page.diagnosis.rows[1:]] == [("rex", "no fault told"), ("linear", "not measured")]
+    assert "<p>Diagnosis: not measured.</p>" in render(build_page(read_runs([blind]), None, Rules()))
