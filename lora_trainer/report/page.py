@@ -16,6 +16,7 @@ from lora_trainer import __version__, atomicio
 from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, hindrances, pairing_notes, varied
 from lora_trainer.report.diagnosis_table import NOT_MEASURED, diagnosis_table
 from lora_trainer.report.figure import Plot, Table
+from lora_trainer.report.item_table import item_table
 from lora_trainer.report.line_plot import swatch
 from lora_trainer.report.run_plots import band_plot, curve_plots
 from lora_trainer.report.run_record import RunRecord, read_runs
@@ -41,6 +42,7 @@ class Page:
     legend: tuple[tuple[Markup, str], ...]
     verdicts: tuple[VerdictView, ...]
     runs: Table
+    items: Table | None
     curves: tuple[Plot, ...]
     bands: Plot | None
     samples: SampleTable | None
@@ -89,6 +91,7 @@ def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules) ->
         legend=tuple((swatch(group.place), group.name) for group in groups) if len(groups) > 1 else (),
         verdicts=tuple(verdicts),
         runs=runs_table(groups),
+        items=item_table(groups) if len(groups) > 1 and not against else None,
         curves=tuple(curve_plots(started)) if started else (),
         bands=band_plot(groups),
         samples=sample_table(groups),

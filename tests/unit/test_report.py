@@ -326,3 +326,12 @@ def test_the_diagnosis_last_told_stands_with_its_advice(tmp_path: Path) -> None:
     assert page.diagnosis.rows[0] == ("cosine", "oscillating", "high", "step 30: oscillating it is", advice)
     assert [row[:2] for row in page.diagnosis.rows[1:]] == [("rex", "no fault told"), ("linear", "not measured")]
     assert "<p>Diagnosis: not measured.</p>" in render(build_page(read_runs([blind]), None, Rules()))
+
+
+def test_the_precision_of_single_runs_is_shown_as_that(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", loss=0.94), write_run(tmp_path / "b", loss=0.97, schedule="rex")]
+    page = build_page(read_runs(runs), None, Rules())
+    assert page.headline == "Not tested: 1 seed in common, and a verdict takes 3 at least."
+    assert page.items is not None
+    assert page.items.caption.endswith("the precision of these runs alone, no evidence about their settings")
+    assert page.items.rows == (("cosine − rex", "1", "3", "-3.000 %", "0.000"),)

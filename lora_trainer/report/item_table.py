@@ -1,0 +1,34 @@
+"""How well single runs are known against one another: differences over held-out images, which say nothing of seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lora_trainer.report.comparison import ArmRuns
+from lora_trainer.report.figure import Table
+from lora_trainer.report.run_record import Row
+from lora_trainer.verdict.paired import paired_test
+
+CAPTION = (
+    "Differences over held-out images, in percent of the base's loss: the precision of these runs alone, no evidence "
+    "about their settings"
+)
+
+
+def item_table(groups: Sequence[ArmRuns]) -> Table | None:
+    """Each run against the one with the smallest held-out loss of its seed, paired by image; None without a pair."""
+    finals: dict[int, list[tuple[str, Row]]] = {}
+    for group in groups:
+        for run in group.runs:
+            if run.is_finished and run.failure is None and run.final is not None:
+                finals.setdefault(run.seed, []).append((group.name, run.final))
+    rows = tuple(row for seed, named in sorted(finals.items()) for row in _rows(seed, named))
+    return Table(CAPTION, ("pair", "seed", "images", "difference of loss", "± over images"), rows) if rows else None
+
+
+def _rows(seed: int, named: Sequence[tuple[str, Row]]) -> Iterator[tuple[str, ...]]:
+    (best, least), *others = sorted(named, key=lambda each: each[1]["relative"])
+    for name, final in others:
+        differences = [100 * (a - b) for a, b in zip(least["items"], final["items"], strict=True)]
+        test = paired_test(differences)
+        yield f"{best} − {name}", str(seed), str(len(differences)), f"{test.mean:.3f} %", f"{test.se:.3f}"
