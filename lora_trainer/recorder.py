@@ -69,7 +69,9 @@ class Recorder:
         self._metrics = MetricsLog(log, keep_bytes=start.metrics_bytes)
         self._tensorboard = None
         if self._config.tracking.tensorboard:
-            self._tensorboard = TensorBoardLog(self._run_dir / "tensorboard", start_step=start.step)
+            self._tensorboard = TensorBoardLog(
+                self._run_dir / "tensorboard", start_step=start.step, say=self._screen.say
+            )
         if checkpoint is not None:
             self._metrics.event("resume", start.step)
             self._screen.say(f"resuming after step {start.step} of {self._plan.num_updates}")

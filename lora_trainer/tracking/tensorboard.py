@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -13,13 +15,17 @@ from lora_trainer.tracking.metrics import StepRow
 
 
 class TensorBoardLog:
-    """Writes scalars; on a resume tells TensorBoard to forget what came after `start_step`."""
+    """Writes scalars; on a resume tells TensorBoard to forget what came after `start_step`.
 
-    def __init__(self, folder: Path, *, start_step: int) -> None:
+    A disk that refuses them ends this log, not the training: metrics.jsonl has the same numbers.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int, say: Callable[[str], None]) -> None:
+        self._say, self._refused = say, False
         self._writer = EventFileWriter(str(folder))
         if start_step:
             event = Event(session_log=SessionLog(status=SessionLog.START), step=start_step, wall_time=time.time())
-            self._writer.add_event(event)
+            self._add(event)
 
     def step(self, row: StepRow) -> None:
         values = {
@@ -29,7 +35,17 @@ class TensorBoardLog:
             "speed/images_per_s": row.images_per_s,
         }
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._writer.add_event(Event(summary=summary, step=row.step, wall_time=time.time()))
+        self._add(Event(summary=summary, step=row.step, wall_time=time.time()))
 
     def close(self) -> None:
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()
+
+    def _add(self, event: Event) -> None:
+        if self._refused:
+            return
+        try:
+            self._writer.add_event(event)
+        except OSError as error:
+            self._refused = True
+            self._say(f"TensorBoard's events end here ({error.strerror}); metrics.jsonl has them all")

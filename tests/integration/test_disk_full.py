@@ -17,6 +17,7 @@ from lora_trainer import atomicio, checkpoint, disk, recorder
 from lora_trainer.atomicio import AppendLog
 from lora_trainer.checkpoint import Progress, newest_checkpoint, open_checkpoint, save_checkpoint
 from lora_trainer.errors import ExitCode, HostError
+from lora_trainer.tracking import tensorboard
 from lora_trainer.tracking.metrics import read_rows
 
 Train = Callable[..., Path]
@@ -75,6 +76,21 @@ def test_stop_leaves_a_lora_of_its_step_and_whole_checkpoints(train_toy: Train, 
     train_toy(*overrides)
     assert (run_dir / "toy.safetensors").is_file()
     assert not (run_dir / recorder.RESERVE_FILE).exists()
+
+
+def test_tensorboards_disk_does_not_end_the_run(
+    train_toy: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = tensorboard.EventFileWriter.add_event
+
+    def refuse(self: Any, event: Any) -> None:
+        if event.HasField("summary"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(self, event)
+
+    monkeypatch.setattr(tensorboard.EventFileWriter, "add_event", refuse)
+    assert (train_toy("tracking.tensorboard=true") / "toy.safetensors").is_file()
+    assert capsys.readouterr().out.count("TensorBoard's events end here") == 1
 
 
 def test_rows_that_the_disk_refuses_wait(tmp_path: Path) -> None:
