@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -70,7 +69,7 @@ class Store:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"seconds": 0.0}
+        self.content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     def get(self, *place: str, measure: Callable[[], Any]) -> Any:
         """The value at a place of the file; measured and saved where it is missing."""
@@ -78,9 +77,7 @@ class Store:
         for key in place[:-1]:
             node = node.setdefault(key, {})
         if place[-1] not in node:
-            started = time.process_time()
             node[place[-1]] = measure()
-            self.content["seconds"] = round(self.content["seconds"] + time.process_time() - started, 1)
             self.save()
             print(f"{'/'.join(place)}: {json.dumps(node[place[-1]])[:150]}", flush=True)
         return node[place[-1]]
