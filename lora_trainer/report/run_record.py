@@ -109,7 +109,8 @@ class RunRecord:
     @property
     def training_s(self) -> float:
         """Seconds spent in updates; probes, samples and saves are not in it."""
-        return sum(self.plan["global_batch"] / row["images_per_s"] for row in self.updates)
+        speeds = [row["images_per_s"] for row in self.updates]  # rounded in the log: the slowest may read 0
+        return sum(self.plan["global_batch"] / speed for speed in speeds if speed)
 
     @property
     def peak_memory_gib(self) -> float | None:
