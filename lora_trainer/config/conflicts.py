@@ -27,6 +27,7 @@ def conflicts(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
     yield from _inert(config, written)
     yield from _pairs(config)
     yield from _validation(config)
+    yield from _sweep(config)
 
 
 def _pairs(config: RunConfig) -> Iterator[Conflict]:
@@ -106,6 +107,24 @@ def _validation(config: RunConfig) -> Iterator[Conflict]:
             "`plateau` waits for the validation loss, and there is no `validation` section",
             "add validation: {fraction: 0.1}",
             "the training loss is far too noisy to tell a plateau",
+        )
+
+
+def _sweep(config: RunConfig) -> Iterator[Conflict]:
+    if config.sweep is None:
+        return
+    if config.validation is None:
+        yield Conflict(
+            ("sweep",),
+            "a sweep compares held-out losses, and there is no `validation` section",
+            "add validation: {fraction: 0.1}",
+        )
+    if config.train.precision == "fp16":
+        yield Conflict(
+            ("train", "precision"),
+            "a sweep does not run in fp16",
+            "write precision: bf16 (or fp32)",
+            "one loss scale for all trials would tie them together: a trial's overflow would skip the others' updates",
         )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from lora_trainer.config.optimizers import AdamW, AnyOptimizerOptions
+from lora_trainer.config.sweep import SweepConfig
 from lora_trainer.schedules.classic import Constant
 from lora_trainer.schedules.durations import Duration, check_duration
 from lora_trainer.schedules.registry import LRSchedulerOptions
@@ -259,3 +260,4 @@ class RunConfig(Section):
     resume: Annotated[ResumeConfig, Observational()] = ResumeConfig()
     export: Annotated[ExportConfig, Observational()] = ExportConfig()
     tracking: Annotated[TrackingConfig, Observational()] = TrackingConfig()
+    sweep: Annotated[SweepConfig | None, Observational()] = None

@@ -42,7 +42,7 @@ def read_source(file: FilePath, overrides: Sequence[str] = ()) -> Source:
         ConfigError: the file is missing, is no YAML mapping, or an override has no `key=value` form.
     """
     source = Source(*_read_file(file))
-    problems = [problem for text in overrides if (problem := _override(source, text))]
+    problems = [problem for text in overrides if (problem := set_value(source, text, f"command line, {text}"))]
     if problems:
         raise ConfigError(*problems)
     return source
@@ -114,22 +114,35 @@ def _plain(node: Any, path: KeyPath, where: str, places: dict[KeyPath, str]) -> 
     return node
 
 
-def _override(source: Source, text: str) -> Problem | None:
-    """Apply one `key.path=value`; the value is YAML, and a mapping replaces the whole section."""
+_READ = object()
+
+
+def set_value(source: Source, text: str, place: str | None, value: Any = _READ) -> Problem | None:
+    """Apply one `key.path=value`; the value is YAML, and a mapping replaces the whole section.
+
+    Args:
+        text: the key path alone, where the value is given as plain data.
+        place: where it was written.
+
+    Returns:
+        What is wrong with it; nothing was changed then.
+    """
     key, equals, value_text = text.partition("=")
     path = tuple(key.split("."))
-    if not equals or not all(path):
-        return Problem(f"`{text}` is no override", "command line", fix="write key.path=value, as in optimizer.lr=3e-4")
-    value = _plain(_parse(value_text, f"command line, {text}"), (), "", {})
+    if (not equals and value is _READ) or not all(path):
+        return Problem(f"`{text}` is no override", place, fix="write key.path=value, as in optimizer.lr=3e-4")
+    if value is _READ:
+        value = _plain(_parse(value_text, f"{place}, {text}"), (), "", {})
     node: Any = source.data
     for part in path[:-1]:
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            return Problem(f"`{part}` is no section, so `{key}` cannot be set", f"command line, {text}")
+            return Problem(f"`{part}` is no section, so `{key}` cannot be set", place)
     node[path[-1]] = copy.deepcopy(value)
     for known in [known for known in source.places if known[: len(path)] == path]:
         del source.places[known]
-    source.places[path] = f"command line, {text}"
+    if place is not None:
+        source.places[path] = place
     return None

@@ -10,7 +10,7 @@ from lora_trainer.config.load import check_source
 from lora_trainer.config.lr_notes import USUAL_RANGE, small_set_note, unusual_rates
 from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.source import Source, _override
+from lora_trainer.config.source import Source, set_value
 
 BASE = {"name": "x", "model": {"path": "b"}, "data": {"dir": "d"}, "train": {"max_steps": 9}}
 
@@ -27,7 +27,7 @@ def test_the_defaults_are_usual(kind: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"full"}))
 def test_the_presets_are_usual(name: str) -> None:
     source = Source(dict(BASE))
-    assert not any(_override(source, word) for word in PRESETS[name].overrides())
+    assert not any(set_value(source, word, None) for word in PRESETS[name].overrides())
     assert list(unusual_rates(check_source(source))) == []
 
 

@@ -268,12 +268,12 @@ def test_previews_never_load_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_valid_config(name: str) -> None:
-    from lora_trainer.config.source import _override
+    from lora_trainer.config.source import set_value
 
     base = {"name": "x", "model": {"path": "b"}, "data": {"dir": "d"}, "train": {"max_steps": 100}}
     source = Source(base)
     for word in PRESETS[name].overrides():
-        assert _override(source, word) is None
+        assert set_value(source, word, None) is None
     check_source(source)
     assert PRESETS[name].purpose in show_preset(name)
 

@@ -1,0 +1,58 @@
+"""The `sweep` section: which trials are made of one configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from lora_trainer.section import Count, NotBool, Section
+
+Seed = Annotated[int, Field(ge=0, lt=2**63), NotBool]
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("each seed once")
+    return seeds
+
+
+def _gathered(value: Any) -> Any:
+    """`{num, seed, <key path>: <draw>, ...}` as written, with the key paths in a mapping of their own."""
+    if not isinstance(value, dict) or "draws" in value:
+        return value
+    own = {key: value[key] for key in ("num", "seed") if key in value}
+    return {**own, "draws": {key: entry for key, entry in value.items() if key not in own}}
+
+
+class RandomConfig(Section):
+    """Arms drawn at random. A larger `num` keeps the earlier draws."""
+
+    num: Count
+    """Number of arms. Required."""
+    seed: Seed = 0
+    """Of the draws."""
+    draws: Annotated[dict[str, dict[str, tuple[Any, ...]]], Field(min_length=1)]
+    """Written beside `num`, by key path: {log_uniform: [low, high]}, {uniform: [low, high]} or {choice: [...]}."""
+
+
+class PruneConfig(Section):
+    """Trials that end early. Never by a comparison of different schedules at an equal step: it misleads."""
+
+    diverged: Annotated[float, Field(gt=1), NotBool] | None = None
+    """Stop a trial whose held-out loss is this many times the frozen base's; null is off."""
+
+
+class SweepConfig(Section):
+    """Many trials on one frozen base: see docs/sweeps.md. Each arm is trained with each seed."""
+
+    trials_per_pass: Literal["auto"] | Count = "auto"
+    """Adapters that share a forward (LoRA and rsLoRA without dropout); `auto` as many as memory allows."""
+    trials: dict[str, list[str] | dict[str, Any]] = {}
+    """Arms by name: a list of `key.path=value`, or a mapping of key path and value."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    """Values by key path; every combination is an arm."""
+    random: Annotated[RandomConfig | None, BeforeValidator(_gathered)] = None
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    """Training seeds, each with all arms; default the config's own `seed`."""
+    prune: PruneConfig = PruneConfig()

@@ -1,0 +1,208 @@
+"""From one configuration with a `sweep` section to a checked configuration per trial. Never imports torch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.config.identity import identity_fields
+from lora_trainer.config.load import check_source
+from lora_trainer.config.places import cache_folder, run_directory
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.source import KeyPath, Source, read_source, set_value
+from lora_trainer.config.sweep import RandomConfig
+from lora_trainer.config.trial_names import LONGEST, arm_name, is_path_safe, setting_name
+from lora_trainer.errors import ConfigError, Problem
+
+RESERVED = {
+    "name": "the sweep's name is its folder, and trials are named by what they override",
+    "output_dir": "trials lie in the sweep's folder",
+    "seed": "write sweep.seeds: each arm is trained with each",
+    "sweep": "a trial has no trials of its own",
+    "resume": "a trial's settings are its identity",
+    "validation": "trials are compared on one probe",
+    "train.precision": "trials are compared in one precision",
+    "train.threads": "threads belong to the machine",
+}
+"""Keys that a trial cannot override, with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What is compared: overrides, and where each was written."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    places: Mapping[str, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialConfig:
+    """One arm with one seed."""
+
+    arm: str
+    setting: str
+    overrides: Mapping[str, Any]
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+
+def load_sweep(file: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, list[TrialConfig]]:
+    """The configuration of a sweep and those of its trials, all of them checked.
+
+    Raises:
+        ConfigError: with every problem of the configuration, or else of all trials.
+    """
+    source = read_source(file, overrides)
+    config = check_source(source)
+    assert config.sweep is not None
+    arms, problems = _arms(config, source)
+    seeds = config.sweep.seeds or (config.seed,)
+    trials: list[TrialConfig] = []
+    for seed, arm in itertools.product(seeds, arms):
+        try:
+            own = check_source(_source_of(arm, seed, config, source))
+            trials.append(TrialConfig(arm.name, setting_name(arm.overrides), arm.overrides, own))
+        except ConfigError as error:
+            problems += [Problem(f"trial `{arm.name}`: {p.what}", p.where, p.why, p.fix) for p in error.problems]
+    problems += _twins(trials)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return config, trials
+
+
+def _arms(config: RunConfig, source: Source) -> tuple[list[Arm], list[Problem]]:
+    """The arms of `trials`, `grid` and `random`; the config alone where there is none of them."""
+    assert config.sweep is not None
+    found = [*_named(config.sweep.trials, source), *_grid(config.sweep.grid, source)]
+    if config.sweep.random is not None:
+        found += _random(config.sweep.random, source)
+    arms = [each for each in found if isinstance(each, Arm)]
+    problems = [each for each in found if isinstance(each, Problem)]
+    for arm in arms:
+        problems += _reserved(arm)
+    names = [arm.name for arm in arms]
+    problems += [
+        Problem(f"two arms would both be called `{name}`", source.place(("sweep",)), fix="rename or remove one")
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    return arms or ([] if problems else [Arm(arm_name({}), {}, {})]), problems
+
+
+def _named(trials: Mapping[str, list[str] | dict[str, Any]], source: Source) -> Iterator[Arm | Problem]:
+    for name, written in trials.items():
+        path: KeyPath = ("sweep", "trials", name)
+        if not is_path_safe(name):
+            rule = f"letters, digits, `_`, `-`, `.`, `+`, at most {LONGEST}"
+            yield Problem(f"`{name}` becomes a folder's name: {rule}", source.place(path), fix="rename the trial")
+            continue
+        if isinstance(written, dict):
+            yield Arm(name, written, {key: source.place((*path, key)) for key in written})
+            continue
+        overrides, places = {}, {}
+        for index, text in enumerate(written):
+            place = source.place((*path, index))
+            aside = Source({})
+            if (problem := set_value(aside, text, place)) is not None:
+                yield problem
+                continue
+            key = text.partition("=")[0]
+            node: Any = aside.data
+            for part in key.split("."):
+                node = node[part]
+            overrides[key], places[key] = node, place
+        yield Arm(name, overrides, places)
+
+
+def _grid(grid: Mapping[str, Sequence[Any]], source: Source) -> Iterator[Arm]:
+    if not grid:
+        return
+    for chosen in itertools.product(*(range(len(values)) for values in grid.values())):
+        overrides = {key: values[index] for (key, values), index in zip(grid.items(), chosen, strict=True)}
+        places = {key: source.place(("sweep", "grid", key, index)) for key, index in zip(grid, chosen, strict=True)}
+        yield Arm(arm_name(overrides), overrides, places)
+
+
+def _random(config: RandomConfig, source: Source) -> Iterator[Arm | Problem]:
+    """Draw i of a key depends on (seed, i, key) alone."""
+    places = {key: source.place(("sweep", "random", key)) for key in config.draws}
+    for key, spec in config.draws.items():
+        if (fault := _draw_fault(spec)) is not None:
+            yield Problem(f"`{key}`: {fault}", places[key], fix="as in {log_uniform: [1e-5, 1e-3]}")
+            return
+    for index in range(1, config.num + 1):
+        overrides = {
+            key: _draw(spec, random.Random(f"{config.seed}|{index}|{key}")) for key, spec in config.draws.items()
+        }
+        yield Arm(f"random{index}", overrides, places)
+
+
+def _draw_fault(spec: Mapping[str, Sequence[Any]]) -> str | None:
+    if len(spec) != 1 or next(iter(spec)) not in ("log_uniform", "uniform", "choice"):
+        return f"one of log_uniform, uniform and choice is expected, not {', '.join(spec) or 'nothing'}"
+    ((kind, values),) = spec.items()
+    if kind == "choice":
+        return None if values else "choice needs at least one value"
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(values) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
+        return f"{kind} takes two numbers, the smaller one first"
+    return "log_uniform takes numbers above 0" if kind == "log_uniform" and numbers[0] <= 0 else None
+
+
+def _draw(spec: Mapping[str, Sequence[Any]], stream: random.Random) -> Any:
+    """A value, numbers to four digits."""
+    ((kind, values),) = spec.items()
+    if kind == "choice":
+        return stream.choice(list(values))
+    low, high = values
+    drawn = stream.uniform(low, high) if kind == "uniform" else math.exp(stream.uniform(math.log(low), math.log(high)))
+    return float(f"{drawn:.4g}")
+
+
+def _reserved(arm: Arm) -> Iterator[Problem]:
+    for key in arm.overrides:
+        for reserved, why in RESERVED.items():
+            if key == reserved or key.startswith(f"{reserved}."):
+                yield Problem(f"trial `{arm.name}` cannot override `{key}`", arm.places[key], why, "remove it")
+
+
+def _source_of(arm: Arm, seed: int, config: RunConfig, source: Source) -> Source:
+    """What the trial's own configuration file would say."""
+    own = Source(copy.deepcopy(source.data), dict(source.places))
+    del own.data["sweep"]
+    for key, value in arm.overrides.items():
+        if (problem := set_value(own, key, arm.places[key], value)) is not None:
+            raise ConfigError(problem)
+    placed = {
+        "seed": seed,
+        "name": f"{arm.name}-seed{seed}",
+        "output_dir": str(run_directory(config) / "trials"),
+        "data.cache_dir": str(cache_folder(config)),
+    }
+    for key, value in placed.items():
+        set_value(own, key, source.place(("sweep",)), value)
+    return own
+
+
+def _twins(trials: Sequence[TrialConfig]) -> Iterator[Problem]:
+    """Arms that say the same in other words."""
+    seen: dict[str, str] = {}
+    for trial in trials:
+        said = repr(identity_fields(trial.config))
+        if said in seen and seen[said] != trial.arm:
+            yield Problem(f"`{seen[said]}` and `{trial.arm}` are the same trial", "sweep", fix="remove one of them")
+        seen.setdefault(said, trial.arm)

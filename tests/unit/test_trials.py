@@ -1,0 +1,144 @@
+"""The trials of a configuration: names, order, draws, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_trainer.config.identity import difference, identity_fields
+from lora_trainer.config.trial_names import arm_name, is_path_safe
+from lora_trainer.config.trials import TrialConfig, load_sweep
+from lora_trainer.errors import ConfigError
+
+GOOD = """
+name: compare
+seed: 5
+model: {path: base}
+data: {dir: images}
+train: {max_steps: 100}
+validation: {fraction: 0.2}
+"""
+
+
+def trials(tmp_path: Path, sweep: str, *overrides: str) -> list[TrialConfig]:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"{GOOD}sweep:\n{sweep}")
+    return load_sweep(file, overrides)[1]
+
+
+def refusal(tmp_path: Path, sweep: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        trials(tmp_path, sweep, *overrides)
+    return str(caught.value)
+
+
+def test_trials_grid_random_and_seeds(tmp_path: Path) -> None:
+    made = trials(
+        tmp_path,
+        """
+  trials:
+    gentle: {optimizer.lr: 3e-5}
+    wide: [adapter.rank=32, "lr_scheduler={type: rex}"]
+  grid:
+    lr_scheduler: [{type: constant}, {type: cosine, warmup_steps: "5%"}]
+    optimizer.lr: [1e-4, 3e-4]
+  random: {num: 2, optimizer.lr: {log_uniform: [1e-5, 1e-3]}, adapter.rank: {choice: [4, 8]}}
+  seeds: [1, 2]
+""",
+    )
+    first = [trial for trial in made if trial.seed == 1]
+    assert [trial.arm for trial in first] == [
+        "gentle",
+        "wide",
+        "constant-lr1e-4",
+        "constant-lr3e-4",
+        "cosine-warmup_steps5pct-lr1e-4",
+        "cosine-warmup_steps5pct-lr3e-4",
+        "random1",
+        "random2",
+    ]
+    assert [trial.setting for trial in first[:6]] == [
+        "base",
+        "rank32-rex",
+        *["constant"] * 2,
+        *["cosine-warmup_steps5pct"] * 2,
+    ]
+    assert [trial.name for trial in made] == [f"{trial.arm}-seed{seed}" for seed in (1, 2) for trial in first]
+    wide = first[1].config
+    assert (wide.adapter.rank, wide.lr_scheduler.type, wide.seed, wide.sweep) == (32, "rex", 1, None)
+    assert wide.output_dir == "runs/compare/trials"
+    assert wide.data.cache_dir == "runs/.cache"
+    assert all(1e-5 <= trial.config.optimizer.lr <= 1e-3 for trial in first[6:])
+
+
+def test_a_trial_differs_from_the_sweep_in_its_overrides_alone(tmp_path: Path) -> None:
+    one, other = trials(tmp_path, "  grid: {optimizer.lr: [1e-4, 3e-4]}")
+    assert difference(identity_fields(one.config), identity_fields(other.config)) == ["optimizer.lr: 0.0001 -> 0.0003"]
+    assert one.seed == 5
+
+
+def test_what_is_added_later_renames_and_redraws_nothing(tmp_path: Path) -> None:
+    draws = "optimizer.lr: {log_uniform: [1e-5, 1e-3]}"
+    few = trials(tmp_path, f"  random: {{num: 2, {draws}}}\n  seeds: [1]")
+    many = trials(tmp_path, f"  random: {{num: 4, adapter.rank: {{choice: [2, 3]}}, {draws}}}\n  seeds: [1, 2]")
+    assert [t.name for t in few] == [t.name for t in many if t.seed == 1][:2]
+    assert [t.overrides["optimizer.lr"] for t in few] == [t.overrides["optimizer.lr"] for t in many][:2]
+
+
+def test_a_sweep_of_seeds_alone_has_one_arm(tmp_path: Path) -> None:
+    assert [trial.name for trial in trials(tmp_path, "  seeds: [1, 2]")] == ["base-seed1", "base-seed2"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"adapter.targets": ["to_k", "../x"]},
+        {"lr_scheduler": {"type": "phases", "phases": [{"type": "linear", "steps": "50%"}] * 9}},
+        {"model.path": "/a/b c/ü"},
+        {"optimizer.lr": 1e-7, "train.ema_decay": None, "data.flip": True},
+    ],
+)
+def test_generated_names_are_safe_and_distinct(overrides: dict[str, object]) -> None:
+    name = arm_name(overrides)
+    assert is_path_safe(name)
+    assert name != arm_name({**overrides, "optimizer.lr": 2e-7})
+
+
+def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
+    text = refusal(
+        tmp_path,
+        """
+  trials:
+    a: {optimizer.lrr: 1e-4}
+    b: [train.max_steps]
+    "../c": {}
+    d: {output_dir: elsewhere}
+    e: {optimizer.lr: -1}
+    f: {validation.fraction: 0.3}
+""",
+    )
+    assert "sweep.yaml:11: trial `a`: `optimizer.lrr` is not a setting" in text
+    assert "did you mean `lr`?" in text
+    assert "`train.max_steps` is no override" in text
+    assert "`../c` becomes a folder's name" in text
+    assert "trial `d` cannot override `output_dir`" in text
+    assert "sweep.yaml:15: trial `e`: `optimizer.lr`" in text
+    assert "trials are compared on one probe" in text
+
+
+@pytest.mark.parametrize(
+    ("sweep", "overrides", "said"),
+    [
+        ("  seeds: [1, 1]", (), "each seed once"),
+        ("  trails: {}", (), "did you mean `trials`?"),
+        ("  grid: {optimizer.lr: []}", (), "sweep.grid.optimizer.lr"),
+        ("  random: {num: 2, optimizer.lr: {normal: [0, 1]}}", (), "one of log_uniform, uniform and choice"),
+        ("  random: {num: 2, optimizer.lr: {log_uniform: [1, 0]}}", (), "the smaller one first"),
+        ("  trials: {a: {optimizer.lr: 1e-4}, b: [optimizer.lr=1e-4]}", (), "`a` and `b` are the same trial"),
+        ("  seeds: [1]", ("validation=null",), "add validation"),
+        ("  seeds: [1]", ("train.precision=fp16",), "one loss scale for all trials"),
+    ],
+)
+def test_refusals(tmp_path: Path, sweep: str, overrides: tuple[str, ...], said: str) -> None:
+    assert said in refusal(tmp_path, sweep, *overrides)
