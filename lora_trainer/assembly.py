@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -22,6 +24,11 @@ from lora_trainer.trial import Trial, TrialSpec, passes_of
 from lora_trainer.update import Updater
 from lora_trainer.validation import Validator
 
+MEMORY_SHARE = 0.7
+"""Of the free memory: the rest is for the workspaces of kernels and for other processes."""
+STATE_COPIES = 4  # gradient, two moments, average: in fp32
+ACTIVATION_MARGIN = 1.5  # gradients of activations come on top of what the forward keeps
+
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
@@ -34,6 +41,8 @@ class Assembly:
     trials: tuple[Trial, ...]
     passes: tuple[tuple[Trial, ...], ...]
     """The trials of each forward."""
+    trials_per_pass: int
+    """The most that share one."""
     updater: Updater
     validator: Validator | None
     """None where the config has no validation section."""
@@ -45,13 +54,13 @@ def assemble(
     runtime: Runtime,
     screen: Screen,
     *,
-    trials_per_pass: int = 1,
+    trials_per_pass: int | Literal["auto"] = 1,
     drop_failed: bool = False,
 ) -> Assembly:
     """Cache the data, load the base, attach an adapter per trial and build what moves them; nothing is trained yet.
 
     Args:
-        trials_per_pass: adapters that share a forward.
+        trials_per_pass: adapters that share a forward; `auto` as many as memory has room for.
         drop_failed: see `Updater`.
 
     Raises:
@@ -69,7 +78,7 @@ def assemble(
     denoiser.train()
 
     trials = tuple(Trial.build(spec, bank, name, plan) for spec, name in zip(specs, adapters, strict=True))
-    passes = passes_of(trials, trials_per_pass)
+    passes = passes_of(trials, 1)
     objective = Objective(config.objective, family.noise_schedule, prepared.prediction_type, runtime.device)
     updater = Updater(
         family,
@@ -83,8 +92,24 @@ def assemble(
         base_loss_every=config.tracking.base_loss_every,
         drop_failed=drop_failed,
     )
+    if trials_per_pass == "auto":
+        trials_per_pass = fitting_trials_per_pass(trials, updater.activation_bytes(), runtime)
+    updater.pack(passes := passes_of(trials, trials_per_pass))
     validator = _validator(prepared, family, bank, cache, objective, runtime)
-    return Assembly(family, cache, denoiser, bank, trials, passes, updater, validator)
+    return Assembly(family, cache, denoiser, bank, trials, passes, trials_per_pass, updater, validator)
+
+
+def fitting_trials_per_pass(trials: Sequence[Trial], activation_bytes: int, runtime: Runtime) -> int:
+    """The most trials whose activations fit into memory beside gradients and optimizer states, passes of equal size.
+
+    Args:
+        activation_bytes: what one trial's forward keeps for its backward, measured.
+    """
+    num_parameters = sum(p.numel() for trial in trials for p in trial.parameters.values())
+    room = runtime.free_bytes() * MEMORY_SHARE - num_parameters * 4 * STATE_COPIES
+    most = min(len(trials), max(1, int(room // (activation_bytes * ACTIVATION_MARGIN))))
+    num_passes = math.ceil(len(trials) / most)
+    return math.ceil(len(trials) / num_passes)
 
 
 def _adapter(prepared: Prepared, config: LoraConfig) -> AdapterSpec:

@@ -68,6 +68,30 @@ def train(
 
 
 @app.command(
+    epilog="Examples:  lora-trainer sweep -c configs/demo_sweep.yaml   |   "
+    "lora-trainer sweep -c configs/demo_sweep.yaml --dry-run   |   "
+    "lora-trainer sweep -c configs/demo_sweep.yaml --status"
+)
+def sweep(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move an earlier sweep of this name aside and start anew.")
+    ] = False,
+    status: Annotated[bool, typer.Option("--status", help="Say where it stands, also while it runs.")] = False,
+) -> None:
+    """Train many trials on one frozen base. The same command resumes; trials and seeds may be added."""
+    from lora_trainer.commands.sweep import show_status
+    from lora_trainer.commands.sweep import sweep as run
+
+    if status:
+        show_status(config, overrides or [])
+    else:
+        run(config, overrides or [], dry_run=dry_run, fresh=fresh)
+
+
+@app.command(
     epilog="Example:  lora-trainer sample --lora runs/demo/demo.safetensors --prompt 'a large pink zinnia' -n 4 -o out"
 )
 def sample(

@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from lora_trainer.assembly import Assembly, assemble
 from lora_trainer.checkpoint import Checkpoint, Progress
 from lora_trainer.errors import NumericStop, Problem, StoppedBySignal
 from lora_trainer.prepare import Prepared, files_to_come
-from lora_trainer.probing import Probing
+from lora_trainer.probing import Measurement, Probing
 from lora_trainer.recorder import Recorder
 from lora_trainer.resume import find_checkpoint, restore
 from lora_trainer.runtime import start_runtime
 from lora_trainer.sampling import Sampler
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import Screen, TrainingLine
 from lora_trainer.trial import TrialSpec
 from lora_trainer.update import MAX_OVERFLOWS_IN_A_ROW, Updater, UpdateResult
 
@@ -69,9 +70,9 @@ def fit(
             recorder = Recorder(
                 prepared, runtime, parts.family, parts.bank, parts.trials, parts.updater, sampler, screen
             )
-            recorder.open(checkpoint)
+            recorder.open(start, resuming=checkpoint is not None)
         try:
-            _loop(start, plan.num_updates, parts.updater, probing, recorder, screen, should_stop)
+            training_loop(start, plan.num_updates, parts.updater, probing, recorder, screen, should_stop)
         finally:
             if recorder is not None:
                 recorder.close()
@@ -79,30 +80,40 @@ def fit(
     return result
 
 
-def _loop(
+class RunRecorder(Protocol):
+    """What the loop tells of a run, be it one trial's or a group's."""
+
+    def update(self, progress: Progress, result: UpdateResult, seconds: float, line: TrainingLine) -> None: ...
+    def skip(self, progress: Progress, result: UpdateResult) -> None: ...
+    def validation(self, progress: Progress, measured: Sequence[Measurement]) -> None: ...
+    def save(self, progress: Progress, *, now: bool) -> None: ...
+    def deliver(self, progress: Progress) -> None: ...
+    def sample(self, progress: Progress) -> None: ...
+    def finish(self, progress: Progress) -> None: ...
+
+
+def training_loop(
     start: Progress,
     num_updates: int,
     updater: Updater,
     probing: Probing | None,
-    recorder: Recorder | None,
+    recorder: RunRecorder | None,
     screen: Screen,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Updates until the planned number is done; `recorder` is that of the main process."""
+    """Updates until the planned number is done or no trial is left; `recorder` is that of the main process."""
     progress, skips = start, 0
     if start.attempt == 0:
         _begin(start, probing, recorder)
     elif start.owed and start.step < num_updates and recorder is not None:
         recorder.deliver(start)
     with screen.training(num_updates, start.step) as line:
-        while progress.step < num_updates:
+        while progress.step < num_updates and updater.has_live_trials:
             started = time.perf_counter()
             result = updater.run(progress.attempt, progress.step, stop_asked=should_stop())
             applied = result.skipped is None
             progress = Progress(progress.step + applied, progress.attempt + 1)
             skips = 0 if applied else skips + 1
-            last = progress.step == num_updates
-            ends = last or result.stop_asked or _too_many(skips, result)
             if recorder is not None:
                 if applied:
                     recorder.update(progress, result, time.perf_counter() - started, line)
@@ -113,6 +124,8 @@ def _loop(
                 measured = probing.measure(progress.step)
                 if recorder is not None:
                     recorder.validation(progress, measured)
+            last = progress.step == num_updates or not updater.has_live_trials
+            ends = last or result.stop_asked or _too_many(skips, result)
             if recorder is not None:
                 recorder.save(replace(progress, owed=applied), now=ends)
                 if applied and not ends:
@@ -125,7 +138,7 @@ def _loop(
         recorder.finish(progress)
 
 
-def _begin(start: Progress, probing: Probing | None, recorder: Recorder | None) -> None:
+def _begin(start: Progress, probing: Probing | None, recorder: RunRecorder | None) -> None:
     """What is seen before the first update: the base's own samples and probes."""
     measured = probing.start() if probing is not None else []
     if recorder is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -71,25 +71,46 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress) -> Prepared:
     _check_places(config)
     checked = cache_folder(config) / "checked-images.json"
     split, prior = _split(config, checked, progress)
-    targets = select_targets(base.denoiser_shapes(), config.adapter.targets)
-    weights = [f"{layer}.lora_{kind}.weight" for layer in targets for kind in "AB"]
-    assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, DENOISER_GROUP)
-    plan = plan_run(
-        config,
-        num_images=len(split.training.records),
-        bucket_sizes=[split.training.num_samples],
-        num_processes=launch.num_processes,
-        target_shapes=targets,
-        num_held_out=len(split.held_out),
-        num_probes=2 + (prior is not None),
-        lr_updates=_kept_curve_length(config),
-    )
+    targets = _targets(config, base)
+    plan = _plan(config, launch, split, targets, 2 + (prior is not None))
     _check_room(config, plan)
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = default_threads(launch) if config.train.threads == "auto" else config.train.threads
     return Prepared(
         config, launch, base, base.digests(), prediction_type(config, base), split, dict(targets), plan, threads
+    )
+
+
+def prepare_like(prepared: Prepared, config: RunConfig) -> Prepared:
+    """Another run on the same base, data and probe, without reading them again.
+
+    Raises:
+        ConfigError: targets, groups or schedules do not fit.
+    """
+    targets = _targets(config, prepared.base)
+    plan = _plan(config, prepared.launch, prepared.split, targets, len(prepared.split.probes))
+    return replace(prepared, config=config, target_shapes=dict(targets), plan=plan)
+
+
+def _targets(config: RunConfig, base: BaseFolder) -> Mapping[str, Any]:
+    """The layers to adapt; the groups of weights are checked against them."""
+    targets = select_targets(base.denoiser_shapes(), config.adapter.targets)
+    weights = [f"{layer}.lora_{kind}.weight" for layer in targets for kind in "AB"]
+    assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, DENOISER_GROUP)
+    return targets
+
+
+def _plan(config: RunConfig, launch: Launch, split: Split, targets: Mapping[str, Any], num_probes: int) -> RunPlan:
+    return plan_run(
+        config,
+        num_images=len(split.training.records),
+        bucket_sizes=[split.training.num_samples],
+        num_processes=launch.num_processes,
+        target_shapes=targets,
+        num_held_out=len(split.held_out),
+        num_probes=num_probes,
+        lr_updates=_kept_curve_length(config),
     )
 
 

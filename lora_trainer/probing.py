@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_trainer.data.holdout import HELD_OUT
-from lora_trainer.trial import Trial
+from lora_trainer.trial import Ending, Trial
 from lora_trainer.validation import ProbeReading, Validator
 
 
@@ -22,9 +22,22 @@ class Measurement:
 
 
 class Probing:
-    """Every process measures its share and comes to the same conclusions."""
+    """Every process measures its share and comes to the same conclusions.
 
-    def __init__(self, validator: Validator, passes: Sequence[Sequence[Trial]], every: int, num_updates: int) -> None:
+    Args:
+        diverged: a trial whose held-out loss is this many times the base's is stopped; None is never.
+    """
+
+    def __init__(
+        self,
+        validator: Validator,
+        passes: Sequence[Sequence[Trial]],
+        every: int,
+        num_updates: int,
+        *,
+        diverged: float | None = None,
+    ) -> None:
+        self._diverged = diverged
         self._validator, self._passes = validator, passes
         self._every, self._num_updates = every, num_updates
 
@@ -39,13 +52,28 @@ class Probing:
 
     def measure(self, step: int) -> list[Measurement]:
         """Measure every live trial's exported weights, feed its schedules and compare with its best."""
-        measured = []
-        for members in self._passes:
-            if any(trial.is_live for trial in members):
-                readings = self._validator.measure_packed({trial.adapter: trial.weights() for trial in members})
-                pairs = zip(members, readings, strict=True)
-                measured += [_conclude(trial, step, own) for trial, own in pairs if trial.is_live]
+        readings = self._readings()
+        trials = [trial for members in self._passes for trial in members if trial.is_live]
+        measured = [_conclude(trial, step, readings[trial.source.name]) for trial in trials]
+        for each in measured:
+            self._stop_if_diverged(each, step)
         return measured
+
+    def _stop_if_diverged(self, measured: Measurement, step: int) -> None:
+        relative = measured.readings[HELD_OUT].relative
+        if self._diverged is not None and relative >= self._diverged and step < self._num_updates:
+            reason = f"sweep.prune.diverged: held-out loss {relative:.4g} times the base's, {self._diverged:g} allowed"
+            measured.trial.end(Ending(step, "stopped", reason))
+
+    def _readings(self) -> dict[str, dict[str, ProbeReading]]:
+        """By trial; those that share a trunk's updates are measured with it."""
+        found: dict[str, dict[str, ProbeReading]] = {}
+        for own in self._passes:
+            members = [trial for trial in own if trial.trunk is None]
+            if any(trial.is_live for trial in members):
+                measured = self._validator.measure_packed({trial.adapter: trial.weights() for trial in members})
+                found |= {trial.name: readings for trial, readings in zip(members, measured, strict=True)}
+        return found
 
 
 def _conclude(trial: Trial, step: int, readings: dict[str, ProbeReading]) -> Measurement:

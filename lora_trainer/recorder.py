@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from lora_trainer import atomicio, disk
 from lora_trainer.adapters.bank import AdapterBank
-from lora_trainer.checkpoint import Checkpoint, Progress, prune, save_checkpoint
+from lora_trainer.checkpoint import Progress, prune, save_checkpoint
 from lora_trainer.config.load import to_yaml
 from lora_trainer.config.places import best_lora_file, diffusers_lora_file, lora_file, report_file
 from lora_trainer.data.holdout import HELD_OUT
@@ -29,7 +31,7 @@ from lora_trainer.sampling import Sampler, save_samples
 from lora_trainer.tracking.console import Screen, TrainingLine
 from lora_trainer.tracking.metrics import MetricsLog, StepRow
 from lora_trainer.tracking.tensorboard import TensorBoardLog
-from lora_trainer.trial import Trial
+from lora_trainer.trial import Ending, Trial
 from lora_trainer.update import Updater, UpdateResult
 
 RESERVE_FILE = ".reserve"
@@ -55,9 +57,13 @@ class Recorder:
         self._updater, self._sampler, self._screen = updater, sampler, screen
         self._run_dir = prepared.run_dir
 
-    def open(self, checkpoint: Checkpoint | None) -> None:
+    @property
+    def trial(self) -> Trial:
+        """The one whose LoRA is exported and sampled."""
+        return self._trials[0]
+
+    def open(self, start: Progress, *, resuming: bool) -> None:
         """Say what this run is, and continue its log where the checkpoint left it."""
-        start = Progress() if checkpoint is None else checkpoint.progress
         for folder in (self._run_dir, diffusers_lora_file(self._config).parent, self._run_dir / "samples"):
             atomicio.clear_temporaries(folder)
         write_run_files(self._prepared, self._runtime)
@@ -72,7 +78,7 @@ class Recorder:
             self._tensorboard = TensorBoardLog(
                 self._run_dir / "tensorboard", start_step=start.step, say=self._screen.say
             )
-        if checkpoint is not None:
+        if resuming:
             self._metrics.event("resume", start.step)
             self._screen.say(f"resuming after step {start.step} of {self._plan.num_updates}")
 
@@ -83,7 +89,14 @@ class Recorder:
 
     def update(self, progress: Progress, result: UpdateResult, seconds: float, line: TrainingLine) -> None:
         """One row per trial for a completed update."""
-        for name, trial in result.trials.items():
+        for row in self.log(progress, result, seconds):
+            line.step(row)
+
+    def log(self, progress: Progress, result: UpdateResult, seconds: float) -> list[StepRow]:
+        """Write the rows of this recorder's trials."""
+        rows = []
+        for name in [trial.name for trial in self._trials if trial.name in result.trials]:
+            trial = result.trials[name]
             row = StepRow(
                 step=progress.step,
                 attempt=progress.attempt,
@@ -102,7 +115,8 @@ class Recorder:
             self._metrics.step(row)
             if self._tensorboard is not None:
                 self._tensorboard.step(row)
-            line.step(row)
+            rows.append(row)
+        return rows
 
     def prove(self, progress: Progress) -> None:
         """In the first updates: that every layer of every trial learns, or which do not and why."""
@@ -142,7 +156,7 @@ class Recorder:
                 f"(+-{held_out.gain_se:.4f} over images){', the best so far' if each.is_best else ''}"
             )
             if each.is_best and self._config.validation is not None and self._config.validation.keep_best:
-                with self._disk_faults(progress, "best LoRA"):
+                with self.disk_faults(progress, "best LoRA"):
                     self._write_kohya(best_lora_file(self._config), each.trial, progress)
 
     def save(self, progress: Progress, *, now: bool) -> None:
@@ -153,10 +167,10 @@ class Recorder:
     def deliver(self, progress: Progress) -> None:
         """Exports and samples due after a completed update; the last one's are left to `finish`."""
         periods = self._plan.periods
-        with self._disk_faults(progress, "export"):
+        with self.disk_faults(progress, "export"):
             if _due(progress.step, periods.export):
                 self.export(progress, numbered=True)
-        with self._disk_faults(progress, "samples"):
+        with self.disk_faults(progress, "samples"):
             if _due(progress.step, periods.sample):
                 self.sample(progress)
 
@@ -172,31 +186,32 @@ class Recorder:
         write_report([self._run_dir], report_file(self._config))
 
     def _checkpoint(self, progress: Progress, *, needed: bool) -> None:
-        """All that a resume needs, with the length of the log at this moment; then older checkpoints go."""
-        parts: dict[str, dict[str, Any]] = {}
-        plain = {}
-        for trial in self._trials:
-            own, plain[trial.name] = trial.state()
-            for part, tensors in own.items():
-                parts.setdefault(part, {}).update(tensors)
-        folder = self._run_dir / "checkpoints"
-        with self._disk_faults(progress, "checkpoint", needed=needed):
-            self._metrics.event("checkpoint", progress.step)
-            save_checkpoint(
-                folder,
-                replace(progress, metrics_bytes=self._metrics.sync()),
-                parts,
-                plain=plain,
-                identity=self._prepared.identity(),
-                scaler=self._updater.state(),
-            )
-            try:
-                prune(folder, self._config.checkpoint.keep_last)
-            except OSError as error:
-                self._screen.say(f"an old checkpoint could not be removed ({error}); training goes on")
+        with self.disk_faults(progress, "checkpoint", needed=needed):
+            states = [trial.state() for trial in self._trials]
+            progress = replace(progress, metrics_bytes=self.mark_checkpoint(progress))
+            plain = {trial.name: own for trial, (_, own) in zip(self._trials, states, strict=True)}
+            folder, identity = self._run_dir / "checkpoints", self._prepared.identity()
+            save_state(folder, progress, [parts for parts, _ in states], plain, identity, self._updater.state())
+            self.prune_checkpoints(folder)
+
+    def mark_checkpoint(self, progress: Progress) -> int:
+        """Note in the log that a checkpoint follows; the log's length in bytes, all of it on the disk."""
+        self._metrics.event("checkpoint", progress.step)
+        return self._metrics.sync()
+
+    def prune_checkpoints(self, folder: Path) -> None:
+        """Remove all but the newest; a disk that refuses does not stop the run."""
+        try:
+            prune(folder, self._config.checkpoint.keep_last)
+        except OSError as error:
+            self._screen.say(f"an old checkpoint could not be removed ({error}); training goes on")
+
+    def end(self, ending: Ending) -> None:
+        """The trial ends before its group: no more rows follow."""
+        self._metrics.event(ending.status, ending.step, trial=self.trial.name, reason=ending.reason)
 
     @contextmanager
-    def _disk_faults(self, progress: Progress, what: str, *, needed: bool = False) -> Iterator[None]:
+    def disk_faults(self, progress: Progress, what: str, *, needed: bool = False) -> Iterator[None]:
         """What a full or failing disk refuses inside the block is said; the run goes on, or stops as the config says.
 
         Args:
@@ -228,7 +243,7 @@ class Recorder:
 
     def export(self, progress: Progress, *, numbered: bool) -> None:
         """The LoRA files of the first trial: the average where one is kept, else the adapter itself."""
-        trial = self._trials[0]
+        trial = self.trial
         self._write_kohya(lora_file(self._config, progress.step if numbered else None), trial, progress)
         if not numbered:
             file, dtype = diffusers_lora_file(self._config), self._config.export.dtype
@@ -243,13 +258,41 @@ class Recorder:
 
     def sample(self, progress: Progress) -> None:
         """Images of the prompts with what would be exported now."""
+        self.keep_samples(progress, self.draw())
+
+    def draw(self) -> list[Image.Image]:
+        """An image per prompt, with the trial's exported weights."""
         if not self._config.sample.prompts:
-            return
-        trial = self._trials[0]
-        with self._bank.active([trial.adapter]), self._bank.swapped(trial.adapter, trial.weights()):
-            images = self._sampler.draw()
-        files = save_samples(self._run_dir / "samples", progress.step, images)
-        self._metrics.event("sample", progress.step, files=[file.name for file in files])
+            return []
+        adapter = self.trial.adapter
+        with self._bank.active([adapter]), self._bank.swapped(adapter, self.trial.weights()):
+            return self._sampler.draw()
+
+    def keep_samples(self, progress: Progress, images: Sequence[Image.Image]) -> None:
+        if images:
+            files = save_samples(self._run_dir / "samples", progress.step, images)
+            self._metrics.event("sample", progress.step, files=[file.name for file in files])
+
+
+def save_state(
+    folder: Path,
+    progress: Progress,
+    trials: Sequence[Mapping[str, Mapping[str, Any]]],
+    plain: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    scaler: Mapping[str, Any],
+) -> None:
+    """One checkpoint of everything that a resume needs.
+
+    Args:
+        trials: tensors of each trial by part and name.
+        plain: the trials' JSON values by their names.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for own in trials:
+        for part, tensors in own.items():
+            parts.setdefault(part, {}).update(tensors)
+    save_checkpoint(folder, progress, parts, plain=plain, identity=identity, scaler=scaler)
 
 
 def write_run_files(prepared: Prepared, runtime: Runtime) -> None:

@@ -70,6 +70,12 @@ class Runtime:
     def wait_for_everyone(self) -> None:
         self.state.wait_for_everyone()
 
+    def free_bytes(self) -> int:
+        """Memory that is free now: of the GPU where there is one, else of the host."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return psutil.virtual_memory().available
+
     def peak_memory_gib(self) -> float:
         """Highest memory of this process so far: of the GPU where there is one, else of the host."""
         if self.device.type == "cuda":

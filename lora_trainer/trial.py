@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lora_trainer.adapters.bank import AdapterBank
-from lora_trainer.adapters.packed import can_pack
+from lora_trainer.adapters.packing import can_pack
 from lora_trainer.adapters.targets import assign_groups
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.optimizers import build_optimizer, evaluated_weights
@@ -37,10 +38,12 @@ class BestProbe:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a trial ended before the others of its group: after `step` completed updates, with what not finite."""
+class Ending:
+    """Why a trial ended before the others of its group, after `step` completed updates."""
 
     step: int
+    status: Literal["failed", "stopped"]
+    """`failed`: its numbers were not finite. `stopped`: a rule of `sweep.prune` said so."""
     reason: str
 
 
@@ -58,7 +61,9 @@ class Trial:
         self.parameters = dict(parameters)
         self.groups = tuple(groups)
         self.best: BestProbe | None = None
-        self.failure: Failure | None = None
+        self.ending: Ending | None = None
+        self.trunk: Trial | None = None
+        self._fork_step = 0
         options, ema_decay = spec.config.optimizer, spec.config.train.ema_decay
         patterns = {group.name: group.match for group in options.groups}
         members = assign_groups(list(self.parameters), patterns, DENOISER_GROUP)
@@ -76,11 +81,33 @@ class Trial:
     @property
     def is_live(self) -> bool:
         """Whether it is still trained."""
-        return self.failure is None
+        return self.ending is None
 
-    def fail(self, step: int, reason: str) -> None:
-        """End here; the weights stay those after `step` completed updates."""
-        self.failure = Failure(step, reason)
+    def end(self, ending: Ending) -> None:
+        """End here; the weights stay those after its last update."""
+        self.ending = ending
+
+    @property
+    def source(self) -> Trial:
+        """The trial that is computed for this one: itself, or the trunk whose first updates it shares."""
+        return self if self.trunk is None else self.trunk.source
+
+    def share(self, trunk: Trial, fork_step: int, completed: int) -> None:
+        """Take the first `fork_step` updates from a trial that makes the same ones.
+
+        Args:
+            completed: updates that are done; a fork before them has been made.
+        """
+        if completed <= fork_step:
+            self.trunk, self._fork_step = trunk, fork_step
+
+    def fork_if_due(self, step: int) -> None:
+        """Before update `step`: leave the trunk with a copy of all its state, where the shared updates end."""
+        if self.trunk is not None and step >= self._fork_step:
+            parts, plain = self.state()
+            copied = {part: {key: value.clone() for key, value in own.items()} for part, own in parts.items()}
+            self.trunk = None
+            self.load_state(copied, copy.deepcopy(plain))
 
     def clip(self) -> torch.Tensor:
         """Scale the gradients down to the norm allowed; the norm before that, on the device."""
@@ -103,6 +130,8 @@ class Trial:
 
     def weights(self) -> Tensors:
         """What is exported, sampled and validated: the average where one is kept, else the adapter itself."""
+        if self.trunk is not None:
+            return self.source.weights()
         if self.average is not None:
             return self.average.tensors
         evaluated = evaluated_weights(self.optimizer)
@@ -122,18 +151,19 @@ class Trial:
 
     def state(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """All that a resume needs: tensors by part and `<trial>/<name>`, and plain values."""
-        tensors, optimizer = self._optimizer_state()
+        source = self.source
+        tensors, optimizer = source._optimizer_state()
         parts: dict[str, Tensors] = {
-            "adapter": {name: p.detach() for name, p in self.parameters.items()},
+            "adapter": {name: p.detach() for name, p in source.parameters.items()},
             "optimizer": tensors,
         }
-        if self.average is not None:
-            parts["average"] = self.average.tensors
+        if source.average is not None:
+            parts["average"] = source.average.tensors
         named = {part: {f"{self.name}/{k}": v for k, v in own.items()} for part, own in parts.items()}
         feedback = [None if g.schedule.feedback is None else g.schedule.feedback.state() for g in self.groups]
-        best = None if self.best is None else {"step": self.best.step, "relative": self.best.relative}
-        failure = None if self.failure is None else {"step": self.failure.step, "reason": self.failure.reason}
-        return named, {"optimizer": optimizer, "feedback": feedback, "best": best, "failure": failure}
+        best = None if self.best is None else asdict(self.best)
+        ending = None if self.ending is None else asdict(self.ending)
+        return named, {"optimizer": optimizer, "feedback": feedback, "best": best, "ending": ending}
 
     @torch.no_grad()
     def load_state(self, parts: Mapping[str, Tensors], plain: Mapping[str, Any]) -> None:
@@ -147,7 +177,7 @@ class Trial:
             parameter.copy_(own["adapter"][name])
         self._load_optimizer_state(own["optimizer"], plain["optimizer"])
         self.best = None if plain["best"] is None else BestProbe(**plain["best"])
-        self.failure = None if plain["failure"] is None else Failure(**plain["failure"])
+        self.ending = None if plain["ending"] is None else Ending(**plain["ending"])
         for group, state in zip(self.groups, plain["feedback"], strict=True):
             if group.schedule.feedback is not None and state is not None:
                 group.schedule.feedback.load(state)

@@ -18,7 +18,7 @@ from lora_trainer.families.stable_diffusion import StableDiffusion
 from lora_trainer.objective import Objective
 from lora_trainer.optimizers import step_size
 from lora_trainer.runtime import Runtime
-from lora_trainer.trial import Trial
+from lora_trainer.trial import Ending, Trial
 
 MAX_OVERFLOWS_IN_A_ROW = 30  # fp16's scale halves at each: more than enough to come down from 2**16
 FAULTS = ("loss", "gradient", "fp16 overflow")
@@ -43,8 +43,6 @@ class UpdateResult:
     """`trials` is empty where the update was skipped; `skipped` then says why."""
 
     trials: dict[str, TrialUpdate]
-    failed: dict[str, str]
-    """Trials that ended here, in a group of which the others go on, each with what was not finite."""
     num_samples: int
     files: tuple[str, ...]
     """The images of this process; those of all where the update was skipped."""
@@ -97,6 +95,36 @@ class Updater:
         self._seed, self._accumulation, self._base_loss_every = seed, accumulation, base_loss_every
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
+    @property
+    def has_live_trials(self) -> bool:
+        return any(trial.is_live for trial in self._trials)
+
+    def pack(self, passes: Sequence[Sequence[Trial]]) -> None:
+        """Share forwards among the same trials in another way."""
+        self._passes = [tuple(members) for members in passes]
+
+    def activation_bytes(self) -> int:
+        """What the forward of one micro-batch keeps for its backward, per trial. Changes nothing."""
+        trial = self._passes[0][0]
+        batch = self._batches.at(self._batches.slots_of(0, 0, 0))
+        draw = self._objective.draw(batch, self._seed)
+        frozen = {p.untyped_storage().data_ptr() for p in self._bank.denoiser.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in frozen:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            self._bank.active([trial.adapter]),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
+            losses = self._losses(batch, draw, self._objective.noisy(batch.latents_BChw, draw), 1)
+        del losses
+        return sum(kept.values())
+
     def run(self, attempt: int, step: int, *, stop_asked: bool) -> UpdateResult:
         """Try one update: applied if every number is finite, skipped whole otherwise.
 
@@ -106,6 +134,7 @@ class Updater:
             stop_asked: whether this process was told to stop; the answer says it of any process.
         """
         for trial in self._trials:
+            trial.fork_if_due(step)
             trial.clear_gradients()
         with_base = self._base_loss_every is not None and step % self._base_loss_every == 0
         sums = _Sums(
@@ -116,7 +145,7 @@ class Updater:
             if slots:
                 self._backward(slots, sums, with_base=with_base)
         stopping = self._reduce(sums.losses_K1, stop_asked)
-        live = [trial for trial in self._trials if trial.is_live]
+        live = [trial for trial in self._trials if trial.is_live and trial.trunk is None]
         norms = torch.stack([self._clip(trial) for trial in live])
         numbers = torch.cat([sums.losses_K1, norms]).tolist()  # the one host sync of an update
         losses, base_loss = numbers[: len(self._trials)], numbers[len(self._trials)]
@@ -131,7 +160,6 @@ class Updater:
             self.scaler.update()
         return UpdateResult(
             trials=done,
-            failed=faults if self._drop_failed else {},
             num_samples=sums.num_samples,
             files=tuple(self._runtime.from_all(sums.files) if skipped else sums.files),
             stop_asked=stopping,
@@ -145,7 +173,8 @@ class Updater:
         batch = self._batches.at(slots)
         draw = self._objective.draw(batch, self._seed)
         noisy_BChw = self._objective.noisy(batch.latents_BChw, draw)
-        for members in self._passes:
+        for own in self._passes:
+            members = [trial for trial in own if trial.trunk is None]
             live = [place for place, trial in enumerate(members) if trial.is_live]
             if not live:
                 continue
@@ -205,18 +234,22 @@ class Updater:
     def _apply(
         self, step: int, measured: Mapping[str, tuple[float, float]], faults: Mapping[str, str]
     ) -> dict[str, TrialUpdate]:
-        """Update the trials whose loss and gradient norm are finite; the others end here."""
+        """Update the trials whose numbers are finite; the others end here. Those that share a trunk's do as it does."""
         done = {}
         for trial in self._trials:
-            if trial.name in faults:
-                trial.fail(step, faults[trial.name])
-            elif trial.name in measured:
+            if trial.trunk is None and trial.name in measured and trial.name not in faults:
                 loss, norm = measured[trial.name]
                 limit = trial.config.train.max_grad_norm
                 lrs = trial.apply_update(step)
                 done[trial.name] = TrialUpdate(
                     loss, norm, limit is not None and norm > limit, lrs, step_size(trial.optimizer)
                 )
+        for trial in self._trials:
+            source = trial.source.name
+            if trial.is_live and source in faults:
+                trial.end(Ending(step, "failed", f"its {faults[source]} was not finite"))
+            elif trial.is_live and source in done:
+                done[trial.name] = done[source]
         return done
 
     def state(self) -> dict[str, Any]:

@@ -22,16 +22,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
-from lora_trainer.config.schema import LoraConfig
-
-
-def can_pack(config: LoraConfig) -> bool:
-    """Whether adapters of this kind can share a pass: plain and rank-stabilised LoRA without dropout.
-
-    DoRA rescales the base's weight itself, and dropout draws from torch's global stream, trial by trial.
-    """
-    return not (config.use_dora or config.dropout)
-
 
 class PackedForward:
     """The forward of a list of peft layers with the same P adapters, put in the place of peft's own."""

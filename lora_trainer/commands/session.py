@@ -14,6 +14,7 @@ from types import FrameType
 
 from lora_trainer import atomicio
 from lora_trainer.errors import HostError, Problem, StoppedBySignal, TrainerError
+from lora_trainer.tracking.console import Screen
 
 ECHO_S = 1.0
 
@@ -93,3 +94,18 @@ def check_platform() -> None:
                 f"lora_trainer runs on Linux and WSL2, not on {sys.platform}", fix="on Windows, start it inside WSL2"
             )
         )
+
+
+def set_aside(run_dir: Path, screen: Screen) -> None:
+    """Move an old run's files to `<name>.before-1` (2, 3 ...) beside its directory, so that a new run starts empty."""
+    old = [path for path in run_dir.iterdir() if path.name != ".lock"]
+    if not old:
+        return
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.before-{number}")).exists():
+        number += 1
+    atomicio.make_folder(aside)
+    for path in old:
+        atomicio.rename(path, aside / path.name)
+    atomicio.sync_folder(aside)
+    screen.say(f"the earlier run was moved to {aside}")

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lora_trainer import atomicio, disk
-from lora_trainer.commands.session import StopRequest, check_platform, record_exit
+from lora_trainer.commands.session import StopRequest, check_platform, record_exit, set_aside
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import run_directory
 from lora_trainer.errors import ExitCode, TrainerError
@@ -17,13 +17,18 @@ from lora_trainer.tracking.console import Screen
 
 
 def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False) -> None:
-    """Run one training to its end, or print its plan.
+    """Run one training, or the sweep that the config describes, to its end, or print its plan.
 
     Raises:
         TrainerError: whatever went wrong, with its exit code; also recorded in the run directory's exit.json.
     """
     check_platform()
     config = load_config(config_file, overrides)
+    if config.sweep is not None:
+        from lora_trainer.commands.sweep import sweep
+
+        sweep(config_file, overrides, dry_run=dry_run, fresh=fresh)
+        return
     launch = read_launch(config)
     screen = Screen(silent=not launch.is_main)
     run_dir = run_directory(config)
@@ -33,7 +38,7 @@ def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False,
         if launch.is_main and not dry_run:
             stack.enter_context(atomicio.sole_writer(run_dir))
             if fresh:
-                _set_aside(run_dir, screen)
+                set_aside(run_dir, screen)
         try:
             with disk.faults_in_words():
                 prepared = prepare(config, launch, screen.track)
@@ -54,18 +59,3 @@ def _train(prepared: Prepared, screen: Screen, stop: StopRequest) -> None:
     if prepared.launch.is_main:
         record_exit(prepared.run_dir, ExitCode.DONE, "finished", f"{result.step} updates")
     screen.table("Done", [(file.name, str(file)) for file in result.files])
-
-
-def _set_aside(run_dir: Path, screen: Screen) -> None:
-    """Move an old run's files to `<name>.before-1` (2, 3 ...) beside its directory, so that a new run starts empty."""
-    old = [path for path in run_dir.iterdir() if path.name != ".lock"]
-    if not old:
-        return
-    number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.before-{number}")).exists():
-        number += 1
-    atomicio.make_folder(aside)
-    for path in old:
-        atomicio.rename(path, aside / path.name)
-    atomicio.sync_folder(aside)
-    screen.say(f"the earlier run was moved to {aside}")

@@ -66,9 +66,13 @@ class TrainingLine:
 
     def step(self, row: StepRow) -> None:
         numbers = f"loss {row.loss:.4f}  lr {row.lr:.3e}  {row.images_per_s:.1f} images/s"
-        self._bar.update(self._task, completed=row.step, numbers=numbers)
+        self.show(row.step, numbers, f"  grad norm {row.grad_norm:.3f}")
+
+    def show(self, step: int, numbers: str, more: str = "") -> None:
+        """Numbers beside the bar; `more` only where there is no terminal."""
+        self._bar.update(self._task, completed=step, numbers=numbers)
         if self._bar.disable:
-            self._screen.say(f"step {row.step}/{self._num_updates}  {numbers}  grad norm {row.grad_norm:.3f}")
+            self._screen.say(f"step {step}/{self._num_updates}  {numbers}{more}")
 
     def say(self, text: str) -> None:
         self._screen.say(text)

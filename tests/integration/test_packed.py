@@ -20,7 +20,7 @@ from lora_trainer.launch import Launch
 from lora_trainer.prepare import prepare
 from lora_trainer.runtime import start_runtime
 from lora_trainer.tracking.console import Screen
-from lora_trainer.trial import TrialSpec
+from lora_trainer.trial import Ending, TrialSpec
 
 Tensors = dict[str, torch.Tensor]
 Train = Callable[..., tuple[Assembly, dict[str, Tensors]]]
@@ -188,9 +188,7 @@ def test_a_failing_trial_is_dropped_and_the_others_are_untouched(train: Train, t
 
     _, healthy = train(three, trials_per_pass=trials_per_pass)
     parts, rest = train(three, trials_per_pass=trials_per_pass, before=poison)
-    failure = parts.trials[1].failure
-    assert failure is not None
-    assert (failure.step, failure.reason) == (2, "loss")
+    assert parts.trials[1].ending == Ending(2, "failed", "its loss was not finite")
     assert [trial.is_live for trial in parts.trials] == [True, False, True]
     for name in ("trial0", "trial2"):
         assert all(torch.equal(rest[name][key], healthy[name][key]) for key in healthy[name])

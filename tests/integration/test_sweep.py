@@ -1,0 +1,260 @@
+"""Sweeps from the configuration to the files: equal to solo runs, resumed by bytes, extended, forked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_resume import stop_after
+
+from lora_trainer import fit_group as fit_group_module
+from lora_trainer.commands import sweep as sweep_command
+from lora_trainer.commands import train as train_command
+from lora_trainer.errors import ConfigError, StoppedBySignal
+from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows, step_rows
+
+WATCHED = "validation={fraction: 0.34, every_steps: 3, max_cost: 1.0}"
+Sweep = Callable[..., Path]
+
+
+@pytest.fixture
+def sweep(toy_config: Path, tmp_path: Path) -> Sweep:
+    """Run a sweep of the toy config; its directory."""
+
+    def run(section: str, *overrides: str, name: str = "toy", **options: bool) -> Path:
+        words = [f"name={name}", WATCHED, f"sweep={section}", *overrides]
+        sweep_command.sweep(toy_config, words, **options)
+        return tmp_path / "runs" / name
+
+    return run
+
+
+def results(sweep_dir: Path) -> dict[str, Any]:
+    content = json.loads((sweep_dir / "sweep.json").read_text())
+    return {trial["name"]: trial for trial in content["trials"]}
+
+
+def lora_files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    """All rows but for resumes and checkpoints, without the fields that tell the time or the trial."""
+    kept = [row for row in read_rows(folder / "metrics.jsonl") if row.get("event") not in ("resume", "checkpoint")]
+    return [{key: value for key, value in row.items() if key not in (*TIMING_FIELDS, "trial")} for row in kept]
+
+
+GRID = "{grid: {lr_scheduler: [{type: constant}, {type: cosine, warmup_steps: 2}], optimizer.lr: [1e-3, 3e-3]}"
+
+
+def test_a_sweep_leaves_what_solo_runs_leave_to_the_byte(sweep: Sweep, tmp_path: Path) -> None:
+    done = sweep(f"{GRID}, seeds: [1, 2], trials_per_pass: 1}}")
+    trials = results(done)
+    assert len(trials) == 8
+    for name in ("constant-lr1e-3-seed1", "cosine-warmup_steps2-lr3e-3-seed2"):
+        trial, folder = trials[name], done / "trials" / name
+        train_command.train(folder / "config.yaml", [f"output_dir={tmp_path / 'solo'}"])
+        solo = tmp_path / "solo" / name
+        ours = lora_files(folder)
+        theirs = {k: v for k, v in lora_files(solo).items() if not k.startswith("checkpoints")}
+        assert ours == theirs
+        assert log(folder) == log(solo)
+        probes = [row for row in log(solo) if row.get("event") == "validation" and row["probe"] == "held_out"]
+        assert trial["status"] == "finished"
+        assert trial["final"]["relative"] == probes[-1]["relative"]
+        assert trial["final"]["items"] == probes[-1]["items"]
+        assert trial["best"]["relative"] == min(row["relative"] for row in probes[1:])
+    assert trials["cosine-warmup_steps2-lr3e-3-seed2"] | {"final": None, "best": None} == {
+        "name": "cosine-warmup_steps2-lr3e-3-seed2",
+        "arm": "cosine-warmup_steps2-lr3e-3",
+        "setting": "cosine-warmup_steps2",
+        "seed": 2,
+        "group": "seed2",
+        "folder": "trials/cosine-warmup_steps2-lr3e-3-seed2",
+        "overrides": {"lr_scheduler": {"type": "cosine", "warmup_steps": 2}, "optimizer.lr": 0.003},
+        "schedule": "cosine",
+        "peak_lr": 0.003,
+        "lr_budget": pytest.approx(0.5, abs=0.1),
+        "num_updates": 6,
+        "status": "finished",
+        "step": 6,
+        "reason": None,
+        "final": None,
+        "best": None,
+        "shares_until": {"trunk": "cosine-warmup_steps2-lr1e-3-seed2", "step": 1},
+    }
+
+
+def test_packed_trials_see_equal_batches_and_come_close_to_solo_runs(sweep: Sweep) -> None:
+    alone = sweep(f"{GRID}, trials_per_pass: 1}}", name="alone")
+    packed = sweep(f"{GRID}, trials_per_pass: auto}}", name="packed")
+    draws = {tuple(row["draws"] for row in step_rows(f)) for f in packed.glob("trials/*/metrics.jsonl")}
+    assert len(draws) == 1
+    for name, trial in results(packed).items():
+        assert trial["final"]["relative"] == pytest.approx(results(alone)[name]["final"]["relative"], rel=1e-4)
+        assert lora_files(packed / "trials" / name).keys() == lora_files(alone / "trials" / name).keys()
+    assert len({trial["final"]["relative"] for trial in results(packed).values()}) == 4
+
+
+def test_a_stopped_sweep_resumes_to_the_byte_and_repeats_no_group(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = "{grid: {optimizer.lr: [1e-3, 2e-3, 3e-3]}, seeds: [1, 2], trials_per_pass: 2}"
+    straight = sweep(section, "train.ema_decay=0.9", name="straight")
+    for stop in (4, 3, 2):  # in the first group, in its second start and on into the second group, and there
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            patch.setattr(sweep_command, "StopRequest", train_command.StopRequest)
+            with pytest.raises(StoppedBySignal):
+                sweep(section, "train.ema_decay=0.9")
+    resumed = sweep(section, "train.ema_decay=0.9")
+    for name in results(straight):
+        ours, theirs = resumed / "trials" / name, straight / "trials" / name
+        assert lora_files(ours) == lora_files(theirs)
+        assert log(ours) == log(theirs)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished trial was trained again")
+
+    monkeypatch.setattr(fit_group_module, "training_loop", never)
+    before = lora_files(resumed)
+    sweep(section, "train.ema_decay=0.9")
+    assert lora_files(resumed) == before
+
+
+def test_trials_and_seeds_added_later_leave_the_finished_ones_alone(sweep: Sweep) -> None:
+    first = sweep("{grid: {optimizer.lr: [1e-3]}, seeds: [1]}")
+    before = {file: file.stat().st_mtime_ns for file in first.glob("trials/**/*.safetensors")}
+    sweep("{grid: {optimizer.lr: [1e-3, 2e-3]}, trials: {wide: {adapter.rank: 8}}, seeds: [1, 2]}")
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    content = json.loads((first / "sweep.json").read_text())
+    assert [(group["name"], group["status"], len(group["trials"])) for group in content["groups"]] == [
+        ("seed1", "finished", 1),
+        ("seed1-2", "finished", 2),
+        ("seed2", "finished", 3),
+    ]
+    assert {trial["status"] for trial in content["trials"]} == {"finished"}
+    late = step_rows(first / "trials" / "lr2e-3-seed1" / "metrics.jsonl")
+    early = step_rows(first / "trials" / "lr1e-3-seed1" / "metrics.jsonl")
+    assert [row["draws"] for row in late] == [row["draws"] for row in early]
+
+
+def test_another_setting_under_the_same_name_is_refused(sweep: Sweep) -> None:
+    sweep("{trials: {a: {optimizer.lr: 1e-3}}}")
+    with pytest.raises(ConfigError, match="trial `a-seed42` began with other settings") as caught:
+        sweep("{trials: {a: {optimizer.lr: 2e-3}}}")
+    assert "optimizer.lr: 0.001 -> 0.002" in str(caught.value)
+
+
+def test_settings_of_the_batch_make_groups_of_their_own(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    section = "{trials: {small: {train.batch_size: 1}, base: {}, wide: {adapter.rank: 8}}}"
+    sweep(section, dry_run=True)
+    said = capsys.readouterr().out
+    assert re.search(r"group seed42 +1 trial x", said)
+    assert re.search(r"group seed42-2 +2 trials x", said)
+    assert "train.batch_size: 1 -> 2" in said
+
+
+WSD = "{type: warmup_stable_decay, warmup_steps: 1, decay_steps: %d}"
+
+
+def test_a_fork_is_bitwise_the_whole_run(sweep: Sweep, tmp_path: Path) -> None:
+    """Three cooldowns from one plateau, and a trial apart, against runs of their own."""
+    cooldowns = ", ".join(f"d{length}: {{lr_scheduler: {WSD % length}}}" for length in (1, 2, 4))
+    section = f"{{trials: {{{cooldowns}, other: {{optimizer.lr: 2e-3}}}}, trials_per_pass: 1}}"
+    done = sweep(section, "train.ema_decay=0.9")
+    shared = {name: trial["shares_until"] for name, trial in results(done).items()}
+    assert shared == {
+        "d1-seed42": None,
+        "d2-seed42": {"trunk": "d1-seed42", "step": 5},
+        "d4-seed42": {"trunk": "d1-seed42", "step": 3},
+        "other-seed42": {"trunk": "d1-seed42", "step": 2},  # half of twice the LR in its warm-up
+    }
+    for name in shared:
+        folder = done / "trials" / name
+        train_command.train(folder / "config.yaml", [f"output_dir={tmp_path / 'solo'}"])
+        solo = tmp_path / "solo" / name
+        assert lora_files(folder) == {k: v for k, v in lora_files(solo).items() if not k.startswith("checkpoints")}
+        assert log(folder) == log(solo)
+
+
+def test_a_fork_resumes_to_the_byte(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    cooldowns = ", ".join(f"d{length}: {{lr_scheduler: {WSD % length}}}" for length in (1, 2, 4))
+    section = f"{{trials: {{{cooldowns}}}, trials_per_pass: 2}}"
+    straight = sweep(section, name="straight")
+    for stop in (2, 1, 1, 1):  # before, at and after the forks
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            patch.setattr(sweep_command, "StopRequest", train_command.StopRequest)
+            with pytest.raises(StoppedBySignal):
+                sweep(section)
+    resumed = sweep(section)
+    for name in results(straight):
+        assert lora_files(resumed / "trials" / name) == lora_files(straight / "trials" / name)
+
+
+def test_a_failing_trial_is_marked_and_the_others_come_to_their_end(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    healthy = sweep("{grid: {optimizer.lr: [1e-3, 2e-3]}, trials_per_pass: 2}", name="healthy")
+    from lora_trainer.trial import Trial
+
+    honest = Trial.clip
+
+    def clip(self: Trial) -> Any:
+        norm = honest(self)
+        return (
+            norm * float("nan") if self.name.startswith("lr2e-3") and self.optimizer.param_groups[0]["lr"] > 0 else norm
+        )
+
+    monkeypatch.setattr(Trial, "clip", clip)
+    done = sweep("{grid: {optimizer.lr: [1e-3, 2e-3]}, trials_per_pass: 2}")
+    failed, other = results(done)["lr2e-3-seed42"], results(done)["lr1e-3-seed42"]
+    assert (failed["status"], failed["reason"], failed["final"]) == ("failed", "its gradient was not finite", None)
+    assert failed["step"] < 6
+    assert other["status"] == "finished"
+    assert not (done / "trials" / "lr2e-3-seed42" / "lr2e-3-seed42.safetensors").exists()
+    own = Path("trials") / "lr1e-3-seed42"
+    assert lora_files(done / own) == lora_files(healthy / own)
+    sweep("{grid: {optimizer.lr: [1e-3, 2e-3]}, trials_per_pass: 2}")  # nothing is left to do
+    assert "lr2e-3-seed42" in capsys.readouterr().out
+
+
+def test_a_diverged_trial_is_stopped_where_that_was_asked(sweep: Sweep) -> None:
+    trials = "{wild: {optimizer.lr: 0.9, adapter.alpha: 4000}, tame: {}}"
+    done = sweep(f"{{trials: {trials}, prune: {{diverged: 1.05}}}}")
+    wild, tame = results(done)["wild-seed42"], results(done)["tame-seed42"]
+    assert (wild["status"], wild["step"]) == ("stopped", 3)
+    assert wild["reason"].startswith("sweep.prune.diverged: held-out loss")
+    assert tame["status"] == "finished"
+
+
+def test_status_reads_a_stopped_sweep(
+    sweep: Sweep, toy_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = "{grid: {optimizer.lr: [1e-3, 2e-3]}, seeds: [1, 2]}"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        patch.setattr(sweep_command, "StopRequest", train_command.StopRequest)
+        with pytest.raises(StoppedBySignal):
+            sweep(section)
+    capsys.readouterr()
+    sweep_command.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
+    said = capsys.readouterr().out
+    assert "0 of 4 trials ended" in said
+    assert "seed1  running, update 5 of 6, 2 trials" in said
+    assert "seed2  waiting, update 0 of 6, 2 trials" in said
+
+
+def test_a_config_without_a_sweep_section_is_told(toy_config: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no `sweep` section"):
+        sweep_command.sweep(toy_config, [])
+
+
+def test_train_runs_a_sweep_where_the_config_has_one(toy_config: Path, tmp_path: Path) -> None:
+    train_command.train(toy_config, [WATCHED, "sweep={seeds: [3]}"])
+    assert (tmp_path / "runs" / "toy" / "trials" / "base-seed3" / "base-seed3.safetensors").is_file()
