@@ -73,6 +73,11 @@ class GroupRecorder:
             line.show(progress.step, numbers)
         self._note_endings()
 
+    def prove(self, progress: Progress) -> None:
+        """That every layer of every trial learns, in its own log."""
+        for recorder in self._live():
+            recorder.prove(progress)
+
     def skip(self, progress: Progress, result: UpdateResult) -> None:
         """A skipped update, in the log of every trial."""
         for recorder in self._recorders:

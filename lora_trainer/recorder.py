@@ -121,7 +121,7 @@ class Recorder:
     def prove(self, progress: Progress) -> None:
         """In the first updates: that every layer of every trial learns, or which do not and why."""
         for trial in self._trials:
-            for proof in proofs_due(trial, self._bank, self._config.seed, progress.step):
+            for proof in proofs_due(trial.source, self._bank, self._config.seed, progress.step):
                 self._metrics.event(
                     "proof",
                     progress.step,

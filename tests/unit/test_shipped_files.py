@@ -11,15 +11,17 @@ import pytest
 from PIL import Image
 
 from lora_trainer.config.load import load_config
+from lora_trainer.config.trials import load_sweep
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def test_every_shipped_configuration_loads() -> None:
-    assert [file.name for file in CONFIGS] == ["demo.yaml", "sd15_character.yaml", "sd15_style.yaml"]
+    assert [file.name for file in CONFIGS] == ["demo.yaml", "demo_sweep.yaml", "sd15_character.yaml", "sd15_style.yaml"]
     for file in CONFIGS:
         load_config(file, [])
+    assert len(load_sweep(ROOT / "configs" / "demo_sweep.yaml")[1]) == 18
 
 
 def test_every_shipped_configuration_says_purpose_command_and_hardware() -> None:
