@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,3 +261,42 @@ def test_a_config_without_a_sweep_section_is_told(toy_config: Path) -> None:
 def test_train_runs_a_sweep_where_the_config_has_one(toy_config: Path, tmp_path: Path) -> None:
     train_command.train(toy_config, [WATCHED, "sweep={seeds: [3]}"])
     assert (tmp_path / "runs" / "toy" / "trials" / "base-seed3" / "base-seed3.safetensors").is_file()
+
+
+KILLED_AT = """
+import os, signal, sys
+from lora_trainer import atomicio
+from lora_trainer.cli import main
+
+def kill(phase, operation, path):
+    if (phase, operation) == ("{phase}", "rename") and str(path).endswith("{path}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with atomicio.observe_operations(kill):
+    main(sys.argv[1:])
+"""
+
+
+def test_a_killed_sweep_resumes_to_the_byte_and_trains_no_finished_group_again(
+    sweep: Sweep, toy_config: Path, program: Callable[..., Any], tmp_path: Path
+) -> None:
+    section = "{grid: {optimizer.lr: [1e-3, 2e-3]}, seeds: [1, 2], trials_per_pass: 2}"
+    straight = sweep(section, "checkpoint.every_steps=2", name="straight")
+    words = ["sweep", "-c", str(toy_config), "name=toy", WATCHED, f"sweep={section}", "checkpoint.every_steps=2"]
+    killed, finished = tmp_path / "runs" / "toy", dict[Path, int]()
+    for phase, path in (
+        ("after", "trials/lr1e-3-seed1/lr1e-3-seed1.safetensors"),  # between the exports of two trials
+        ("after", "groups/seed2/checkpoints/step-00000002"),
+    ):
+        run = program([sys.executable, "-c", KILLED_AT.format(phase=phase, path=path), *words])
+        assert run.returncode == -signal.SIGKILL, run.stdout + run.stderr
+        if "seed2" in path:
+            finished = {file: file.stat().st_mtime_ns for file in killed.glob("trials/*-seed1/**/*.safetensors")}
+    resumed = sweep(section, "checkpoint.every_steps=2")
+    assert len(finished) == 6
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    for name in results(straight):
+        ours, theirs = resumed / "trials" / name, straight / "trials" / name
+        assert lora_files(ours) == lora_files(theirs)
+        assert log(ours) == log(theirs)
+    assert results(resumed) == results(straight)
