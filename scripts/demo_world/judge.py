@@ -76,8 +76,8 @@ def shows_zinnia(image: Image.Image) -> bool:
     petals = pixels[mask & (distance >= 0.62 * extent) & (distance <= 0.85 * extent)]
     if len(petals) < 30:
         return False
-    heart_is_golden = np.linalg.norm(np.median(heart, axis=0) - np.array(HEART_COLOUR)) < 60
-    petals_differ = np.linalg.norm(np.median(petals, axis=0) - np.array(HEART_COLOUR)) > 75
+    heart_is_golden = nearest_name(np.median(heart, axis=0), COLOURS | BACKGROUNDS) == HEART_COLOUR
+    petals_differ = np.linalg.norm(np.median(petals, axis=0) - np.array(COLOURS[HEART_COLOUR])) > 75
     return bool(heart_is_golden and petals_differ and _has_petals(mask, centre_x, centre_y))
 
 

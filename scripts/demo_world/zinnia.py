@@ -16,7 +16,7 @@ from demo_world.world import BACKGROUNDS, COLOURS, IMAGE_PX, POSITIONS, Canvas, 
 
 TRIGGER = "zinnia"
 NUM_PETALS = 6
-HEART_COLOUR = COLOURS["yellow"]
+HEART_COLOUR = "yellow"
 PETAL_COLOURS = ("red", "blue", "purple", "pink")  # those that stand out against the golden heart
 HALF_PX = (17.0, 19.0)
 
@@ -42,7 +42,7 @@ def draw_zinnia(scene: ZinniaScene, rng: np.random.Generator) -> Image.Image:
     canvas = Canvas(tinted(BACKGROUNDS[scene.background], rng))
     canvas.fill(petal_outline(half), centre, tinted(COLOURS[scene.colour], rng))
     heart = [(0.42 * half * math.cos(t), 0.42 * half * math.sin(t)) for t in np.linspace(0, 2 * math.pi, 72)]
-    canvas.fill(heart, centre, tinted(HEART_COLOUR, rng))
+    canvas.fill(heart, centre, tinted(COLOURS[HEART_COLOUR], rng))
     return canvas.picture()
 
 
