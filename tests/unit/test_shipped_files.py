@@ -87,7 +87,7 @@ def test_the_demo_images_are_what_their_script_draws(tmp_path: Path, monkeypatch
     monkeypatch.setattr(make_demo_data, "FOLDER", tmp_path)
     make_demo_data.main()
     shipped = sorted((ROOT / "demo" / "images").iterdir())
-    assert len(shipped) == 40
+    assert len(shipped) == 48
     for file in shipped:
         drawn = tmp_path / file.name
         if file.suffix == ".png":
