@@ -55,8 +55,8 @@ def read_launch(config: RunConfig) -> Launch:
 
 
 def default_threads(launch: Launch) -> int:
-    """Physical cores shared among the processes of this machine."""
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    """Physical cores that this process may use (a container or `taskset` may grant fewer), shared among its siblings."""
+    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
     return max(1, cores // launch.num_local_processes)
 
 

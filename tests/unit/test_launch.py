@@ -37,6 +37,13 @@ def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_threads(launch) >= 1
 
 
+def test_threads_are_no_more_than_the_cores_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    assert default_threads(Launch()) == 3
+    assert default_threads(Launch(num_processes=2, num_local_processes=2)) == 1
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
