@@ -93,7 +93,7 @@ def assemble(
         drop_failed=drop_failed,
     )
     if trials_per_pass == "auto":
-        trials_per_pass = fitting_trials_per_pass(trials, updater.activation_bytes(), runtime)
+        trials_per_pass = runtime.from_main(fitting_trials_per_pass(trials, updater.activation_bytes(), runtime))
     updater.pack(passes := passes_of(trials, trials_per_pass))
     validator = _validator(prepared, family, bank, cache, objective, runtime)
     return Assembly(family, cache, denoiser, bank, trials, passes, trials_per_pass, updater, validator)

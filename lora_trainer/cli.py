@@ -69,7 +69,7 @@ def train(
 
 @app.command(
     epilog="Examples:  lora-trainer sweep -c configs/demo_sweep.yaml   |   "
-    "lora-trainer sweep -c configs/demo_sweep.yaml --dry-run   |   "
+    "lora-trainer sweep -c configs/demo_sweep.yaml --dry-run --measure   |   "
     "lora-trainer sweep -c configs/demo_sweep.yaml --status"
 )
 def sweep(
@@ -78,6 +78,9 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move an earlier sweep of this name aside and start anew.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --dry-run: time a few updates of each group, and their memory.")
     ] = False,
     status: Annotated[bool, typer.Option("--status", help="Say where it stands, also while it runs.")] = False,
 ) -> None:
@@ -88,7 +91,7 @@ def sweep(
     if status:
         show_status(config, overrides or [])
     else:
-        run(config, overrides or [], dry_run=dry_run, fresh=fresh)
+        run(config, overrides or [], dry_run=dry_run, fresh=fresh, measure=measure)
 
 
 @app.command(

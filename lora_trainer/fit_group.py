@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_trainer.assembly import Assembly, assemble
@@ -50,6 +52,7 @@ def fit_group(
             trials_per_pass=_trials_per_pass(group, checkpoint),
             drop_failed=True,
         )
+        screen.say(f"{len(parts.passes)} forwards per micro-batch, up to {parts.trials_per_pass} trials in each")
         start = restore(checkpoint, parts.trials, parts.updater)
         _share_prefixes(group, parts, start)
         recorder = None
@@ -65,6 +68,47 @@ def fit_group(
             if recorder is not None:
                 recorder.close()
         runtime.wait_for_everyone()
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a few updates of a group took on this machine."""
+
+    trials_per_pass: int
+    activation_bytes: int
+    """Kept by the forward of one trial and one micro-batch."""
+    peak_memory_gib: float
+    seconds: float
+    """For the whole group: its updates, and its probes by their share of the cost."""
+
+
+def estimate(group: TrialGroup, *, screen: Screen) -> Estimate:
+    """Time a group on this machine and data by three updates whose results are thrown away.
+
+    Raises:
+        TrainerError: the data, base or host is at fault.
+    """
+    plan = group.shared.plan
+    with start_runtime(group.shared.launch, group.shared.config.train.precision, group.shared.threads) as runtime:
+        _refuse_fp16(runtime)
+        specs = [TrialSpec(member.name, member.prepared.config) for member in group.members]
+        parts = assemble(group.shared, specs, runtime, screen, trials_per_pass=group.trials_per_pass, drop_failed=True)
+        seconds = [_timed_update(parts, number) for number in range(3)]
+        shared = sum(member.fork.step for member in group.members if member.fork is not None)
+        work = (group.num_updates * len(group.members) - shared) / len(group.members)
+        probes = 0.0 if plan.validation is None else plan.validation.cost
+        return Estimate(
+            parts.trials_per_pass,
+            parts.updater.activation_bytes(),
+            runtime.peak_memory_gib(),
+            min(seconds) * work * (1 + probes),
+        )
+
+
+def _timed_update(parts: Assembly, number: int) -> float:
+    started = time.perf_counter()
+    parts.updater.run(number, number, stop_asked=False)
+    return time.perf_counter() - started
 
 
 def _refuse_fp16(runtime: Runtime) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 from lora_trainer import atomicio, disk
@@ -25,8 +26,18 @@ from lora_trainer.tracking.console import Screen
 CURVES = "lr-curves.png"
 
 
-def sweep(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False) -> None:
+def sweep(
+    config_file: Path,
+    overrides: Sequence[str],
+    *,
+    dry_run: bool = False,
+    fresh: bool = False,
+    measure: bool = False,
+) -> None:
     """Run a sweep to its end, or print its plan.
+
+    Args:
+        measure: add to a printed plan what a few updates of each group took.
 
     Raises:
         TrainerError: whatever went wrong, with its exit code; also recorded in the sweep directory's exit.json.
@@ -50,6 +61,8 @@ def sweep(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False,
                 screen.table(f"Plan of {config.name}", sweep_rows(prepared))
                 if dry_run:
                     _show_curves(prepared, screen)
+                    if measure:
+                        screen.table("Measured on this machine", list(_measured_rows(prepared, screen)))
                 else:
                     _train(prepared, screen, stop, is_main=launch.is_main)
         except TrainerError as error:
@@ -96,6 +109,24 @@ def _train(prepared: PreparedSweep, screen: Screen, stop: StopRequest, *, is_mai
         record_exit(sweep_dir, ExitCode.DONE, "finished", f"{len(record['trials'])} trials")
         screen.table("Done", _result_rows(refreshed(record, sweep_dir, finished)))
         screen.say(f"\nresults: {sweep_dir / 'sweep.json'}")
+
+
+def _measured_rows(prepared: PreparedSweep, screen: Screen) -> Iterator[tuple[str, str]]:
+    """Time and memory of each group, by a few updates of it."""
+    from lora_trainer.fit_group import estimate
+
+    seconds = 0.0
+    for group in prepared.groups:
+        found = estimate(group, screen=screen)
+        seconds += found.seconds
+        each = f"activations of {disk.mib(found.activation_bytes)} per trial"
+        peak = f"peak memory {found.peak_memory_gib:.1f} GiB"
+        yield group.name, f"{found.trials_per_pass} trials per pass, {each}, {peak}, {_duration(found.seconds)}"
+    yield "in all", f"{_duration(seconds)}, without exports and samples"
+
+
+def _duration(seconds: float) -> str:
+    return f"about {timedelta(seconds=round(seconds))} h"
 
 
 def show_status(config_file: Path, overrides: Sequence[str]) -> None:

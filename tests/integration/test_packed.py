@@ -66,11 +66,12 @@ def train(toy_config: Path) -> Train:
         num_updates: int = 5,
         exact: bool = False,
         before: Callable[[int, Assembly], None] = lambda *_: None,
+        precision: str = "fp32",
     ) -> tuple[Assembly, dict[str, Tensors]]:
         shared = (f"train.max_steps={num_updates}", *overrides)
         specs = [TrialSpec(name, load_config(toy_config, [*shared, *own])) for name, own in trials.items()]
         prepared = prepare(specs[0].config, Launch(), lambda items, *_: items)
-        with start_runtime(prepared.launch, "fp32", 1) as runtime:
+        with start_runtime(prepared.launch, precision, 1) as runtime:
             parts = assemble(
                 prepared, specs, runtime, Screen(silent=True), trials_per_pass=trials_per_pass, drop_failed=True
             )
@@ -161,6 +162,18 @@ def test_gradient_checkpointing_changes_nothing_in_a_packed_pass(train: Train) -
     _, saved = train(SIX, "train.gradient_checkpointing=true", trials_per_pass=6, num_updates=2)
     for name in SIX:
         assert all(torch.equal(plain[name][key], saved[name][key]) for key in plain[name])
+
+
+def test_packed_trials_train_in_bf16_with_weights_in_fp32(train: Train) -> None:
+    two = {name: SIX[name] for name in ("trial1", "trial3")}
+    parts, packed = train(two, trials_per_pass=2, precision="bf16")
+    assert parts.denoiser.dtype == torch.bfloat16
+    for name, own in two.items():
+        _, alone = train({name: own}, precision="bf16")
+        solo = torch.cat([t.flatten() for key, t in alone[name].items() if "lora_B" in key])
+        moved = torch.cat([t.flatten() for key, t in packed[name].items() if "lora_B" in key])
+        assert moved.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(moved, solo, dim=0) > 0.95
 
 
 def test_dora_and_dropout_run_alone(train: Train) -> None:

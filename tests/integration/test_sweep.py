@@ -236,6 +236,15 @@ def test_a_diverged_trial_is_stopped_where_that_was_asked(sweep: Sweep) -> None:
     assert tame["status"] == "finished"
 
 
+def test_a_measured_plan_writes_nothing_but_the_cache(
+    sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep("{grid: {optimizer.lr: [1e-3, 2e-3, 3e-3]}, seeds: [1, 2]}", dry_run=True, measure=True)
+    said = capsys.readouterr().out
+    assert re.search(r"seed1 +3 trials per pass, activations of .* MiB per trial, peak memory .* GiB, about 0:0", said)
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [".cache"]
+
+
 def test_status_reads_a_stopped_sweep(
     sweep: Sweep, toy_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
