@@ -74,6 +74,7 @@ def judge(
 ) -> tuple[Verdict, dict[str, list[Image.Image]]]:
     """Draw with and without the LoRA, and count; the flower pictures `before` and `after`."""
     disable_progress_bar()
+    torch.set_num_threads(1)  # as the demo trains: the same pictures on every machine, also on a busy one
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     flowers = [zinnia_caption(scene) for scene in flower_scenes()[:num_flowers]]
