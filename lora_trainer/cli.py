@@ -235,6 +235,24 @@ def report(
     run(runs, output, min_effect, confirm or [])
 
 
+@app.command(
+    epilog="Examples:  lora-trainer diagnose runs/demo   |   lora-trainer diagnose runs/demo --json   |   "
+    "lora-trainer diagnose runs/demo --check && lora-trainer sample ..."
+)
+def diagnose(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory; the run may still be going on.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 7 where a fault was found.")] = False,
+) -> None:
+    """Say what a run's log shows: healthy, diverged, oscillating, overfit ..., with evidence and what to try.
+
+    Exit codes: 0 judged, 7 a fault was found (only with --check), 2 the folder holds no run.
+    """
+    from lora_trainer.commands.diagnose import diagnose_run
+
+    raise typer.Exit(diagnose_run(run, as_json=as_json, check=check))
+
+
 @app.command(epilog="Examples:  lora-trainer presets   |   lora-trainer presets prodigy")
 def presets(name: Annotated[str | None, typer.Argument(help="Preset to show as settings.")] = None) -> None:
     """Starting points for learning rates and schedules, to paste into a config."""

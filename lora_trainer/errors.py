@@ -22,6 +22,7 @@ class ExitCode(IntEnum):
     MODEL = 4
     ENVIRONMENT = 5
     NUMERIC = 6
+    FAULT_FOUND = 7
     STOPPED = 75
 
 

@@ -16,6 +16,8 @@ from lora_trainer.checkpoint import Progress, prune, save_checkpoint
 from lora_trainer.config.load import to_yaml
 from lora_trainer.config.places import best_lora_file, diffusers_lora_file, lora_file, report_file
 from lora_trainer.data.holdout import HELD_OUT
+from lora_trainer.diagnosis.live import LiveDiagnosis
+from lora_trainer.diagnosis.run_facts import RunFacts
 from lora_trainer.errors import HostError, Problem
 from lora_trainer.export.lora_files import base_facts, write_lora
 from lora_trainer.export.recipe import Recipe, recipe_of
@@ -73,6 +75,8 @@ class Recorder:
         if start.metrics_bytes > (log.stat().st_size if log.exists() else 0):
             self._screen.say(f"{log} is shorter than it was at step {start.step}: rows before it are missing")
         self._metrics = MetricsLog(log, keep_bytes=start.metrics_bytes)
+        facts = {t.name: RunFacts(self._plan.num_updates, self._plan.updates_per_epoch, t.config) for t in self._trials}
+        self._diagnosis = LiveDiagnosis(log, facts)
         self._tensorboard = None
         if self._config.tracking.tensorboard:
             self._tensorboard = TensorBoardLog(
@@ -140,6 +144,7 @@ class Recorder:
         files = list(result.files)
         self._metrics.event("skip", progress.step, attempt=progress.attempt, reason=result.skipped, files=files)
         self._screen.say(f"attempt {progress.attempt} skipped: {result.skipped} not finite ({', '.join(files)})")
+        self._diagnose(progress)
 
     def validation(self, progress: Progress, measured: Sequence[Measurement]) -> None:
         """A row per probe, the reductions of plateau schedules, and the best LoRA so far."""
@@ -158,6 +163,14 @@ class Recorder:
             if each.is_best and self._config.validation is not None and self._config.validation.keep_best:
                 with self.disk_faults(progress, "best LoRA"):
                     self._write_kohya(best_lora_file(self._config), each.trial, progress)
+        self._diagnose(progress)
+
+    def _diagnose(self, progress: Progress) -> None:
+        """Log and say what has become of the verdict. The LR is never touched."""
+        for note in self._diagnosis.look():
+            self._metrics.event(note.event, progress.step, trial=note.trial, **note.content)
+            for line in note.lines:
+                self._screen.say(line)
 
     def save(self, progress: Progress, *, now: bool) -> None:
         """A checkpoint, where one is due after this update or the run ends here."""
@@ -179,6 +192,7 @@ class Recorder:
         self._reserve.release()
         self.export(progress, numbered=False)
         self.sample(progress)
+        self._diagnose(progress)
         draw_curves(self._run_dir / "metrics.jsonl", self._run_dir / "curves.png", self._config.name)
         if self._config.sample.prompts:
             texts = [prompt.prompt for prompt in self._config.sample.prompts]

@@ -1,0 +1,56 @@
+"""The learning rates that were really used, and where they turned: warm-up, restarts, drops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+JUMP_RATIO = 1.5
+"""A restart lifts the LR by this factor in one update; a milestone drops it by as much."""
+JUMP_SHARE = 0.1
+"""... and by this share of the peak, so that the last steps towards 0 count as none."""
+
+
+@dataclass(frozen=True)
+class LRHistory:
+    """LR of each completed update, of the first group of weights; `lrs[s - 1]` led to step s."""
+
+    lrs: np.ndarray
+
+    @cached_property
+    def warmup_end(self) -> int:
+        """Completed updates when the first rise is over; all of them while the LR has only risen so far."""
+        stops = np.flatnonzero(np.diff(self.lrs) <= 0)
+        return int(stops[0]) if len(stops) else len(self.lrs)
+
+    @property
+    def is_warming_up(self) -> bool:
+        return self.warmup_end == len(self.lrs)
+
+    @property
+    def multiplier(self) -> float:
+        """The newest LR as a share of the highest so far."""
+        return float(self.lrs[-1] / self.lrs.max()) if len(self.lrs) and self.lrs.max() > 0 else 0.0
+
+    @cached_property
+    def restarts(self) -> list[int]:
+        """Completed updates at each restart: the next update had a much higher LR."""
+        return self._jumps(self.lrs[:-1], self.lrs[1:])
+
+    @cached_property
+    def drops(self) -> list[int]:
+        """Completed updates at each sudden drop: the next update had a much lower LR."""
+        return self._jumps(self.lrs[1:], self.lrs[:-1])
+
+    def _jumps(self, low: np.ndarray, high: np.ndarray) -> list[int]:
+        if not len(self.lrs):
+            return []
+        large = (high > JUMP_RATIO * low) & (high - low > JUMP_SHARE * self.lrs.max())
+        return [int(index) + 1 for index in np.flatnonzero(large) if index + 1 > self.warmup_end]
+
+    @property
+    def smooth_since(self) -> int:
+        """The step from which on probes may be compared: after the warm-up and after the last jump."""
+        return max([self.warmup_end, *self.restarts, *self.drops])
