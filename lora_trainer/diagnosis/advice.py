@@ -15,6 +15,7 @@ from lora_trainer.diagnosis.trial_log import Fork, TrialLog, paired
 
 CLEAR_SE = 2.0
 SHRINK_THAT_SHOWS = 0.1
+HIGHEST_LR = 0.9  # the config refuses 1 and above
 FLAT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
@@ -29,13 +30,19 @@ def _scaled_lr(config: RunConfig, factor: float, why: str) -> Advice:
     optimizer = config.optimizer
     key, value = ("d_coef", optimizer.d_coef) if optimizer.type == "prodigy" else ("lr", optimizer.lr)
     also = ", and the LRs of optimizer.groups alike" if any(group.lr for group in optimizer.groups) else ""
-    return Advice(f"{why}{also}", f"optimizer.{key}", float(f"{value * factor:.3g}"))
+    scaled = value * factor if key == "d_coef" else min(value * factor, HIGHEST_LR)
+    return Advice(f"{why}{also}", f"optimizer.{key}", float(f"{scaled:.3g}"))
+
+
+def _follows_a_schedule(config: RunConfig) -> bool:
+    """Schedule-free averaging takes a constant LR only."""
+    return config.optimizer.type != "schedule_free_adamw"
 
 
 def _decay(config: RunConfig, why: str) -> list[Advice]:
     """A schedule that comes down, where the one in use does not."""
     schedule = config.lr_scheduler
-    if schedule.type not in FLAT_SCHEDULES or config.optimizer.type == "schedule_free_adamw":
+    if schedule.type not in FLAT_SCHEDULES or not _follows_a_schedule(config):
         return []
     warmup = getattr(schedule, "warmup_steps", 0)
     return [Advice(why, "lr_scheduler", {"type": "linear", "warmup_steps": warmup})]
@@ -53,7 +60,7 @@ def _diverged(finding: Finding, log: TrialLog, run: RunFacts) -> list[Advice]:
     config = run.config
     advice = [_scaled_lr(config, 0.1, "start again with a tenth of the LR")]
     warmup = {"type": "constant_with_warmup", "warmup_steps": "5%"}
-    if config.lr_scheduler.type == "constant" and config.optimizer.type != "schedule_free_adamw":
+    if config.lr_scheduler.type == "constant" and _follows_a_schedule(config):
         advice.append(Advice("a warm-up of 5 % brakes the first updates", "lr_scheduler", warmup))
     elif getattr(config.lr_scheduler, "warmup_steps", None) == 0:
         advice.append(Advice("a warm-up of 5 % brakes the first updates", "lr_scheduler.warmup_steps", "5%"))
@@ -79,7 +86,7 @@ def _oscillating(finding: Finding, log: TrialLog, run: RunFacts) -> list[Advice]
 
 def _noise_limited(finding: Finding, log: TrialLog, run: RunFacts) -> list[Advice]:
     shape = {"type": "warmup_stable_decay", "decay_steps": "20%"}
-    if run.config.optimizer.type == "schedule_free_adamw":
+    if not _follows_a_schedule(run.config):
         return [_scaled_lr(run.config, 1 / 3, "a third of the LR")]
     return [Advice("the LR's own noise is the limit: let it decay to 0 at the end", "lr_scheduler", shape)]
 
@@ -170,10 +177,10 @@ def _clipping(finding: Finding, log: TrialLog, run: RunFacts) -> list[Advice]:
 
 def _restart_shock(finding: Finding, log: TrialLog, run: RunFacts) -> list[Advice]:
     schedule: dict[str, Any] = {"type": "cosine", "warmup_steps": getattr(run.config.lr_scheduler, "warmup_steps", 0)}
-    return [
-        Advice("one decay without restarts", "lr_scheduler", schedule),
-        _scaled_lr(run.config, 1 / 3, "or a third of the LR, so that each restart is milder"),
-    ]
+    milder = _scaled_lr(run.config, 1 / 3, "or a third of the LR, so that each restart is milder")
+    if not _follows_a_schedule(run.config):
+        return [milder]
+    return [Advice("one decay without restarts", "lr_scheduler", schedule), milder]
 
 
 ADVISORS: dict[State, Callable[[Finding, TrialLog, RunFacts], list[Advice]]] = {

@@ -33,7 +33,7 @@ def diverged(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
             return not_measured(State.DIVERGED, "neither probes nor base-relative losses yet")
         return not_found(State.DIVERGED, f"training loss {median:.2f} of the base's", ratio=median)
     values = held_out.means
-    worse = [_is_worse_than_base(held_out, index, limits) for index in range(len(held_out))]
+    worse = [_is_worse_than_base(log, index, limits) for index in range(len(held_out))]
     pairs = [index for index in range(1, len(worse)) if worse[index] and worse[index - 1]]
     if not pairs:
         return not_found(State.DIVERGED, f"held-out loss {values[-1]:.4f} of the base's", relative=float(values[-1]))
@@ -49,9 +49,13 @@ def diverged(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     return found(State.DIVERGED, confidence_of(margin), evidence, relative=float(values[worst]))
 
 
-def _is_worse_than_base(probe: ProbeLog, index: int, limits: Thresholds) -> bool:
+def _is_worse_than_base(log: TrialLog, index: int, limits: Thresholds) -> bool:
+    """Clearly worse on held-out images, and no better on those it trains on: that would be overfitting."""
+    probe = log.held_out
     rise = probe.change(0, index)
-    return rise.mean > limits.diverged_rise and rise.z > limits.diverged_se
+    each = bool((probe.rows[index] > (1 + limits.diverged_rise) * probe.rows[0]).all())
+    learned = len(log.train) > index and log.train.means[index] < log.train.means[0]
+    return rise.mean > limits.diverged_rise and (rise.z > limits.diverged_se or each) and not learned
 
 
 def _is_collapsed(probe: ProbeLog, run: RunFacts) -> bool:
@@ -73,7 +77,8 @@ def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         missing = f"{len(usable)} probes since the warm-up or the last jump of the LR, {OSCILLATION_CHANGES + 1} needed"
         return not_measured(State.OSCILLATING, missing)
     scatter = detrended_scatter(probe.means[usable])
-    index = scatter / probe.gain if probe.gain > 0 else float("inf")
+    gain = 1 - float(np.median(probe.means[usable]))
+    index = scatter / gain if gain > 0 else float("inf")
     in_se = scatter / max(typical_se(probe, usable), 1e-12)
     turns = reversals(probe, usable, REVERSAL_SE)
     helped = _cooldown_fall(log)
@@ -169,9 +174,9 @@ def _flat(log: TrialLog, run: RunFacts, limits: Thresholds, state: State) -> Fin
         f"at {history.multiplier:.2f} of the peak LR"
     )
     numbers = {"fall_share": share, "multiplier": history.multiplier}
-    if not includes_zero or share >= limits.flat_share:
+    if share >= limits.flat_share or (state is State.STAGNANT and not includes_zero):
         return not_found(state, evidence, **numbers)
-    if train and train[0][0] >= limits.flat_share and state is State.STAGNANT:
+    if state is State.STAGNANT and train and train[0][0] >= limits.flat_share:
         return not_found(state, f"{evidence}, but the training probe still falls (see overfit)", **numbers)
     return found(state, "medium" if len(window) < 2 * FLAT_PROBES else "high", evidence, **numbers)
 

@@ -9,8 +9,10 @@ import numpy as np
 
 JUMP_RATIO = 1.5
 """A restart lifts the LR by this factor in one update; a milestone drops it by as much."""
-JUMP_SHARE = 0.1
+JUMP_SHARE = 0.05
 """... and by this share of the peak, so that the last steps towards 0 count as none."""
+JUMP_SUDDEN = 3.0
+"""... and by this many times the change before it: a steep curve is no jump."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,20 @@ class LRHistory:
     @cached_property
     def restarts(self) -> list[int]:
         """Completed updates at each restart: the next update had a much higher LR."""
-        return self._jumps(self.lrs[:-1], self.lrs[1:])
+        return self._jumps(np.diff(self.lrs), self.lrs[:-1])
 
     @cached_property
     def drops(self) -> list[int]:
         """Completed updates at each sudden drop: the next update had a much lower LR."""
-        return self._jumps(self.lrs[1:], self.lrs[:-1])
+        return self._jumps(-np.diff(self.lrs), self.lrs[1:])
 
-    def _jumps(self, low: np.ndarray, high: np.ndarray) -> list[int]:
-        if not len(self.lrs):
+    def _jumps(self, changes: np.ndarray, low: np.ndarray) -> list[int]:
+        """Where the LR changes by much more than it is: `changes` between neighbours, `low` the lower of the two."""
+        if not len(changes):
             return []
-        large = (high > JUMP_RATIO * low) & (high - low > JUMP_SHARE * self.lrs.max())
+        before = np.concatenate([[0.0], np.maximum(changes[:-1], 0)])
+        large = (changes > (JUMP_RATIO - 1) * low) & (changes > JUMP_SHARE * self.lrs.max())
+        large &= changes > JUMP_SUDDEN * before
         return [int(index) + 1 for index in np.flatnonzero(large) if index + 1 > self.warmup_end]
 
     @property

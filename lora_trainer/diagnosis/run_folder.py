@@ -28,5 +28,7 @@ def read_run(run_dir: Path) -> tuple[RunLog, RunFacts]:
     log = RunLog()
     for row in read_rows(run_dir / METRICS):
         log.add(row)
+    config = load_config(run_dir / CONFIG)
+    log.expect(config.name)
     plan = RunPlan.from_json(json.loads((run_dir / PLAN).read_text(encoding="utf-8")))
-    return log, RunFacts(plan.num_updates, plan.updates_per_epoch, load_config(run_dir / CONFIG))
+    return log, RunFacts(plan.num_updates, plan.updates_per_epoch, config)

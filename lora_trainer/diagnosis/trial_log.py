@@ -70,8 +70,10 @@ class ProbeLog:
         """Indices of the measurements from a step on."""
         return [index for index, own in enumerate(self.steps) if own >= step]
 
-    def is_finite(self) -> bool:
-        return all(np.isfinite(row).all() for row in self.rows)
+    def drop(self, step: int) -> None:
+        """Forget the measurement at this step, if there is one."""
+        if self.steps and self.steps[-1] == step:
+            del self.steps[-1], self.rows[-1], self.losses[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ class TrialLog:
         self.failure: str | None = None
         """Why a sweep ended this trial."""
         self.probes: dict[str, ProbeLog] = {HELD_OUT: ProbeLog(), TRAIN: ProbeLog(), PRIOR: ProbeLog()}
+        self.non_finite_probes: list[tuple[int, str]] = []
+        """(step, probe) of measurements that were not finite; their steps are left out of all probes."""
         self.forks: list[Fork] = []
         self.cooldowns: list[Fork] = []
         self.verdict: tuple[str, ...] = ()
@@ -141,7 +145,7 @@ class TrialLog:
             case None:
                 self._add_update(row)
             case "validation":
-                self.probes.setdefault(row["probe"], ProbeLog()).add(row)
+                self._add_probe(row)
             case "skip":
                 self.skips.append(Skip(row["step"], row["attempt"], row["reason"], tuple(row["files"])))
             case "failed":
@@ -154,6 +158,16 @@ class TrialLog:
                 self.verdict = tuple(found["state"] for found in row["findings"])
             case "early_report":
                 self.early_reported = True
+
+    def _add_probe(self, row: Mapping[str, Any]) -> None:
+        """All probes of a step count or none does, so that their measurements stay side by side."""
+        step = int(row["step"])
+        if not np.isfinite([float(value) for value in row["items"]]).all():
+            self.non_finite_probes.append((step, row["probe"]))
+            for probe in self.probes.values():
+                probe.drop(step)
+        elif all(step != broken for broken, _ in self.non_finite_probes):
+            self.probes.setdefault(row["probe"], ProbeLog()).add(row)
 
     def _add_update(self, row: Mapping[str, Any]) -> None:
         self.lrs.append(float(row["lr"]))
@@ -172,12 +186,26 @@ class RunLog:
 
     def __init__(self, trials: Sequence[str] = ()) -> None:
         self.trials = {name: TrialLog(name) for name in trials}
+        self._shared: list[Mapping[str, Any]] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take in one row; one without a trial (a skipped update) concerns them all."""
+        """Take in one row; one without a trial (a skipped update) concerns them all, those to come too."""
         name = row.get("trial")
-        if name is not None:
-            self.trials.setdefault(name, TrialLog(name)).add(row)
-        else:
+        if name is None:
+            self._shared.append(row)
             for trial in self.trials.values():
                 trial.add(row)
+            return
+        if name not in self.trials:
+            self._begin(name)
+        self.trials[name].add(row)
+
+    def expect(self, name: str) -> None:
+        """Where no row named a trial yet, there is one, of this name."""
+        if not self.trials:
+            self._begin(name)
+
+    def _begin(self, name: str) -> None:
+        self.trials[name] = TrialLog(name)
+        for shared in self._shared:
+            self.trials[name].add(shared)

@@ -17,13 +17,13 @@ CLIP_WINDOW, LEAST_UPDATES = 50, 20
 def non_finite(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     """A loss, gradient or probe that was not finite, or overflows of fp16 that do not end."""
     faults = [skip for skip in log.skips if skip.reason != OVERFLOW]
-    probes = [name for name, probe in log.probes.items() if not probe.is_finite()]
+    probes = log.non_finite_probes
     if faults or probes or log.failure:
         reasons = " and ".join(sorted({f"{skip.reason} of attempt {skip.attempt}" for skip in faults[:3]}))
         files = sorted({file for skip in faults for file in skip.files})
         said = [f"not finite: {reasons}, {len(faults)} updates skipped ({', '.join(files[:4])})"] if faults else []
         said += [f"the sweep ended it: {log.failure}"] if log.failure else []
-        said += [f"the {name} probe is not finite" for name in probes]
+        said += [f"the {name} probe at step {step} is not finite" for step, name in probes[:3]]
         return found(State.NON_FINITE, "high", "; ".join(said), skipped=len(faults))
     overflows = len(log.skips)
     share = max(0, overflows - EARLY_OVERFLOWS) / max(1, overflows + log.step)

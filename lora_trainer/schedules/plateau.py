@@ -90,5 +90,7 @@ def is_clearly_lower(now: Sequence[float], before: Sequence[float], num_se: floa
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for fewer than two values."""
+    """Of the mean; 0 for fewer than two values, NaN where one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

@@ -233,3 +233,8 @@ def test_the_report_is_built_anew_from_the_run_directory_alone(train_toy: Callab
     assert (run_dir / "report.html").read_bytes() == written
     held_out = events(run_dir, "validation", probe="held_out")[-1]["relative"]
     assert f"the held-out loss is {held_out:.4f} of the base" in written.decode()
+
+
+def test_a_probe_that_is_not_finite_has_no_precision() -> None:
+    losses = np.full((2, 16), np.inf)
+    assert np.isnan(ProbeReading(losses, np.ones((2, 16))).gain_se)
