@@ -92,11 +92,14 @@ def assemble(
         base_loss_every=config.tracking.base_loss_every,
         drop_failed=drop_failed,
     )
+    per_pass: int
     if trials_per_pass == "auto":
-        trials_per_pass = runtime.from_main(fitting_trials_per_pass(trials, updater.activation_bytes(), runtime))
-    updater.pack(passes := passes_of(trials, trials_per_pass))
+        per_pass = runtime.from_main(fitting_trials_per_pass(trials, updater.activation_bytes(), runtime))
+    else:
+        per_pass = trials_per_pass
+    updater.pack(passes := passes_of(trials, per_pass))
     validator = _validator(prepared, family, bank, cache, objective, runtime)
-    return Assembly(family, cache, denoiser, bank, trials, passes, trials_per_pass, updater, validator)
+    return Assembly(family, cache, denoiser, bank, trials, passes, per_pass, updater, validator)
 
 
 def fitting_trials_per_pass(trials: Sequence[Trial], activation_bytes: int, runtime: Runtime) -> int:

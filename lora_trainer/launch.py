@@ -55,7 +55,7 @@ def read_launch(config: RunConfig) -> Launch:
 
 
 def default_threads(launch: Launch) -> int:
-    """Physical cores that this process may use (a container or `taskset` may grant fewer), shared among its siblings."""
+    """Physical cores that this process may use (a container may grant fewer than there are), shared among siblings."""
     cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
     return max(1, cores // launch.num_local_processes)
 
