@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from accelerate import PartialState
+
 from lora_trainer.assembly import Assembly, assemble
 from lora_trainer.checkpoint import Checkpoint, Progress, newest_checkpoint
 from lora_trainer.config.identity import difference
@@ -31,15 +33,21 @@ def fit_group(
     screen: Screen,
     should_stop: Callable[[], bool] = lambda: False,
     on_save: Callable[[], None] = lambda: None,
+    joined: PartialState | None = None,
 ) -> None:
     """Train all trials of a group to the end, resuming from its newest checkpoint where there is one.
+
+    Args:
+        should_stop: asked after every update; when it says so, the state is saved and the group ends.
+        on_save: called after each checkpoint.
+        joined: the processes, where several groups are trained in a row.
 
     Raises:
         StoppedBySignal: `should_stop` said so; the same call resumes.
         TrainerError: the data, base, host or disk is at fault.
     """
     shared = group.shared
-    with start_runtime(shared.launch, shared.config.train.precision, shared.threads) as runtime:
+    with start_runtime(shared.launch, shared.config.train.precision, shared.threads, joined) as runtime:
         _refuse_fp16(runtime)
         checkpoint = _find_checkpoint(group, runtime, screen)
         if _is_finished(group, checkpoint):
@@ -52,7 +60,7 @@ def fit_group(
             trials_per_pass=_trials_per_pass(group, checkpoint),
             drop_failed=True,
         )
-        screen.say(f"{len(parts.passes)} forwards per micro-batch, up to {parts.trials_per_pass} trials in each")
+        screen.say(f"trials per forward: {', '.join(str(len(members)) for members in parts.passes)}")
         start = restore(checkpoint, parts.trials, parts.updater)
         _share_prefixes(group, parts, start)
         recorder = None
@@ -82,20 +90,21 @@ class Estimate:
     """For the whole group: its updates, and its probes by their share of the cost."""
 
 
-def estimate(group: TrialGroup, *, screen: Screen) -> Estimate:
+def estimate(group: TrialGroup, *, screen: Screen, joined: PartialState | None = None) -> Estimate:
     """Time a group on this machine and data by three updates whose results are thrown away.
 
     Raises:
         TrainerError: the data, base or host is at fault.
     """
     plan = group.shared.plan
-    with start_runtime(group.shared.launch, group.shared.config.train.precision, group.shared.threads) as runtime:
+    shared = group.shared
+    with start_runtime(shared.launch, shared.config.train.precision, shared.threads, joined) as runtime:
         _refuse_fp16(runtime)
         specs = [TrialSpec(member.name, member.prepared.config) for member in group.members]
         parts = assemble(group.shared, specs, runtime, screen, trials_per_pass=group.trials_per_pass, drop_failed=True)
         seconds = [_timed_update(parts, number) for number in range(3)]
-        shared = sum(member.fork.step for member in group.members if member.fork is not None)
-        work = (group.num_updates * len(group.members) - shared) / len(group.members)
+        num_shared = sum(member.fork.step for member in group.members if member.fork is not None)
+        work = (group.num_updates * len(group.members) - num_shared) / len(group.members)
         probes = 0.0 if plan.validation is None else plan.validation.cost
         return Estimate(
             parts.trials_per_pass,

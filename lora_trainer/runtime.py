@@ -84,14 +84,13 @@ class Runtime:
 
 
 @contextmanager
-def start_runtime(launch: Launch, precision: str, threads: int) -> Iterator[Runtime]:
-    """Join the other processes and set threads and precision; leave them in order at the end.
+def joined_processes(launch: Launch) -> Iterator[PartialState]:
+    """Join the other processes; leave them in order at the end. Only once per process: a second time is unreliable.
 
     Raises:
-        HostError: the precision asked for does not exist on this device, or processes are missing.
+        HostError: not all announced processes found each other.
     """
     _die_with_launcher()
-    torch.set_num_threads(threads)
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != launch.num_processes:
         raise HostError(
@@ -103,10 +102,26 @@ def start_runtime(launch: Launch, precision: str, threads: int) -> Iterator[Runt
             )
         )
     try:
-        chosen = _choose_precision(precision, state.device)
-        yield Runtime(launch, state.device, chosen, threads, state)
+        yield state
     finally:
         state.destroy_process_group()
+
+
+@contextmanager
+def start_runtime(
+    launch: Launch, precision: str, threads: int, joined: PartialState | None = None
+) -> Iterator[Runtime]:
+    """Set threads and precision, and join the other processes for as long as the block lasts.
+
+    Args:
+        joined: the processes where they are joined already, for several runs in a row.
+
+    Raises:
+        HostError: the precision asked for does not exist on this device, or processes are missing.
+    """
+    torch.set_num_threads(threads)
+    with joined_processes(launch) if joined is None else nullcontext(joined) as state:
+        yield Runtime(launch, state.device, _choose_precision(precision, state.device), threads, state)
 
 
 def environment_report(runtime: Runtime) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lora_trainer.config.load import load_config, to_yaml
 from lora_trainer.config.places import run_directory
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, ExitCode, Problem, TrainerError
-from lora_trainer.launch import read_launch
+from lora_trainer.launch import Launch, read_launch
 from lora_trainer.plan import lay_groups
 from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
 from lora_trainer.sweep.groups import TrialGroup
@@ -62,9 +62,9 @@ def sweep(
                 if dry_run:
                     _show_curves(prepared, screen)
                     if measure:
-                        screen.table("Measured on this machine", list(_measured_rows(prepared, screen)))
+                        screen.table("Measured on this machine", list(_measured_rows(prepared, screen, launch)))
                 else:
-                    _train(prepared, screen, stop, is_main=launch.is_main)
+                    _train(prepared, screen, stop, launch)
         except TrainerError as error:
             if launch.is_main and not dry_run:
                 record_exit(sweep_dir, error.exit_code, error.title, str(error.problems[0].what))
@@ -82,17 +82,18 @@ def _require_section(config_file: Path, overrides: Sequence[str]) -> None:
         )
 
 
-def _train(prepared: PreparedSweep, screen: Screen, stop: StopRequest, *, is_main: bool) -> None:
+def _train(prepared: PreparedSweep, screen: Screen, stop: StopRequest, launch: Launch) -> None:
     from lora_trainer.fit_group import fit_group
+    from lora_trainer.runtime import joined_processes
 
     sweep_dir, finished = prepared.sweep_dir, list[str]()
     record = describe_sweep(prepared.config.name, prepared.groups, prepared.before)
 
     def save() -> None:
-        if is_main:
+        if launch.is_main:
             write_sweep(sweep_dir, refreshed(record, sweep_dir, finished))
 
-    if is_main:
+    if launch.is_main:
         atomicio.write_file(sweep_dir / "config.yaml", to_yaml(prepared.config).encode())
         if prepared.groups:
             draw_schedules(_curves(prepared.groups), sweep_dir / CURVES, title=prepared.config.name)
@@ -100,24 +101,27 @@ def _train(prepared: PreparedSweep, screen: Screen, stop: StopRequest, *, is_mai
 
     def train(group: TrialGroup) -> None:
         screen.say(f"\ngroup {group.name}: {len(group.members)} trials")
-        fit_group(group, screen=screen, should_stop=stop, on_save=save)
+        fit_group(group, screen=screen, should_stop=stop, on_save=save, joined=joined)
 
-    for group in Local().run(prepared.groups, train):
-        finished.append(group.name)
-        save()
-    if is_main:
+    with joined_processes(launch) as joined:
+        for group in Local().run(prepared.groups, train):
+            finished.append(group.name)
+            save()
+    if launch.is_main:
         record_exit(sweep_dir, ExitCode.DONE, "finished", f"{len(record['trials'])} trials")
         screen.table("Done", _result_rows(refreshed(record, sweep_dir, finished)))
         screen.say(f"\nresults: {sweep_dir / 'sweep.json'}")
 
 
-def _measured_rows(prepared: PreparedSweep, screen: Screen) -> Iterator[tuple[str, str]]:
+def _measured_rows(prepared: PreparedSweep, screen: Screen, launch: Launch) -> Iterator[tuple[str, str]]:
     """Time and memory of each group, by a few updates of it."""
     from lora_trainer.fit_group import estimate
+    from lora_trainer.runtime import joined_processes
 
+    with joined_processes(launch) as joined:
+        measured = [(group, estimate(group, screen=screen, joined=joined)) for group in prepared.groups]
     seconds = 0.0
-    for group in prepared.groups:
-        found = estimate(group, screen=screen)
+    for group, found in measured:
         seconds += found.seconds
         each = f"activations of {disk.mib(found.activation_bytes)} per trial"
         peak = f"peak memory {found.peak_memory_gib:.1f} GiB"
@@ -153,10 +157,11 @@ def show_status(config_file: Path, overrides: Sequence[str]) -> None:
 
 
 def _result_rows(content: Json) -> Iterator[tuple[str, str]]:
-    """Trials by their smallest held-out loss, relative to the base's."""
+    """Trials by their last held-out loss, or their smallest while they are trained, relative to the base's."""
 
     def place(trial: Json) -> float:
-        return trial["best"]["relative"] if trial["best"] else float("inf")
+        probe = trial["final"] or trial["best"]
+        return probe["relative"] if probe else float("inf")
 
     for trial in sorted(content["trials"], key=place):
         words = [f"{trial['status']} at {trial['step']}/{trial['num_updates']}"]

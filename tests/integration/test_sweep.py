@@ -309,3 +309,17 @@ def test_a_killed_sweep_resumes_to_the_byte_and_trains_no_finished_group_again(
         assert lora_files(ours) == lora_files(theirs)
         assert log(ours) == log(theirs)
     assert results(resumed) == results(straight)
+
+
+def test_two_processes_train_group_after_group_as_one_does(
+    sweep: Sweep, toy_config: Path, program: Callable[..., Any], tmp_path: Path
+) -> None:
+    section = "{grid: {optimizer.lr: [1e-3, 2e-3]}, seeds: [1, 2], trials_per_pass: 2}"
+    one = sweep(section, "train.batch_size=2")
+    start = ["torchrun", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d"]
+    words = [WATCHED, f"sweep={section}", "train.batch_size=1", "name=toy", f"output_dir={tmp_path / 'two'}"]
+    run = program([*start, "--rdzv-endpoint", "localhost:0", "train.py", "--config", str(toy_config), *words])
+    assert run.returncode == 0, run.stdout + run.stderr
+    two = results(tmp_path / "two" / "toy")
+    for name, trial in results(one).items():
+        assert two[name]["final"]["items"] == pytest.approx(trial["final"]["items"], rel=1e-5)
