@@ -56,13 +56,9 @@ class TrialGroup:
     def num_updates(self) -> int:
         return self.shared.plan.num_updates
 
-    @property
-    def is_started(self) -> bool:
-        """Whether it has a checkpoint; from then on its members are fixed."""
-        return has_checkpoint(self.folder)
-
 
 def has_checkpoint(folder: Path) -> bool:
+    """Whether a group began; from then on its members are fixed."""
     return any((folder / "checkpoints").glob("step-*"))
 
 
