@@ -12,6 +12,7 @@ from lora_trainer import atomicio
 from torture_trials.world import Prepare
 
 _installed = contextlib.ExitStack()
+FREEING = ("delete", ".reserve")
 Moment = tuple[str, str, str]  # ("before" | "after", operation, file name)
 
 
@@ -41,6 +42,11 @@ def kill_at(number: int) -> Prepare:
     return lambda: install(observe)
 
 
+def frees(operation: str, name: str) -> bool:
+    """Whether an operation takes no space but gives some back."""
+    return operation == "delete" or (operation == "rename" and name.startswith(".tmp-delete"))
+
+
 def refuse(number: int, error: int, *, until_space_is_freed: bool, happened: Path) -> Prepare:
     """The operation of this number (0-based) fails; and all after it, until the run frees the space it reserved.
 
@@ -52,12 +58,11 @@ def refuse(number: int, error: int, *, until_space_is_freed: bool, happened: Pat
     def observe(moment: str, operation: str, path: Path) -> None:
         nonlocal seen, healed
         if moment == "after":
-            healed = healed or (seen > number and operation == "delete" and path.name == ".reserve")
+            healed = healed or (seen > number and (operation, path.name) == FREEING)
             return
-        frees = operation == "delete" or (operation == "rename" and path.name.startswith(".tmp-delete"))
         due = not healed and seen >= number if until_space_is_freed else seen == number
         seen += 1
-        if due and not (until_space_is_freed and frees):
+        if due and not (until_space_is_freed and frees(operation, path.name)):
             happened.touch()
             raise OSError(error, os.strerror(error), str(path))
 
