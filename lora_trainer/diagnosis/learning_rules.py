@@ -14,7 +14,10 @@ NO_PROBES = "no validation section, so nothing was probed"
 RATIOS, LEAST_RATIOS = 10, 3
 OSCILLATION_CHANGES, MOST_CHANGES = 8, 16
 FLAT_PROBES, FLAT_WINDOW = 5, 0.25
-REVERSAL_SE = 2.0
+REVERSAL_SHARE = 0.1
+"""A change of direction counts where both moves are larger than this share of the gain."""
+NO_GAIN = 1e6
+"""Stands for a scatter that has no gain to be compared with."""
 NOISE_VARIANCE = 1.0
 """Loss of a denoiser that predicts nothing, where noise is the target."""
 
@@ -53,7 +56,7 @@ def _is_worse_than_base(log: TrialLog, index: int, limits: Thresholds) -> bool:
     """Clearly worse on held-out images, and no better on those it trains on: that would be overfitting."""
     probe = log.held_out
     rise = probe.change(0, index)
-    each = bool((probe.rows[index] > (1 + limits.diverged_rise) * probe.rows[0]).all())
+    each = probe.all_above(index, limits.diverged_rise)
     learned = len(log.train) > index and log.train.means[index] < log.train.means[0]
     return rise.mean > limits.diverged_rise and (rise.z > limits.diverged_se or each) and not learned
 
@@ -78,15 +81,15 @@ def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         return not_measured(State.OSCILLATING, missing)
     scatter = detrended_scatter(probe.means[usable])
     gain = 1 - float(np.median(probe.means[usable]))
-    index = scatter / gain if gain > 0 else float("inf")
+    index = scatter / gain if gain > 0 else NO_GAIN
     in_se = scatter / max(typical_se(probe, usable), 1e-12)
-    turns = reversals(probe, usable, REVERSAL_SE)
+    turns = reversals(probe, usable, REVERSAL_SHARE * max(gain, limits.started_gain))
     helped = _cooldown_fall(log)
     evidence = (
-        f"held-out loss scatters by {scatter:.4f} between probes ({index:.2f} of the gain, {in_se:.1f} SE) with "
+        f"held-out loss scatters by {scatter:.4f} between probes ({_share_of_gain(index)}, {in_se:.1f} SE) with "
         f"{turns} clear reversals, steps {probe.steps[usable[0]]}-{probe.steps[usable[-1]]}"
     )
-    numbers = {"index": min(index, 1e6), "scatter_se": min(in_se, 1e6), "reversals": turns}
+    numbers = {"index": index, "scatter_se": min(in_se, 1e6), "reversals": turns}
     large = (
         index > limits.oscillation_index
         and in_se > limits.oscillation_se
@@ -100,6 +103,10 @@ def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         return found(State.OSCILLATING, confidence, f"{evidence}; a cooldown helped by {helped:.1f} SE", **numbers)
     capped: Confidence = "medium" if confidence == "high" else "low"
     return found(State.OSCILLATING, capped, f"{evidence}; no cooldown was measured", **numbers)
+
+
+def _share_of_gain(share: float) -> str:
+    return "nothing was gained" if share >= NO_GAIN else f"{share:.2f} of the gain"
 
 
 def _cooldown_fall(log: TrialLog) -> float | None:
@@ -130,16 +137,18 @@ def never_started(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         return not_measured(State.NEVER_STARTED, NO_PROBES if not len(probe) else "one probe so far")
     if log.step < limits.started_share * run.num_updates or history.is_warming_up:
         return not_measured(State.NEVER_STARTED, f"step {log.step} of {run.num_updates} is too early to tell")
-    gains = [own.change(0, int(np.argmin(own.means))) for own in (probe, log.train) if len(own) > 1]
+    probes = [own for own in (probe, log.train) if len(own) == len(probe)]
+    gains = [own.change(0, int(np.argmin(own.means))) for own in probes]
     evidence = (
         f"best held-out gain over the base {probe.gain:.4f} ({-gains[0].z:.1f} SE) by step {probe.steps[-1]} "
         f"of {run.num_updates}"
     )
-    still = all(
-        -gain.mean < limits.started_gain or (-gain.mean < limits.doubtful_gain and -gain.z < 2) for gain in gains
-    )
+    to_come = run.num_updates / probe.steps[-1]
+    small = all(-gain.mean * to_come < limits.doubtful_gain for gain in gains)
+    unclear = all(-gain.mean < limits.started_gain or -gain.z < 2 for gain in gains)
+    risen = any(own.means[-1] > 1 + limits.doubtful_gain for own in probes)
     numbers = {"gain": probe.gain, "gain_se": gains[0].se}
-    if not still:
+    if risen or not (small and unclear):
         return not_found(State.NEVER_STARTED, evidence, **numbers)
     margin = limits.started_gain / max(-gains[0].mean, 1e-9)
     return found(State.NEVER_STARTED, confidence_of(margin), evidence, **numbers)
@@ -174,8 +183,11 @@ def _flat(log: TrialLog, run: RunFacts, limits: Thresholds, state: State) -> Fin
         f"at {history.multiplier:.2f} of the peak LR"
     )
     numbers = {"fall_share": share, "multiplier": history.multiplier}
+    unsteady = detrended_scatter(probe.means[window]) > limits.oscillation_index * max(probe.gain, 1e-9)
     if share >= limits.flat_share or (state is State.STAGNANT and not includes_zero):
         return not_found(state, evidence, **numbers)
+    if unsteady or share < -limits.flat_rise:
+        return not_found(state, f"{evidence}, but it is not flat: it rises or jumps", **numbers)
     if state is State.STAGNANT and train and train[0][0] >= limits.flat_share:
         return not_found(state, f"{evidence}, but the training probe still falls (see overfit)", **numbers)
     return found(state, "medium" if len(window) < 2 * FLAT_PROBES else "high", evidence, **numbers)

@@ -29,10 +29,10 @@ def detrended_scatter(values: np.ndarray) -> float:
     return float(np.sqrt((residual**2).sum() / max(1, len(changes) - 2)))
 
 
-def reversals(probe: ProbeLog, indices: list[int], num_se: float) -> int:
-    """Changes of direction between neighbouring changes that are both larger than `num_se` of their SE."""
+def reversals(probe: ProbeLog, indices: list[int], least: float) -> int:
+    """Changes of direction between neighbouring changes that are both larger than `least` and than their SE."""
     changes = [probe.change(i, j) for i, j in pairwise(indices)]
-    clear = [change.z if abs(change.z) > num_se else 0.0 for change in changes]
+    clear = [change.mean if abs(change.mean) > max(least, change.se) else 0.0 for change in changes]
     return sum(a * b < 0 for a, b in pairwise(clear))
 
 

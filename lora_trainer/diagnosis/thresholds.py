@@ -16,12 +16,14 @@ class Thresholds:
     diverged_se: float = 3.0
     oscillation_index: float = 0.25
     """Scatter of the detrended changes between probes, as a share of the gain."""
-    oscillation_se: float = 3.0
+    oscillation_se: float = 1.5
     oscillation_reversals: int = 3
-    """Changes of direction among the last probes, each beyond two SE."""
+    """Changes of direction among the last probes, each beyond its SE and a tenth of the gain."""
     cooldown_se: float = 2.0
     flat_share: float = 0.05
     """A fall by less than this share of the gain over the window is flat."""
+    flat_rise: float = 0.15
+    """A rise by more than this share is not flat either."""
     decayed_multiplier: float = 0.05
     """An LR under this share of its peak has decayed."""
     started_gain: float = 0.002

@@ -31,15 +31,20 @@ def overfit(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     gap = float(values[-1] - train.means[-1]) - float(values[best] - train.means[best])
     evidence = (
         f"held-out loss best at step {held_out.steps[best]} ({values[best]:.4f} of the base's), now "
-        f"{values[-1]:.4f}: {lost:.0%} of the gain lost; gap to the training images {gap:+.4f} since"
+        f"{values[-1]:.4f}: {_lost(lost)}; gap to the training images {gap:+.4f} since"
     )
     numbers = {"best_step": held_out.steps[best], "lost_share": min(lost, 1e6), "gap": gap}
     newest = [rise.z for rise in rises[-REPEATS:]]
     clear = len(newest) == REPEATS and min(newest) > limits.overfit_se and lost > limits.overfit_lost
-    if not (clear and train.change(best, -1).mean < 0 and gap > 0):
+    still_learning = all(mean < train.means[best] for mean in train.means[-REPEATS:])
+    if not (clear and still_learning and gap > 0):
         return not_found(State.OVERFIT, evidence, **numbers)
     confidence = confidence_of(min(newest) / limits.overfit_se, lost / limits.overfit_lost)
     return found(State.OVERFIT, confidence, evidence, **numbers)
+
+
+def _lost(share: float) -> str:
+    return f"{share:.0%} of the gain lost" if share < 1 else "all that was gained is lost"
 
 
 def forgetting(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
@@ -50,12 +55,14 @@ def forgetting(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     if len(prior) < 3:
         return not_measured(State.FORGETTING, f"{len(prior) - 1} probes after the start, 2 needed")
     rises = [prior.change(0, index) for index in (-2, -1)]
+    each = all(prior.all_above(index, limits.forgetting_rise) for index in (-2, -1))
     evidence = (
         f"loss on prior images {prior.means[-1]:.4f} of the base's ({rises[-1].z:+.1f} SE) at step {prior.steps[-1]}"
     )
     numbers = {"rise": rises[-1].mean, "rise_se": rises[-1].se}
-    if all(rise.mean > limits.forgetting_rise and rise.z > limits.forgetting_se for rise in rises):
-        margins = [min(r.mean / limits.forgetting_rise, r.z / limits.forgetting_se) for r in rises]
+    clear = each or all(rise.z > limits.forgetting_se for rise in rises)
+    if clear and all(rise.mean > limits.forgetting_rise for rise in rises):
+        margins = [rise.mean / limits.forgetting_rise for rise in rises]
         return found(State.FORGETTING, confidence_of(*margins), evidence, **numbers)
     return not_found(State.FORGETTING, evidence, **numbers)
 

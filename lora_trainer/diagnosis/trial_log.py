@@ -66,6 +66,10 @@ class ProbeLog:
         """From one measurement to another, by index."""
         return paired(self.rows[before], self.rows[after])
 
+    def all_above(self, index: int, rise: float) -> bool:
+        """Whether every image's loss is above its first by this share: clear even where two images give no SE."""
+        return bool((self.rows[index] > (1 + rise) * self.rows[0]).all())
+
     def at_or_after(self, step: int) -> list[int]:
         """Indices of the measurements from a step on."""
         return [index for index, own in enumerate(self.steps) if own >= step]

@@ -1,0 +1,95 @@
+"""The edges of single rules, on logs of a few measurements made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from synthetic_runs import run_facts
+
+from lora_trainer.diagnosis.diagnose import RULES
+from lora_trainer.diagnosis.finding import Finding, State
+from lora_trainer.diagnosis.series import reversals
+from lora_trainer.diagnosis.thresholds import Thresholds
+from lora_trainer.diagnosis.trial_log import ProbeLog, TrialLog
+
+EVERY = 10
+Losses = Sequence[Sequence[float]]
+
+
+def log_of(**probes: Losses) -> TrialLog:
+    """A constant LR of 1e-3; each probe's images, loss relative to the base, before training and every ten updates."""
+    log = TrialLog("t")
+    for index in range(max(map(len, probes.values()))):
+        for k in range(EVERY * (index - 1), EVERY * index):
+            log.add({"step": k + 1, "trial": "t", "lr": 1e-3, "grad_norm": 0.1, "clipped": False})
+        for name, rows in probes.items():
+            loss = 0.2 * float(np.mean(rows[index]))
+            log.add(
+                {"event": "validation", "step": EVERY * index, "probe": name, "loss": loss, "items": list(rows[index])}
+            )
+    return log
+
+
+def answer(state: State, log: TrialLog, num_updates: int | None = None) -> Finding:
+    return RULES[state](log, run_facts(num_updates or log.step), Thresholds())
+
+
+def evenly(levels: Sequence[float]) -> Losses:
+    """Three images that move together, but not quite by the same share."""
+    return [[1 + (level - 1) * share for share in (0.9, 1.0, 1.1)] for level in levels]
+
+
+def test_a_small_gain_that_will_be_a_large_one_by_the_end_has_started() -> None:
+    unclear = [[1, 1], [0.998, 1.001], [0.992, 1.002]]  # 0.3 % on the mean, not two SE
+    log = log_of(held_out=unclear, train=unclear)
+    assert answer(State.NEVER_STARTED, log).status == "found"
+    assert answer(State.NEVER_STARTED, log, num_updates=100).status == "not found"
+
+
+def test_a_loss_that_rises_is_not_called_never_started() -> None:
+    still = [[1, 1]] * 5
+    assert answer(State.NEVER_STARTED, log_of(held_out=still, train=still)).status == "found"
+    for moving in ("held_out", "train"):
+        probes = {"held_out": still, "train": still, moving: [*still[:4], [1.03, 1.02]]}
+        assert answer(State.NEVER_STARTED, log_of(**probes)).status == "not found"
+
+
+def test_what_rises_or_jumps_is_not_stagnant() -> None:
+    flat = [1, 0.8, 0.7, 0.701, 0.7, 0.699, 0.7]
+    risen = [1, 0.8, 0.7, 0.74, 0.76, 0.78, 0.8]
+    jumping = [1, 0.8, 0.7, 0.8, 0.68, 0.82, 0.7]
+    for levels, status in ((flat, "found"), (risen, "not found"), (jumping, "not found")):
+        found = answer(State.STAGNANT, log_of(held_out=evenly(levels), train=evenly(levels)))
+        assert found.status == status, found.evidence
+    assert "rises or jumps" in found.evidence
+
+
+def test_two_prior_images_that_both_got_clearly_worse_are_forgetting_without_a_standard_error() -> None:
+    held_out = evenly([1, 0.9, 0.8])
+    unequal = log_of(held_out=held_out, prior=[[1, 1], [1.06, 1.4], [1.07, 1.5]])
+    assert unequal.prior.change(0, -1).z < Thresholds().forgetting_se
+    assert answer(State.FORGETTING, unequal).status == "found"
+    one_of_two = log_of(held_out=held_out, prior=[[1, 1], [1.0, 1.4], [1.01, 1.5]])
+    assert answer(State.FORGETTING, one_of_two).status == "not found"
+
+
+def test_overfitting_asks_that_the_training_images_still_gain() -> None:
+    held_out = evenly([1, 0.8, 0.85, 0.9, 0.95])
+    learning, unlearning = evenly([1, 0.8, 0.7, 0.65, 0.6]), evenly([1, 0.8, 0.7, 0.82, 0.84])
+    assert answer(State.OVERFIT, log_of(held_out=held_out, train=learning)).status == "found"
+    assert answer(State.OVERFIT, log_of(held_out=held_out, train=unlearning)).status == "not found"
+
+
+def test_all_that_was_gained_can_be_lost() -> None:
+    overfit = log_of(held_out=evenly([1, 0.8, 0.9, 1.1, 1.2]), train=evenly([1, 0.8, 0.7, 0.6, 0.5]))
+    assert "all that was gained is lost" in answer(State.OVERFIT, overfit).evidence
+
+
+@pytest.mark.parametrize(("least", "turns"), [(0.05, 3), (0.15, 1), (0.25, 0)])
+def test_reversals_count_moves_that_are_large_for_the_gain(least: float, turns: int) -> None:
+    probe = ProbeLog()
+    for step, level in enumerate((1.0, 0.8, 1.0, 0.9, 1.0)):
+        probe.add({"step": step, "items": [level - 0.01, level + 0.01], "loss": level})
+    assert reversals(probe, list(range(5)), least) == turns
