@@ -75,7 +75,7 @@ class Recorder:
         if start.metrics_bytes > (log.stat().st_size if log.exists() else 0):
             self._screen.say(f"{log} is shorter than it was at step {start.step}: rows before it are missing")
         self._metrics = MetricsLog(log, keep_bytes=start.metrics_bytes)
-        facts = {t.name: RunFacts(self._plan.num_updates, self._plan.updates_per_epoch, t.config) for t in self._trials}
+        facts = {t.name: RunFacts.of(self._plan, t.config) for t in self._trials}
         self._diagnosis = LiveDiagnosis(log, facts)
         self._tensorboard = None
         if self._config.tracking.tensorboard:

@@ -8,7 +8,7 @@ scatter between probes is that of healthy real runs (`scripts/calibrate_diagnosi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -230,13 +230,13 @@ def synthetic_log(state: State, seed: int) -> tuple[TrialLog, RunFacts]:
     log = TrialLog(TRIAL)
     for row in rows:
         log.add(row)
-    return log, run_facts(num_updates)
+    return log, replace(run_facts(num_updates), final_multiplier=log.lrs[-1] / max(log.lrs))
 
 
 def run_facts(num_updates: int, **settings: Any) -> RunFacts:
-    """Facts of a run with otherwise default settings."""
+    """Facts of a run with otherwise default settings, and an LR that stays."""
     plain = {"name": TRIAL, "model": {"path": "base"}, "data": {"dir": "images"}, "train": {"max_steps": num_updates}}
-    return RunFacts(num_updates, max(1, num_updates // 10), RunConfig.model_validate(plain | settings))
+    return RunFacts(num_updates, max(1, num_updates // 10), 1.0, RunConfig.model_validate(plain | settings))
 
 
 def _items(made: Case, gain_M: np.ndarray, size: float, num_images: int) -> np.ndarray:

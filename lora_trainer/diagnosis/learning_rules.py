@@ -155,12 +155,19 @@ def never_started(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
 
 
 def stagnant(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
-    """Flat although the LR is high."""
+    """Flat although the LR is high and will stay so."""
+    now, end = log.lr_history().multiplier, run.final_multiplier
+    if len(log.held_out) and min(now, end) <= limits.high_multiplier:
+        told = f"LR at {now:.2f} of its peak, and it will end at {end:.2f}"
+        return not_found(State.STAGNANT, told, multiplier=now)
     return _flat(log, run, limits, State.STAGNANT)
 
 
 def finished_decaying(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     """Flat because the LR has come down: what a schedule is meant to end in."""
+    multiplier = log.lr_history().multiplier
+    if len(log.held_out) and multiplier > limits.decayed_multiplier:
+        return not_found(State.FINISHED_DECAYING, f"LR at {multiplier:.2f} of its peak", multiplier=multiplier)
     return _flat(log, run, limits, State.FINISHED_DECAYING)
 
 
@@ -168,9 +175,6 @@ def _flat(log: TrialLog, run: RunFacts, limits: Thresholds, state: State) -> Fin
     probe, history = log.held_out, log.lr_history()
     if not len(probe):
         return not_measured(state, NO_PROBES)
-    decayed = history.multiplier <= limits.decayed_multiplier
-    if decayed is not (state is State.FINISHED_DECAYING):
-        return not_found(state, f"LR at {history.multiplier:.2f} of its peak", multiplier=history.multiplier)
     window = flat_window(probe, history.smooth_since, run.num_updates)
     if len(window) < FLAT_PROBES:
         missing = f"{len(window)} probes since the warm-up or the last jump of the LR, {FLAT_PROBES} needed"

@@ -31,4 +31,4 @@ def read_run(run_dir: Path) -> tuple[RunLog, RunFacts]:
     config = load_config(run_dir / CONFIG)
     log.expect(config.name)
     plan = RunPlan.from_json(json.loads((run_dir / PLAN).read_text(encoding="utf-8")))
-    return log, RunFacts(plan.num_updates, plan.updates_per_epoch, config)
+    return log, RunFacts.of(plan, config)

@@ -24,6 +24,8 @@ class Thresholds:
     """A fall by less than this share of the gain over the window is flat."""
     flat_rise: float = 0.15
     """A rise by more than this share is not flat either."""
+    high_multiplier: float = 0.5
+    """An LR above this share of its peak, now and at the end of the run, is high: flatness is then stagnation."""
     decayed_multiplier: float = 0.05
     """An LR under this share of its peak has decayed."""
     started_gain: float = 0.002

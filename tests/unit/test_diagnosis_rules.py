@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,8 +33,9 @@ def log_of(**probes: Losses) -> TrialLog:
     return log
 
 
-def answer(state: State, log: TrialLog, num_updates: int | None = None) -> Finding:
-    return RULES[state](log, run_facts(num_updates or log.step), Thresholds())
+def answer(state: State, log: TrialLog, num_updates: int | None = None, final_multiplier: float = 1.0) -> Finding:
+    run = replace(run_facts(num_updates or log.step), final_multiplier=final_multiplier)
+    return RULES[state](log, run, Thresholds())
 
 
 def evenly(levels: Sequence[float]) -> Losses:
@@ -64,6 +66,15 @@ def test_what_rises_or_jumps_is_not_stagnant() -> None:
         found = answer(State.STAGNANT, log_of(held_out=evenly(levels), train=evenly(levels)))
         assert found.status == status, found.evidence
     assert "rises or jumps" in found.evidence
+
+
+def test_what_is_flat_before_its_decay_is_not_stagnant() -> None:
+    levels = evenly([1, 0.8, 0.7, 0.701, 0.7, 0.699, 0.7])
+    log = log_of(held_out=levels, train=levels)
+    assert answer(State.STAGNANT, log, num_updates=200).status == "found"
+    decaying = answer(State.STAGNANT, log, num_updates=200, final_multiplier=0.01)
+    assert decaying.status == "not found"
+    assert "it will end at 0.01" in decaying.evidence
 
 
 def test_two_prior_images_that_both_got_clearly_worse_are_forgetting_without_a_standard_error() -> None:
