@@ -70,7 +70,8 @@ def train(
 @app.command(
     epilog="Examples:  lora-trainer sweep -c configs/demo_sweep.yaml   |   "
     "lora-trainer sweep -c configs/demo_sweep.yaml --dry-run --measure   |   "
-    "lora-trainer sweep -c configs/demo_sweep.yaml --status"
+    "lora-trainer sweep -c configs/demo_sweep.yaml --status   |   "
+    "lora-trainer sweep -c configs/demo_sweep.yaml --confirm"
 )
 def sweep(
     config: ConfigFile,
@@ -83,13 +84,18 @@ def sweep(
         bool, typer.Option("--measure", help="With --dry-run: time a few updates of each group, and their memory.")
     ] = False,
     status: Annotated[bool, typer.Option("--status", help="Say where it stands, also while it runs.")] = False,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="After a finished sweep: train its leaders again, on fresh seeds.")
+    ] = False,
 ) -> None:
     """Train many trials on one frozen base. The same command resumes; trials and seeds may be added."""
     from lora_trainer.commands.sweep import show_status
     from lora_trainer.commands.sweep import sweep as run
 
+    if confirm:
+        from lora_trainer.commands.confirm import confirm as run
     if status:
-        show_status(config, overrides or [])
+        show_status(config, overrides or [], confirmation=confirm)
     else:
         run(config, overrides or [], dry_run=dry_run, fresh=fresh, measure=measure)
 

@@ -65,6 +65,20 @@ def train_toy(toy_config: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def sweep(toy_config: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Sweep over the toy config in this process, with a probe; the sweep's directory."""
+    from toys import WATCHED
+
+    from lora_trainer.commands.sweep import sweep as command
+
+    def run(section: str, *overrides: str, name: str = "toy", **options: bool) -> Path:
+        command(toy_config, [f"name={name}", WATCHED, f"sweep={section}", *overrides], **options)
+        return tmp_path / "runs" / name
+
+    return run
+
+
+@pytest.fixture
 def program() -> Callable[..., object]:
     """Start a command in a process of its own, with this interpreter's packages and without network."""
     import subprocess

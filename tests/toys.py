@@ -14,6 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT_WIDTH = 16
 MAX_TOKENS = 16
+WATCHED = "validation={fraction: 0.34, every_steps: 3, max_cost: 1.0}"
+"""An override that holds out a third of `write_images`."""
 
 
 def toy_unet() -> UNet2DConditionModel:

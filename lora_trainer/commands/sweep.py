@@ -16,14 +16,16 @@ from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, ExitCode, Problem, TrainerError
 from lora_trainer.launch import Launch, read_launch
 from lora_trainer.plan import lay_groups
+from lora_trainer.report.page import write_report
 from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
+from lora_trainer.sweep.confirmation import confirmation_directory
 from lora_trainer.sweep.groups import TrialGroup
 from lora_trainer.sweep.placement import Local
 from lora_trainer.sweep.prepare import PreparedSweep, prepare_sweep, sweep_rows
 from lora_trainer.sweep.record import ENDED, Json, describe_sweep, read_sweep, refreshed, write_sweep
 from lora_trainer.tracking.console import Screen
 
-CURVES = "lr-curves.png"
+CURVES, REPORT = "lr-curves.png", "report.html"
 
 
 def sweep(
@@ -108,9 +110,10 @@ def _train(prepared: PreparedSweep, screen: Screen, stop: StopRequest, launch: L
             finished.append(group.name)
             save()
     if launch.is_main:
+        sentence = write_report([sweep_dir], sweep_dir / REPORT)
         record_exit(sweep_dir, ExitCode.DONE, "finished", f"{len(record['trials'])} trials")
         screen.table("Done", _result_rows(refreshed(record, sweep_dir, finished)))
-        screen.say(f"\nresults: {sweep_dir / 'sweep.json'}")
+        screen.say(f"\n{sentence}\nresults: {sweep_dir / 'sweep.json'}\nreport: {sweep_dir / REPORT}")
 
 
 def _measured_rows(prepared: PreparedSweep, screen: Screen, launch: Launch) -> Iterator[tuple[str, str]]:
@@ -133,13 +136,14 @@ def _duration(seconds: float) -> str:
     return f"about {timedelta(seconds=round(seconds))} h"
 
 
-def show_status(config_file: Path, overrides: Sequence[str]) -> None:
-    """Say where a sweep stands, from its files alone.
+def show_status(config_file: Path, overrides: Sequence[str], *, confirmation: bool = False) -> None:
+    """Say where a sweep stands, or its confirmation, from its files alone.
 
     Raises:
         ConfigError: it was never started.
     """
-    sweep_dir = run_directory(load_config(config_file, overrides))
+    config = load_config(config_file, overrides)
+    sweep_dir = confirmation_directory(config) if confirmation else run_directory(config)
     content = read_sweep(sweep_dir)
     if content is None:
         raise ConfigError(Problem("no sweep has been started here", str(sweep_dir), fix="start it without --status"))

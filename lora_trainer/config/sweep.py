@@ -25,6 +25,9 @@ def _gathered(value: Any) -> Any:
     return {**own, "draws": {key: entry for key, entry in value.items() if key not in own}}
 
 
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
+
+
 class RandomConfig(Section):
     """Arms drawn at random. A larger `num` keeps the earlier draws."""
 
@@ -43,6 +46,15 @@ class PruneConfig(Section):
     """Stop a trial whose held-out loss is this many times the frozen base's; null is off."""
 
 
+class ConfirmConfig(Section):
+    """What `lora-trainer sweep --confirm` trains after the sweep: its leaders, on seeds that took no part in it."""
+
+    num_leaders: Annotated[int, Field(ge=2), NotBool] = 3
+    """The best arms, each setting at its best LR."""
+    seeds: Seeds | None = None
+    """Fresh training seeds; default the five after the largest of the sweep."""
+
+
 class SweepConfig(Section):
     """Many trials on one frozen base: see docs/sweeps.md. Each arm is trained with each seed."""
 
@@ -53,6 +65,7 @@ class SweepConfig(Section):
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     """Values by key path; every combination is an arm."""
     random: Annotated[RandomConfig | None, BeforeValidator(_gathered)] = None
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    seeds: Seeds | None = None
     """Training seeds, each with all arms; default the config's own `seed`."""
+    confirm: ConfirmConfig = ConfirmConfig()
     prune: PruneConfig = PruneConfig()

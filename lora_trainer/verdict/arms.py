@@ -57,17 +57,17 @@ def questions(arms: Sequence[Arm]) -> list[Question]:
     Each setting with its tuned LR, where every setting was tried at three LRs or more; then all settings at each peak
     LR that two of them share. Only where neither is possible, all arms as they are.
     """
-    by_setting = _by_setting(arms)
-    if len(by_setting) == 1:
+    settings = by_setting(arms)
+    if len(settings) == 1:
         lrs = {arm.peak_lr for arm in arms}
         return [Question(f"peak LR {lrs.pop():.3g}" if len(lrs) == 1 else "one setting at several LRs", tuple(arms))]
     found = []
-    if all(_is_tunable(group) for group in by_setting.values()):
+    if all(_is_tunable(group) for group in settings.values()):
         found.append(
             Question(
                 "LR tuned per setting",
-                tuple(tuned(group) for group in by_setting.values()),
-                tuple(_at_the_edge(by_setting)),
+                tuple(tuned(group) for group in settings.values()),
+                tuple(_at_the_edge(settings)),
             )
         )
     for lr in sorted({arm.peak_lr for arm in arms}):
@@ -90,11 +90,17 @@ def tuned(arms: Sequence[Arm]) -> Arm:
     in docs/verdicts.md, and the reason to confirm on fresh seeds. An LR at which a run failed is chosen only if all
     failed.
     """
-    best = min(arms, key=lambda arm: (arm.mean_loss, arm.peak_lr))
+    best = best_lr(arms)
     return replace(best, name=best.setting)
 
 
-def _by_setting(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
+def best_lr(arms: Sequence[Arm]) -> Arm:
+    """Of one setting's arms that with the smallest mean loss, of equals the one with the smaller LR."""
+    return min(arms, key=lambda arm: (arm.mean_loss, arm.peak_lr))
+
+
+def by_setting(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
+    """The arms of each setting, in their order."""
     found: dict[str, list[Arm]] = {}
     for arm in arms:
         found.setdefault(arm.setting, []).append(arm)
@@ -107,8 +113,8 @@ def _is_tunable(arms: Sequence[Arm]) -> bool:
     return len(lrs) >= MIN_TUNED_LRS and lrs[-1] / lrs[0] >= MIN_TUNED_SPAN * _ROUNDING
 
 
-def _at_the_edge(by_setting: Mapping[str, Sequence[Arm]]) -> Iterable[str]:
-    for name, group in by_setting.items():
+def _at_the_edge(settings: Mapping[str, Sequence[Arm]]) -> Iterable[str]:
+    for name, group in settings.items():
         lrs = sorted(arm.peak_lr for arm in group)
         chosen = tuned(group).peak_lr
         if chosen in (lrs[0], lrs[-1]):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from test_resume import stop_after
+from toys import WATCHED
 
 from lora_trainer import fit_group as fit_group_module
 from lora_trainer.commands import sweep as sweep_command
@@ -19,20 +20,7 @@ from lora_trainer.commands import train as train_command
 from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows, step_rows
 
-WATCHED = "validation={fraction: 0.34, every_steps: 3, max_cost: 1.0}"
 Sweep = Callable[..., Path]
-
-
-@pytest.fixture
-def sweep(toy_config: Path, tmp_path: Path) -> Sweep:
-    """Run a sweep of the toy config; its directory."""
-
-    def run(section: str, *overrides: str, name: str = "toy", **options: bool) -> Path:
-        words = [f"name={name}", WATCHED, f"sweep={section}", *overrides]
-        sweep_command.sweep(toy_config, words, **options)
-        return tmp_path / "runs" / name
-
-    return run
 
 
 def results(sweep_dir: Path) -> dict[str, Any]:
