@@ -10,16 +10,17 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from lora_trainer.assembly import Assembly, assemble
-from lora_trainer.checkpoint import Checkpoint, Progress, newest_checkpoint
-from lora_trainer.config.identity import difference
+from lora_trainer.checkpoint import Checkpoint, newest_checkpoint
+from lora_trainer.config.allowed_changes import refused_keys
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.fit import training_loop
-from lora_trainer.group_recorder import GroupRecorder
+from lora_trainer.group_recorder import TRUNK, GroupRecorder
 from lora_trainer.prepare import files_to_come
 from lora_trainer.probing import Probing
-from lora_trainer.resume import restore
+from lora_trainer.resume import check_kept_curve, restore
 from lora_trainer.runtime import Runtime, start_runtime
 from lora_trainer.sweep.groups import TrialGroup
+from lora_trainer.sweep.record import began_otherwise
 from lora_trainer.tracking.console import Screen
 from lora_trainer.trial import TrialSpec
 
@@ -62,7 +63,7 @@ def fit_group(
         )
         screen.say(f"trials per forward: {', '.join(str(len(members)) for members in parts.passes)}")
         start = restore(checkpoint, parts.trials, parts.updater)
-        _share_prefixes(group, parts, start)
+        _share_prefixes(group, parts, checkpoint)
         recorder = None
         if runtime.launch.is_main:
             identity = {TRIALS: _identities(group), TRIALS_PER_PASS: parts.trials_per_pass}
@@ -143,12 +144,12 @@ def _find_checkpoint(group: TrialGroup, runtime: Runtime, screen: Screen) -> Che
         screen.say(fault)
     found = runtime.from_main(found)
     if found is not None:
-        before, now = found.identity[TRIALS], _identities(group)
-        problems = [
-            Problem(f"trial `{name}` began with other settings", str(group.folder), "; ".join(changes))
-            for name in now
-            if (changes := difference(before.get(name, {}), now[name]))
-        ]
+        problems = []
+        for member in group.members:
+            before, own = found.identity[TRIALS].get(member.name, {}), member.prepared
+            if refused := refused_keys(before, own.identity(), own.config.resume, "resume"):
+                problems.append(began_otherwise(member.name, str(group.folder), before, own, refused))
+            check_kept_curve(own)
         if problems:
             raise ConfigError(*problems)
     return found
@@ -174,12 +175,13 @@ def _trials_per_pass(group: TrialGroup, checkpoint: Checkpoint | None) -> int | 
     return group.trials_per_pass if checkpoint is None else int(checkpoint.identity[TRIALS_PER_PASS])
 
 
-def _share_prefixes(group: TrialGroup, parts: Assembly, start: Progress) -> None:
-    """Let the trials whose first updates are equal take them from one."""
+def _share_prefixes(group: TrialGroup, parts: Assembly, checkpoint: Checkpoint | None) -> None:
+    """Let the trials whose first updates are equal take them from one; on a resume only those that still do."""
     by_name = {trial.name: trial for trial in parts.trials}
     for member in group.members:
-        if member.fork is not None:
-            by_name[member.name].share(by_name[member.fork.trunk], member.fork.step, start.step)
+        fork = member.fork
+        if fork is not None and (checkpoint is None or checkpoint.state["plain"][member.name][TRUNK] == fork.trunk):
+            by_name[member.name].share(by_name[fork.trunk], fork.step)
 
 
 def _probing(group: TrialGroup, parts: Assembly) -> Probing | None:

@@ -17,7 +17,8 @@ from lora_trainer.sweep.groups import TrialGroup
 from lora_trainer.tracking.console import Screen, TrainingLine
 from lora_trainer.update import UpdateResult
 
-METRICS_BYTES = "metrics_bytes"
+METRICS_BYTES, TRUNK = "metrics_bytes", "trunk"
+"""What a group's checkpoint says of a trial: the length of its log, and which other one is still computed for it."""
 
 
 class GroupRecorder:
@@ -101,7 +102,11 @@ class GroupRecorder:
         with lead.disk_faults(progress, "checkpoint", needed=now and progress.step < self._group.num_updates):
             states = [recorder.trial.state() for recorder in self._recorders]
             plain = {
-                recorder.trial.name: {**own, METRICS_BYTES: recorder.mark_checkpoint(progress)}
+                recorder.trial.name: {
+                    **own,
+                    METRICS_BYTES: recorder.mark_checkpoint(progress),
+                    TRUNK: None if recorder.trial.trunk is None else recorder.trial.trunk.name,
+                }
                 for recorder, (_, own) in zip(self._recorders, states, strict=True)
             }
             folder, scaler = self._group.folder / "checkpoints", self._parts.updater.state()

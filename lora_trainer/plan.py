@@ -186,6 +186,7 @@ def plan_run(
     target_shapes: Mapping[str, Sequence[int]],
     num_held_out: int = 0,
     num_probes: int = 0,
+    num_watched: int | None = None,
     lr_updates: int | None = None,
 ) -> RunPlan:
     """Work out a run from its config and the counts that only the data, the launcher and the base know.
@@ -197,6 +198,7 @@ def plan_run(
         target_shapes: weight shape of each layer that gets an adapter, by its name.
         num_held_out: images that may be probed.
         num_probes: probes measured each time: held-out, training and, where there is one, prior images.
+        num_watched: images of each probe where a resume keeps those of an earlier start.
         lr_updates: length of the LR curves where a resume keeps that of an earlier start.
 
     Raises:
@@ -227,17 +229,25 @@ def plan_run(
         ),
         validation=None
         if config.validation is None
-        else plan_validation(config.validation, horizon, global_batch, num_held_out, num_probes),
+        else plan_validation(config.validation, horizon, global_batch, num_held_out, num_probes, num_watched),
         lr_updates=None if lr_updates == num_updates else lr_updates,
     )
 
 
 def plan_validation(
-    config: ValidationConfig, horizon: Horizon, global_batch: int, num_held_out: int, num_probes: int
+    config: ValidationConfig,
+    horizon: Horizon,
+    global_batch: int,
+    num_held_out: int,
+    num_probes: int,
+    num_watched: int | None = None,
 ) -> ValidationPlan:
     """Fit the probes under their cost cap: first fewer images (two at least), then a longer period (ten probes).
 
     A forward costs 1, a training sample `TRAINING_FORWARDS` (forward, and backward through a frozen base).
+
+    Args:
+        num_watched: images of each probe in an earlier start of this run, which stay.
     """
     training = horizon.num_updates * global_batch * TRAINING_FORWARDS
     notes: list[str] = []
@@ -245,8 +255,8 @@ def plan_validation(
     def cost(items: int, every: int) -> float:
         return _measurements(horizon.num_updates, every) * items * num_probes * PROBE_STRATA / training
 
-    items, every = num_held_out, to_updates(config.every_steps, horizon)
-    while items > MIN_PROBE_ITEMS and cost(items, every) > config.max_cost:
+    items, every = num_watched or num_held_out, to_updates(config.every_steps, horizon)
+    while num_watched is None and items > MIN_PROBE_ITEMS and cost(items, every) > config.max_cost:
         items -= 1
     if items < num_held_out:
         notes.append(

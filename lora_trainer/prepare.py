@@ -61,8 +61,11 @@ class Prepared:
         }
 
 
-def prepare(config: RunConfig, launch: Launch, progress: Progress) -> Prepared:
+def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues: bool | None = None) -> Prepared:
     """Check the base's folder, every image and caption, and work out the plan.
+
+    Args:
+        continues: whether an earlier start is continued; None where the checkpoints in the run's directory tell.
 
     Raises:
         ConfigError, DataError, ModelError, HostError: each with all problems of its kind.
@@ -72,7 +75,7 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress) -> Prepared:
     checked = cache_folder(config) / "checked-images.json"
     split, prior = _split(config, checked, progress)
     targets = _targets(config, base)
-    plan = _plan(config, launch, split, targets, 2 + (prior is not None))
+    plan = _plan(config, launch, split, targets, 2 + (prior is not None), _fixed_before(config, continues))
     _check_room(config, plan)
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
@@ -82,14 +85,18 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress) -> Prepared:
     )
 
 
-def prepare_like(prepared: Prepared, config: RunConfig) -> Prepared:
+def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | None = None) -> Prepared:
     """Another run on the same base, data and probe, without reading them again.
+
+    Args:
+        continues: as in `prepare`.
 
     Raises:
         ConfigError: targets, groups or schedules do not fit.
     """
     targets = _targets(config, prepared.base)
-    plan = _plan(config, prepared.launch, prepared.split, targets, len(prepared.split.probes))
+    fixed = _fixed_before(config, continues)
+    plan = _plan(config, prepared.launch, prepared.split, targets, len(prepared.split.probes), fixed)
     return replace(prepared, config=config, target_shapes=dict(targets), plan=plan)
 
 
@@ -101,7 +108,9 @@ def _targets(config: RunConfig, base: BaseFolder) -> Mapping[str, Any]:
     return targets
 
 
-def _plan(config: RunConfig, launch: Launch, split: Split, targets: Mapping[str, Any], num_probes: int) -> RunPlan:
+def _plan(
+    config: RunConfig, launch: Launch, split: Split, targets: Mapping[str, Any], num_probes: int, fixed: _Fixed
+) -> RunPlan:
     return plan_run(
         config,
         num_images=len(split.training.records),
@@ -110,20 +119,33 @@ def _plan(config: RunConfig, launch: Launch, split: Split, targets: Mapping[str,
         target_shapes=targets,
         num_held_out=len(split.held_out),
         num_probes=num_probes,
-        lr_updates=_kept_curve_length(config),
+        num_watched=fixed.num_watched,
+        lr_updates=fixed.lr_updates,
     )
 
 
-def _kept_curve_length(config: RunConfig) -> int | None:
-    """The length that an earlier start of this run laid its LR curves over; None for the run's own length."""
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """What an earlier start of a run fixed for those that continue it, whatever their length; None is free."""
+
+    lr_updates: int | None = None
+    """Length that its LR curves are laid over."""
+    num_watched: int | None = None
+    """Images of each probe."""
+
+
+def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
     run_dir = run_directory(config)
-    if config.resume.schedule == "stretch" or not any((run_dir / "checkpoints").glob("step-*")):
-        return None
+    if continues is None:
+        continues = any((run_dir / "checkpoints").glob("step-*"))
+    if not continues:
+        return _Fixed()
     try:
         before = json.loads((run_dir / PLAN_FILE).read_text())
-        return before["lr_updates"] or before["num_updates"]
-    except (OSError, ValueError, KeyError):
-        return None
+    except (OSError, ValueError):
+        return _Fixed()
+    length = None if config.resume.schedule == "stretch" else before.get("lr_updates") or before.get("num_updates")
+    return _Fixed(length, (before.get("validation") or {}).get("num_items"))
 
 
 def _check_room(config: RunConfig, plan: RunPlan) -> None:

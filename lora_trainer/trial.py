@@ -92,14 +92,9 @@ class Trial:
         """The trial that is computed for this one: itself, or the trunk whose first updates it shares."""
         return self if self.trunk is None else self.trunk.source
 
-    def share(self, trunk: Trial, fork_step: int, completed: int) -> None:
-        """Take the first `fork_step` updates from a trial that makes the same ones.
-
-        Args:
-            completed: updates that are done; a fork before them has been made.
-        """
-        if completed <= fork_step:
-            self.trunk, self._fork_step = trunk, fork_step
+    def share(self, trunk: Trial, fork_step: int) -> None:
+        """Take the first `fork_step` updates from a trial that makes the same ones."""
+        self.trunk, self._fork_step = trunk, fork_step
 
     def fork_if_due(self, step: int) -> None:
         """Before update `step`: leave the trunk with a copy of all its state, where the shared updates end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from lora_trainer.data.records import Progress
 from lora_trainer.launch import Launch
 from lora_trainer.prepare import Prepared, plan_rows, prepare, prepare_like
 from lora_trainer.sweep.groups import TrialGroup, group_trials, shared_settings
-from lora_trainer.sweep.record import Json, check_continues, finished_groups, read_sweep, started_groups
+from lora_trainer.sweep.record import Json, check_continues, read_sweep, settled_groups, started_groups
 
 SHARED_ROWS = ("images", "global batch", "updates per epoch", "updates", "base", "validation")
 """Rows of a run's plan that hold for all trials of a group."""
@@ -51,10 +51,10 @@ def prepare_sweep(
     assert config.sweep is not None
     sweep_dir = run_directory(config)
     before = read_sweep(sweep_dir)
-    prepared = _prepare_trials(trials, launch, progress)
-    check_continues(before, prepared, sweep_dir)
-    done = finished_groups(before)
     started = started_groups(before, sweep_dir)
+    prepared = _prepare_trials(trials, {name for names in started.values() for name in names}, launch, progress)
+    done = settled_groups(before, prepared)
+    check_continues(before, prepared, sweep_dir, done)
     gone = {name for group in done for name in started.get(group, ())}
     groups = group_trials(
         [trial for trial in trials if trial.name not in gone],
@@ -68,17 +68,19 @@ def prepare_sweep(
     return PreparedSweep(config, tuple(groups), before)
 
 
-def _prepare_trials(trials: Sequence[TrialConfig], launch: Launch, progress: Progress) -> dict[str, Prepared]:
+def _prepare_trials(
+    trials: Sequence[TrialConfig], started: Collection[str], launch: Launch, progress: Progress
+) -> dict[str, Prepared]:
     """The plan of every trial; base and data are read once for all that share them."""
     firsts: dict[str, Prepared] = {}
     prepared = {}
     for trial in trials:
         shared = {key: value for key, value in shared_settings(trial.config).items() if key != "seed"}
-        key = json.dumps(shared, sort_keys=True)
+        key, continues = json.dumps(shared, sort_keys=True), trial.name in started
         if key in firsts:
-            prepared[trial.name] = prepare_like(firsts[key], trial.config)
+            prepared[trial.name] = prepare_like(firsts[key], trial.config, continues=continues)
         else:
-            prepared[trial.name] = firsts[key] = prepare(trial.config, launch, progress)
+            prepared[trial.name] = firsts[key] = prepare(trial.config, launch, progress, continues=continues)
     return prepared
 
 

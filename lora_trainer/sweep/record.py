@@ -6,11 +6,12 @@ docs/sweeps.md has the format. It is replaced atomically, so it can be read whil
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_trainer import atomicio
+from lora_trainer.config.allowed_changes import refused_keys
 from lora_trainer.config.identity import difference
 from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.errors import ConfigError, HostError, Problem
@@ -57,8 +58,25 @@ def finished_groups(before: Json | None) -> set[str]:
     return set() if before is None else {g["name"] for g in before["groups"] if g["status"] == "finished"}
 
 
-def check_continues(before: Json | None, prepared: Mapping[str, Prepared], sweep_dir: Path) -> None:
+def settled_groups(before: Json | None, prepared: Mapping[str, Prepared]) -> set[str]:
+    """The finished groups whose trials were not given more updates since."""
+    done = finished_groups(before)
+    longer = {
+        group["name"]
+        for group in (before or {"groups": []})["groups"]
+        for name in group["trials"]
+        if name in prepared and prepared[name].plan.num_updates > group["num_updates"]
+    }
+    return done - longer
+
+
+def check_continues(
+    before: Json | None, prepared: Mapping[str, Prepared], sweep_dir: Path, settled: Collection[str]
+) -> None:
     """Refuse to mix trials of other data, other bases or other settings under the same names.
+
+    Args:
+        settled: groups that need none of their trials any more.
 
     Raises:
         ConfigError: naming every trial and setting that differs, and trials that began and are gone from the config.
@@ -78,18 +96,10 @@ def check_continues(before: Json | None, prepared: Mapping[str, Prepared], sweep
         )
     for name, own in prepared.items():
         identity = _stored_identity(sweep_dir / "trials" / name)
-        if identity is not None and (changes := difference(identity, own.identity())):
-            problems.append(
-                Problem(
-                    f"trial `{name}` began with other settings",
-                    str(sweep_dir / "trials" / name),
-                    "; ".join(changes),
-                    "restore them, rename the arm, or give the sweep another `name`",
-                )
-            )
-    done = finished_groups(before)
+        if identity is not None and (refused := refused_keys(identity, own.identity(), own.config.resume, "resume")):
+            problems.append(began_otherwise(name, str(sweep_dir / "trials" / name), identity, own, refused))
     for group, names in started_groups(before, sweep_dir).items():
-        if group not in done and (gone := [name for name in names if name not in prepared]):
+        if group not in settled and (gone := [name for name in names if name not in prepared]):
             problems.append(
                 Problem(
                     f"trials of the unfinished group {group} are no longer in the config: {', '.join(gone)}",
@@ -99,6 +109,17 @@ def check_continues(before: Json | None, prepared: Mapping[str, Prepared], sweep
             )
     if problems:
         raise ConfigError(*problems)
+
+
+def began_otherwise(name: str, where: str, before: Json, own: Prepared, refused: Sequence[str]) -> Problem:
+    """That a trial's settings are not those of its first start."""
+    return Problem(
+        f"trial `{name}` began with other settings",
+        where,
+        "; ".join(difference(before, own.identity(), refused)),
+        f"restore them, accept the change with 'resume.allow_changes=[{', '.join(refused)}]', rename the arm, "
+        "or give the sweep another `name`",
+    )
 
 
 def _stored_identity(folder: Path) -> Json | None:

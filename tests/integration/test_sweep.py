@@ -134,6 +134,40 @@ def test_trials_and_seeds_added_later_leave_the_finished_ones_alone(sweep: Sweep
     assert [row["draws"] for row in late] == [row["draws"] for row in early]
 
 
+LONGER = ("train.max_steps=9", "resume.allow_changes=[train.max_steps]")
+
+
+def test_steps_added_later_go_on_where_the_trials_ended(sweep: Sweep) -> None:
+    """Curves that do not know their end equal the long run to the byte, although they ended and forked before."""
+    slow = "{lr_scheduler: {type: constant_with_warmup, warmup_steps: 3}}"
+    section = f"{{trials: {{slow: {slow}, slower: {slow.replace('3', '4')}, flat: {{}}}}, trials_per_pass: 1}}"
+    constant = "lr_scheduler={type: constant}"
+    straight = sweep(section, constant, "train.max_steps=9", name="straight")
+    first = sweep(section, constant)
+    assert {trial["step"] for trial in results(first).values()} == {6}
+    longer = sweep(section, constant, *LONGER)
+    assert {(t["step"], t["num_updates"], t["status"]) for t in results(longer).values()} == {(9, 9, "finished")}
+    for name in results(straight):
+        assert lora_files(longer / "trials" / name) == lora_files(straight / "trials" / name)
+        ours, theirs = (step_rows(folder / "trials" / name / "metrics.jsonl") for folder in (longer, straight))
+        assert [(row["step"], row["loss"], row["lr"]) for row in ours] == [
+            (row["step"], row["loss"], row["lr"]) for row in theirs
+        ]
+
+
+def test_steps_added_under_a_curve_that_ended_at_zero_need_a_stretch(sweep: Sweep) -> None:
+    section = "{grid: {lr_scheduler: [{type: cosine}, {type: constant}]}}"
+    sweep(section)
+    with pytest.raises(ConfigError, match=r"accept the change with 'resume.allow_changes=\[train.max_steps\]'"):
+        sweep(section, "train.max_steps=9")
+    with pytest.raises(ConfigError, match="ends at 0 after 6 updates"):
+        sweep(section, *LONGER)
+    longer = sweep(section, *LONGER, "resume.schedule=stretch")
+    lrs = [row["lr"] for row in step_rows(longer / "trials" / "cosine-seed42" / "metrics.jsonl")]
+    assert lrs[5] < lrs[6] < lrs[0]
+    assert len(lrs) == 9
+
+
 def test_another_setting_under_the_same_name_is_refused(sweep: Sweep) -> None:
     sweep("{trials: {a: {optimizer.lr: 1e-3}}}")
     with pytest.raises(ConfigError, match="trial `a-seed42` began with other settings") as caught:

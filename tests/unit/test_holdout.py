@@ -97,6 +97,13 @@ def test_the_cost_cap_takes_items_first_then_the_period() -> None:
     assert planned(300, 1, 20, every_steps=10)[:2] == (2, 30)
 
 
+def test_a_longer_run_keeps_the_images_it_began_to_watch() -> None:
+    """Readings before and after are compared image by image."""
+    config = ValidationConfig(fraction=0.1)
+    free, kept = (plan_validation(config, Horizon(10_000, 10), 4, 20, 2, watched) for watched in (None, 3))
+    assert (free.num_items, kept.num_items, kept.every) == (20, 3, 1000)
+
+
 def test_validation_needs_one_source() -> None:
     from lora_trainer.config.conflicts import conflicts
 

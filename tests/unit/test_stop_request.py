@@ -55,16 +55,13 @@ def test_before_the_loop_a_signal_is_raised_where_it_falls() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_lost_terminal_asks_to_stop_unless_nohup_ignores_it() -> None:
-    with StopRequest().listening() as stop:
-        stop()
-        signal.raise_signal(signal.SIGHUP)
-        assert stop()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize(("disposition", "stops"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_lost_terminal_asks_to_stop_unless_nohup_ignores_it(disposition: signal.Handlers, stops: bool) -> None:
+    before = signal.signal(signal.SIGHUP, disposition)
     try:
         with StopRequest().listening() as stop:
             stop()
             signal.raise_signal(signal.SIGHUP)
-            assert not stop()
+            assert stop() is stops
     finally:
         signal.signal(signal.SIGHUP, before)
