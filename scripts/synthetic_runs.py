@@ -224,13 +224,20 @@ def synthetic_rows(state: State, seed: int) -> tuple[list[Row], int]:
     return rows, made.num_updates
 
 
+def synthetic_run(state: State, seed: int) -> tuple[list[Row], RunFacts]:
+    """The rows and what else is known of the run."""
+    rows, num_updates = synthetic_rows(state, seed)
+    lrs = [row["lr"] for row in rows if "lr" in row]
+    return rows, replace(run_facts(num_updates), final_multiplier=lrs[-1] / max(lrs))
+
+
 def synthetic_log(state: State, seed: int) -> tuple[TrialLog, RunFacts]:
     """The same as the rules see it."""
-    rows, num_updates = synthetic_rows(state, seed)
+    rows, run = synthetic_run(state, seed)
     log = TrialLog(TRIAL)
     for row in rows:
         log.add(row)
-    return log, replace(run_facts(num_updates), final_multiplier=log.lrs[-1] / max(log.lrs))
+    return log, run
 
 
 def run_facts(num_updates: int, **settings: Any) -> RunFacts:

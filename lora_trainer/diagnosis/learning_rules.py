@@ -53,12 +53,16 @@ def diverged(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
 
 
 def _is_worse_than_base(log: TrialLog, index: int, limits: Thresholds) -> bool:
-    """Clearly worse on held-out images, and no better on those it trains on: that would be overfitting."""
-    probe = log.held_out
-    rise = probe.change(0, index)
-    each = probe.all_above(index, limits.diverged_rise)
-    learned = len(log.train) > index and log.train.means[index] < log.train.means[0]
-    return rise.mean > limits.diverged_rise and (rise.z > limits.diverged_se or each) and not learned
+    """Clearly worse on held-out images, and no better on those it trains on: that would be overfitting.
+
+    Clear is a rise by some SE, of every image, or of the training images as well.
+    """
+    rise = log.held_out.change(0, index)
+    trained = log.train.change(0, index).mean if len(log.train) > index else 0.0
+    if rise.mean <= limits.diverged_rise or trained < 0:
+        return False
+    each = log.held_out.all_above(index, limits.diverged_rise)
+    return rise.z > limits.diverged_se or each or trained > limits.diverged_rise
 
 
 def _is_collapsed(probe: ProbeLog, run: RunFacts) -> bool:
@@ -71,7 +75,10 @@ def _is_collapsed(probe: ProbeLog, run: RunFacts) -> bool:
 
 
 def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
-    """The probe jumps up and down by a large part of what was gained; a cooldown that helps confirms it."""
+    """The probes jump up and down by a large part of what was gained; a cooldown that helps confirms it.
+
+    Those of the training images must jump too: where they fall evenly, the LR is not what shakes the others.
+    """
     probe = log.held_out
     if not len(probe):
         return not_measured(State.OSCILLATING, NO_PROBES)
@@ -79,14 +86,14 @@ def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     if len(usable) <= OSCILLATION_CHANGES:
         missing = f"{len(usable)} probes since the warm-up or the last jump of the LR, {OSCILLATION_CHANGES + 1} needed"
         return not_measured(State.OSCILLATING, missing)
-    scatter = detrended_scatter(probe.means[usable])
-    gain = 1 - float(np.median(probe.means[usable]))
-    index = scatter / gain if gain > 0 else NO_GAIN
+    scatter, gain = detrended_scatter(probe.means[usable]), _typical_gain(probe, usable)
+    index = min(_scatter_share(own, usable) for own in (probe, log.train) if len(own) == len(probe))
     in_se = scatter / max(typical_se(probe, usable), 1e-12)
     turns = reversals(probe, usable, REVERSAL_SHARE * max(gain, limits.started_gain))
     helped = _cooldown_fall(log)
+    share = "nothing was gained" if index >= NO_GAIN else f"{index:.2f} of the gain or more on each probe"
     evidence = (
-        f"held-out loss scatters by {scatter:.4f} between probes ({_share_of_gain(index)}, {in_se:.1f} SE) with "
+        f"held-out loss scatters by {scatter:.4f} between probes ({share}; {in_se:.1f} SE) with "
         f"{turns} clear reversals, steps {probe.steps[usable[0]]}-{probe.steps[usable[-1]]}"
     )
     numbers = {"index": index, "scatter_se": min(in_se, 1e6), "reversals": turns}
@@ -105,8 +112,14 @@ def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     return found(State.OSCILLATING, capped, f"{evidence}; no cooldown was measured", **numbers)
 
 
-def _share_of_gain(share: float) -> str:
-    return "nothing was gained" if share >= NO_GAIN else f"{share:.2f} of the gain"
+def _typical_gain(probe: ProbeLog, usable: list[int]) -> float:
+    return 1 - float(np.median(probe.means[usable]))
+
+
+def _scatter_share(probe: ProbeLog, usable: list[int]) -> float:
+    """Scatter between measurements as a share of the gain."""
+    gain = _typical_gain(probe, usable)
+    return detrended_scatter(probe.means[usable]) / gain if gain > 0 else NO_GAIN
 
 
 def _cooldown_fall(log: TrialLog) -> float | None:

@@ -26,7 +26,6 @@ def overfit(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         return not_measured(State.OVERFIT, "the training images were not probed")
     values = held_out.means
     best = int(np.argmin(values))
-    rises = [held_out.change(best, index) for index in range(best + 1, len(held_out))]
     lost = float(values[-1] - values[best]) / max(held_out.gain, limits.started_gain)
     gap = float(values[-1] - train.means[-1]) - float(values[best] - train.means[best])
     evidence = (
@@ -34,13 +33,17 @@ def overfit(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         f"{values[-1]:.4f}: {_lost(lost)}; gap to the training images {gap:+.4f} since"
     )
     numbers = {"best_step": held_out.steps[best], "lost_share": min(lost, 1e6), "gap": gap}
-    newest = [rise.z for rise in rises[-REPEATS:]]
-    clear = len(newest) == REPEATS and min(newest) > limits.overfit_se and lost > limits.overfit_lost
+    newest = range(len(held_out) - REPEATS, len(held_out))
+    risen = best < newest[0] and all(_has_risen(held_out, best, index, limits) for index in newest)
     still_learning = all(mean < train.means[best] for mean in train.means[-REPEATS:])
-    if not (clear and still_learning and gap > 0):
+    if not (risen and lost > limits.overfit_lost and still_learning and gap > 0):
         return not_found(State.OVERFIT, evidence, **numbers)
-    confidence = confidence_of(min(newest) / limits.overfit_se, lost / limits.overfit_lost)
-    return found(State.OVERFIT, confidence, evidence, **numbers)
+    return found(State.OVERFIT, confidence_of(lost / limits.overfit_lost), evidence, **numbers)
+
+
+def _has_risen(probe: ProbeLog, best: int, index: int, limits: Thresholds) -> bool:
+    """By some SE, or every image's loss: two images that rise by unequal amounts have a large SE."""
+    return probe.change(best, index).z > limits.overfit_se or bool((probe.rows[index] > probe.rows[best]).all())
 
 
 def _lost(share: float) -> str:
@@ -84,7 +87,8 @@ def restart_shock(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     for before, after, end in judged:
         rise, left = probe.change(before, after), probe.change(before, end)
         share = rise.mean / max(1 - float(probe.means[before]), limits.started_gain)
-        if rise.z > limits.shock_se and share > limits.shock_share and left.mean > 0 and left.z > 1:
+        clear = rise.z > limits.shock_se or _rose_as_well(log.train, before, after, limits)
+        if clear and share > limits.shock_share and left.mean > 0 and left.z > 1:
             shocks.append((before, after, end, rise, share))
     if not shocks:
         return not_found(State.RESTART_SHOCK, f"{len(judged)} restarts, each made good by its cycle's end")
@@ -97,6 +101,14 @@ def restart_shock(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     confidence = confidence_of(rise.z / limits.shock_se, share / limits.shock_share)
     numbers = {"restart": probe.steps[before], "rise_share": share, "rise_z": min(rise.z, 1e6)}
     return found(State.RESTART_SHOCK, confidence, evidence, **numbers)
+
+
+def _rose_as_well(train: ProbeLog, before: int, after: int, limits: Thresholds) -> bool:
+    """Whether the training images' loss rose by as large a share: what a restart does, and overfitting does not."""
+    if len(train) <= after:
+        return False
+    gain = max(1 - float(train.means[before]), limits.started_gain)
+    return train.change(before, after).mean > limits.shock_share * gain
 
 
 def _around(probe: ProbeLog, start: int, end: int, run: RunFacts) -> tuple[int, int, int] | None:

@@ -93,6 +93,37 @@ def test_overfitting_asks_that_the_training_images_still_gain() -> None:
     assert answer(State.OVERFIT, log_of(held_out=held_out, train=unlearning)).status == "not found"
 
 
+def test_two_images_that_both_lose_again_are_overfitting_without_a_standard_error() -> None:
+    train = evenly([1, 0.8, 0.7, 0.65, 0.6])
+    both = [[1, 1], [0.8, 0.8], [0.81, 0.95], [0.82, 1.1], [0.81, 1.2]]
+    assert answer(State.OVERFIT, log_of(held_out=both, train=train)).status == "found"
+    one = [[1, 1], [0.8, 0.8], [0.79, 0.95], [0.78, 1.1], [0.79, 1.2]]
+    assert answer(State.OVERFIT, log_of(held_out=one, train=train)).status == "not found"
+
+
+def test_above_the_base_on_both_probes_is_divergence_however_unequal_the_images() -> None:
+    unequal = [[1, 1], [0.9, 0.9], [1.05, 1.4], [1.08, 1.6]]
+    assert answer(State.DIVERGED, log_of(held_out=unequal, train=unequal)).status == "found"
+    assert answer(State.DIVERGED, log_of(held_out=unequal, train=[[1, 1]] * 4)).status == "not found"
+
+
+def test_what_shakes_the_held_out_images_alone_is_not_the_learning_rate() -> None:
+    swinging = evenly([1, 0.7, 0.9, 0.65, 0.9, 0.7, 0.95, 0.65, 0.85, 0.6])
+    even = evenly(np.linspace(1, 0.4, 10).tolist())
+    assert answer(State.OSCILLATING, log_of(held_out=swinging, train=swinging)).status == "found"
+    assert answer(State.OSCILLATING, log_of(held_out=swinging, train=even)).status == "not found"
+
+
+def test_a_restart_that_harms_the_training_images_too_is_a_shock_however_unequal_the_images() -> None:
+    def after_a_restart(train: Losses) -> Finding:
+        log = log_of(held_out=[[1, 1], [0.8, 0.8], [0.7, 0.7], [0.71, 0.8], [0.72, 0.81]], train=train)
+        log.lrs = [1e-3 * (1 - k % 20 / 20) for k in range(40)]
+        return answer(State.RESTART_SHOCK, log)
+
+    assert after_a_restart(evenly([1, 0.8, 0.7, 0.75, 0.74])).status == "found"
+    assert after_a_restart(evenly([1, 0.8, 0.7, 0.68, 0.66])).status == "not found"
+
+
 def test_all_that_was_gained_can_be_lost() -> None:
     overfit = log_of(held_out=evenly([1, 0.8, 0.9, 1.1, 1.2]), train=evenly([1, 0.8, 0.7, 0.6, 0.5]))
     assert "all that was gained is lost" in answer(State.OVERFIT, overfit).evidence
