@@ -205,7 +205,8 @@ def _flat(log: TrialLog, run: RunFacts, limits: Thresholds, state: State) -> Fin
         return not_found(state, evidence, **numbers)
     if unsteady or share < -limits.flat_rise:
         return not_found(state, f"{evidence}, but it is not flat: it rises or jumps", **numbers)
-    if state is State.STAGNANT and train and train[0][0] >= limits.flat_share:
+    train_falls = any(share >= limits.flat_share and not includes_zero for share, includes_zero in train)
+    if state is State.STAGNANT and train_falls:
         return not_found(state, f"{evidence}, but the training probe still falls (see overfit)", **numbers)
     return found(state, "medium" if len(window) < 2 * FLAT_PROBES else "high", evidence, **numbers)
 
