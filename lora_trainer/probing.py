@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_trainer.data.holdout import HELD_OUT
-from lora_trainer.trial import Ending, Trial
+from lora_trainer.stopping import StopRules
+from lora_trainer.trial import Trial
 from lora_trainer.validation import ProbeReading, Validator
 
 
@@ -25,7 +26,7 @@ class Probing:
     """Every process measures its share and comes to the same conclusions.
 
     Args:
-        diverged: a trial whose held-out loss is this many times the base's is stopped; None is never.
+        rules: which trials a probe ends; without them none.
     """
 
     def __init__(
@@ -35,9 +36,9 @@ class Probing:
         every: int,
         num_updates: int,
         *,
-        diverged: float | None = None,
+        rules: StopRules | None = None,
     ) -> None:
-        self._diverged = diverged
+        self._rules = rules or StopRules()
         self._validator, self._passes = validator, passes
         self._every, self._num_updates = every, num_updates
 
@@ -55,15 +56,13 @@ class Probing:
         readings = self._readings()
         trials = [trial for members in self._passes for trial in members if trial.is_live]
         measured = [_conclude(trial, step, readings[trial.source.name]) for trial in trials]
-        for each in measured:
-            self._stop_if_diverged(each, step)
+        if step < self._num_updates:
+            losses = {each.trial.name: each.readings[HELD_OUT].relative for each in measured}
+            endings = self._rules.endings(step, losses)
+            for trial in trials:
+                if trial.name in endings:
+                    trial.end(endings[trial.name])
         return measured
-
-    def _stop_if_diverged(self, measured: Measurement, step: int) -> None:
-        relative = measured.readings[HELD_OUT].relative
-        if self._diverged is not None and relative >= self._diverged and step < self._num_updates:
-            reason = f"sweep.prune.diverged: held-out loss {relative:.4g} times the base's, {self._diverged:g} allowed"
-            measured.trial.end(Ending(step, "stopped", reason))
 
     def _readings(self) -> dict[str, dict[str, ProbeReading]]:
         """By trial; those that share a trunk's updates are measured with it."""

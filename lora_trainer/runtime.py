@@ -59,9 +59,7 @@ class Runtime:
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, in every process."""
-        if self.launch.num_processes == 1:
-            return value
-        return broadcast_object_list([value])[0]
+        return from_main(self.launch, value)
 
     def from_all(self, values: list[Any]) -> list[Any]:
         """The lists of all processes, one after the other."""
@@ -81,6 +79,11 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def from_main(launch: Launch, value: Any) -> Any:
+    """The main process's value, in every process; they must have joined."""
+    return value if launch.num_processes == 1 else broadcast_object_list([value])[0]
 
 
 @contextmanager

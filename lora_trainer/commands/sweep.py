@@ -19,7 +19,8 @@ from lora_trainer.plan import lay_groups
 from lora_trainer.report.page import write_report
 from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
 from lora_trainer.sweep.confirmation import confirmation_directory
-from lora_trainer.sweep.groups import TrialGroup
+from lora_trainer.sweep.fewer_seeds import trials_to_drop, without_dropped
+from lora_trainer.sweep.groups import TrialGroup, without
 from lora_trainer.sweep.placement import Local
 from lora_trainer.sweep.prepare import PreparedSweep, prepare_sweep, sweep_rows
 from lora_trainer.sweep.record import ENDED, Json, describe_sweep, read_sweep, refreshed, write_sweep
@@ -86,7 +87,7 @@ def _require_section(config_file: Path, overrides: Sequence[str]) -> None:
 
 def _train(prepared: PreparedSweep, screen: Screen, stop: StopRequest, launch: Launch) -> None:
     from lora_trainer.fit_group import fit_group
-    from lora_trainer.runtime import joined_processes
+    from lora_trainer.runtime import from_main, joined_processes
 
     sweep_dir, finished = prepared.sweep_dir, list[str]()
     record = describe_sweep(prepared.config.name, prepared.groups, prepared.before)
@@ -101,9 +102,16 @@ def _train(prepared: PreparedSweep, screen: Screen, stop: StopRequest, launch: L
             draw_schedules(_curves(prepared.groups), sweep_dir / CURVES, title=prepared.config.name)
     save()
 
-    def train(group: TrialGroup) -> None:
-        screen.say(f"\ngroup {group.name}: {len(group.members)} trials")
-        fit_group(group, screen=screen, should_stop=stop, on_save=save, joined=joined)
+    def train(planned: TrialGroup) -> None:
+        nonlocal record
+        dropped = from_main(launch, trials_to_drop(planned, refreshed(record, sweep_dir, finished)))
+        record = without_dropped(record, dropped)
+        screen.say(f"\ngroup {planned.name}: {len(planned.members) - len(dropped)} trials")
+        for name, reason in dropped.items():
+            screen.say(f"{name} is not trained: {reason}")
+        save()
+        if (group := without(planned, dropped)) is not None:
+            fit_group(group, screen=screen, should_stop=stop, on_save=save, joined=joined)
 
     with joined_processes(launch) as joined:
         for group in Local().run(prepared.groups, train):

@@ -13,15 +13,9 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from lora_trainer.config.optimizers import AdamW, AnyOptimizerOptions
 from lora_trainer.config.sweep import SweepConfig
 from lora_trainer.schedules.classic import Constant
-from lora_trainer.schedules.durations import Duration, check_duration
+from lora_trainer.schedules.durations import Duration, check_period
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.section import Count, NotBool, Observational, Ratio, Section
-
-
-def _check_period(value: Any) -> Any:
-    if value is not None and check_duration(value) in (0, "0%", "0ep"):
-        raise ValueError("a period is at least 1; write null for never")
-    return value
 
 
 def _check_name(value: str) -> str:
@@ -38,7 +32,7 @@ def _adamw_unless_said(value: Any) -> Any:
     return {"type": "adamw", **value} if isinstance(value, dict) else value
 
 
-Period = Annotated[Duration | None, AfterValidator(_check_period)]
+Period = Annotated[Duration | None, AfterValidator(check_period)]
 
 
 class ModelConfig(Section):
@@ -160,7 +154,7 @@ class ValidationConfig(Section):
     """Folder of images with captions that the LoRA should leave alone: shows forgetting."""
     seed: Annotated[int, Field(ge=0, lt=2**63), NotBool] = 0
     """Of the choice and of the probe's noise; its own, so that runs with other training seeds can be compared."""
-    every_steps: Annotated[Duration, AfterValidator(_check_period)] = "10%"
+    every_steps: Annotated[Duration, AfterValidator(check_period)] = "10%"
     """Period between probes; one more is made after the last update."""
     batch_size: Count = 8
     """Images per forward of the probe; changes nothing but speed and memory."""

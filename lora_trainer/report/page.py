@@ -19,7 +19,7 @@ from lora_trainer.report.figure import Plot, Table
 from lora_trainer.report.item_table import item_table
 from lora_trainer.report.line_plot import swatch
 from lora_trainer.report.run_plots import band_plot, curve_plots
-from lora_trainer.report.run_record import RunRecord, read_runs
+from lora_trainer.report.run_record import RunRecord, not_begun, read_runs
 from lora_trainer.report.sample_table import SampleTable, sample_table
 from lora_trainer.report.verdict_view import VerdictView, verdict_view
 from lora_trainer.verdict.arms import confirming, questions
@@ -72,13 +72,14 @@ def write_report(
         ConfigError: a folder is no run directory, two runs have equal settings and seed, or a confirming seed is not
             fresh.
     """
-    page = build_page([*read_runs(folders), *read_runs(confirm, "confirmation")], title, rules or Rules())
+    records = [*read_runs(folders), *read_runs(confirm, "confirmation")]
+    page = build_page(records, title, rules or Rules(), not_begun([*folders, *confirm]))
     atomicio.write_file(output, render(page).encode())
     return page.headline
 
 
-def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules) -> Page:
-    """Lay out the page of some runs."""
+def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules, notes: Sequence[str] = ()) -> Page:
+    """Lay out the page of some runs, with further notes at its head."""
     check_fresh(records)
     sources = list(dict.fromkeys(record.source for record in records))
     groups, against = arms(records), hindrances(records)
@@ -87,7 +88,7 @@ def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules) ->
     return Page(
         title=title or (f"{len(records)} runs compared" if len(sources) > 1 else sources[0]),
         headline=headline(records, groups, verdicts, against),
-        notes=(*pairing_notes(groups), *waiting_notes(records)),
+        notes=(*pairing_notes(groups), *waiting_notes(records), *notes),
         legend=tuple((swatch(group.place), group.name) for group in groups) if len(groups) > 1 else (),
         verdicts=tuple(verdicts),
         runs=runs_table(groups),

@@ -169,6 +169,19 @@ def read_sweep(folder: Path) -> list[RunRecord]:
     return records
 
 
+def not_begun(folders: Sequence[Path]) -> list[str]:
+    """The trials of sweeps that were decided not to be begun, with the reason; from what `read_runs` could read."""
+    found = []
+    for file in (folder / SWEEP_FILE for folder in folders):
+        trials = json.loads(file.read_text())["trials"] if file.is_file() else []
+        found += [
+            f"{trial['name']} was not trained: {trial['reason']}"
+            for trial in trials
+            if trial["status"] == "stopped" and not trial["step"]
+        ]
+    return found
+
+
 def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[RunRecord]:
     """Read several run directories and sweeps; what is wrong with any is told together.
 

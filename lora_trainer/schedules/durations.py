@@ -45,6 +45,17 @@ def check_duration(value: Any) -> Any:
     return value.strip()
 
 
+def check_period(value: Any) -> Any:
+    """Accept a duration that is not 0, or None.
+
+    Raises:
+        ValueError: it is 0.
+    """
+    if value is not None and check_duration(value) in (0, "0%", "0ep"):
+        raise ValueError("a period is at least 1; write null for never")
+    return value
+
+
 Duration = Annotated[int | str, BeforeValidator(check_duration)]
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_trainer.config.identity import difference, identity_fields
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.sweep import SweepConfig
+from lora_trainer.config.sweep import PruneConfig, SweepConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.prepare import Prepared
 from lora_trainer.sweep.forks import Fork, find_forks
@@ -42,8 +42,7 @@ class TrialGroup:
     folder: Path
     members: tuple[Member, ...]
     trials_per_pass: int | Literal["auto"]
-    diverged: float | None = None
-    """Held-out loss over the base's at which a trial is stopped; None is never."""
+    prune: PruneConfig
     why: str | None = None
     """What separates it from the group before it with the same seed."""
 
@@ -115,10 +114,21 @@ def _group(
     options: SweepConfig,
     why: str | None,
 ) -> TrialGroup:
-    forks = find_forks([prepared[trial.name] for trial in trials])
-    members = [Member(trial, prepared[trial.name], fork) for trial, fork in zip(trials, forks, strict=True)]
+    members = _forked([Member(trial, prepared[trial.name]) for trial in trials])
     folder = sweep_dir / "groups" / name
-    return TrialGroup(name, folder, tuple(members), options.trials_per_pass, options.prune.diverged, why)
+    return TrialGroup(name, folder, members, options.trials_per_pass, options.prune, why)
+
+
+def without(group: TrialGroup, names: Collection[str]) -> TrialGroup | None:
+    """The group without some of its trials; None where none is left."""
+    kept = [member for member in group.members if member.name not in names]
+    return replace(group, members=_forked(kept)) if kept else None
+
+
+def _forked(members: Sequence[Member]) -> tuple[Member, ...]:
+    """The same members, each with the other whose first updates it shares."""
+    forks = find_forks([member.prepared for member in members])
+    return tuple(replace(member, fork=fork) for member, fork in zip(members, forks, strict=True))
 
 
 def _free_name(name: str, taken: Collection[str]) -> str:

@@ -16,7 +16,7 @@ from lora_trainer.data.records import Progress
 from lora_trainer.launch import Launch
 from lora_trainer.prepare import Prepared, plan_rows, prepare, prepare_like
 from lora_trainer.sweep.groups import TrialGroup, group_trials, shared_settings
-from lora_trainer.sweep.record import Json, check_continues, read_sweep, settled_groups, started_groups
+from lora_trainer.sweep.record import Json, check_continues, never_begun, read_sweep, settled_groups, started_groups
 
 SHARED_ROWS = ("images", "global batch", "updates per epoch", "updates", "base", "validation")
 """Rows of a run's plan that hold for all trials of a group."""
@@ -56,6 +56,8 @@ def prepare_sweep(
     done = settled_groups(before, prepared)
     check_continues(before, prepared, sweep_dir, done)
     gone = {name for group in done for name in started.get(group, ())}
+    if config.sweep.prune.worse_after_seeds is not None:
+        gone |= never_begun(before)
     groups = group_trials(
         [trial for trial in trials if trial.name not in gone],
         prepared,

@@ -129,12 +129,22 @@ def _stored_identity(folder: Path) -> Json | None:
         return None
 
 
+def never_begun(before: Json | None) -> set[str]:
+    """Trials that an earlier start decided not to begin (`sweep.prune`)."""
+    trials = [] if before is None else before["trials"]
+    return {trial["name"] for trial in trials if trial["status"] == "stopped" and not trial["step"]}
+
+
 def describe_sweep(name: str, groups: Sequence[TrialGroup], before: Json | None) -> Json:
-    """The record of a planned sweep; groups that are finished and no longer in the config stay as they were."""
+    """The record of a planned sweep.
+
+    Groups that are finished and no longer in the config stay as they were; so do trials that were not begun.
+    """
     planned = {group.name for group in groups}
     kept = [g for g in (before or {"groups": []})["groups"] if g["status"] == "finished" and g["name"] not in planned]
-    kept_names = {name for group in kept for name in group["trials"]}
-    kept_trials = [t for t in (before or {"trials": []})["trials"] if t["name"] in kept_names]
+    stay = {name for group in kept for name in group["trials"]} | never_begun(before)
+    stay -= {member.name for group in groups for member in group.members}
+    kept_trials = [t for t in (before or {"trials": []})["trials"] if t["name"] in stay]
     identity = groups[0].shared.identity() if groups else {}
     shared = {key: value for key, value in identity.items() if key in CONTENTS} if before is None else before["shared"]
     return {
@@ -199,7 +209,9 @@ def refreshed(content: Json, sweep_dir: Path, finished: Sequence[str] = ()) -> J
 
 
 def _with_results(trial: Json, sweep_dir: Path, *, done: bool) -> Json:
-    """A trial's row with step, status and probes from its log."""
+    """A trial's row with step, status and probes from its log; of one that was not begun, the row as it is."""
+    if never_begun({"trials": [trial]}):
+        return trial
     log = sweep_dir / trial["folder"] / "metrics.jsonl"
     rows = list(read_rows(log)) if log.exists() else []
     probes = [r for r in rows if r.get("event") == "validation" and r["probe"] == HELD_OUT]

@@ -1,0 +1,141 @@
+"""Trials that end early or are not begun, where that was asked: which, when, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_resume import stop_after
+from toys import WATCHED
+
+from lora_trainer.commands import sweep as sweep_command
+from lora_trainer.commands import train as train_command
+from lora_trainer.config.sweep import PruneConfig
+from lora_trainer.config.trials import load_sweep
+from lora_trainer.errors import ConfigError, StoppedBySignal
+from lora_trainer.schedules.durations import Horizon
+from lora_trainer.stopping import StopRules
+from lora_trainer.sweep.fewer_seeds import worse_arms
+
+Sweep = Callable[..., Path]
+
+
+def rules(**behind: Any) -> StopRules:
+    prune = PruneConfig.model_validate({"behind": {"accept_bias": "equal-step", **behind}})
+    return StopRules.of(prune, Horizon(200, 10), every=30)
+
+
+def test_the_best_go_on_from_the_first_probe_at_the_moment_asked() -> None:
+    losses = {"a": 0.9, "b": 0.7, "c": 0.8, "lost": float("nan")}
+    half = rules(at="50%", keep=2)
+    assert half.behind_at == 120
+    endings = half.endings(120, losses)
+    assert set(endings) == {"a", "lost"}
+    assert (endings["a"].step, endings["a"].status) == (120, "stopped")
+    assert endings["a"].reason == (
+        "sweep.prune.behind: held-out loss 0.9 at update 120, the best 2 had 0.8 or less (equal-step bias accepted)"
+    )
+    assert half.endings(90, losses) == half.endings(150, losses) == {}
+
+
+def test_trials_of_equal_loss_go_on_together() -> None:
+    """They may be one and the same until they fork."""
+    assert set(rules(at=30, keep=1).endings(30, {"a": 0.7, "b": 0.7, "c": 0.8})) == {"c"}
+
+
+def test_nothing_is_stopped_unless_asked() -> None:
+    plain = StopRules.of(PruneConfig(), Horizon(200, 10), every=30)
+    assert all(plain.endings(step, {"a": 9.0, "b": 0.1}) == {} for step in range(0, 201, 10))
+
+
+def test_schedules_are_not_compared_at_an_equal_step_unless_that_is_accepted(toy_config: Path) -> None:
+    section = "sweep={grid: {lr_scheduler: [{type: constant}, {type: cosine}]}, prune: {behind: {at: 50%%, keep: 1%s}}}"
+    with pytest.raises(ConfigError, match="compares different schedules at an equal step") as caught:
+        load_sweep(toy_config, [WATCHED, section % ""])
+    assert "accept_bias: equal-step" in str(caught.value)
+    load_sweep(toy_config, [WATCHED, section % ", accept_bias: equal-step"])
+
+
+def record(losses: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What sweep.json says of finished trials of seeds 0, 1, 2 ..."""
+    plain = {"peak_lr": 1e-4, "lr_budget": 1.0, "status": "finished", "reason": None, "step": 9}
+    return {
+        "trials": [
+            {"arm": arm, "setting": arm, "seed": seed, "final": {"relative": loss}, **plain}
+            for arm, values in losses.items()
+            for seed, loss in enumerate(values)
+        ]
+    }
+
+
+def test_an_arm_clearly_worse_gets_no_further_seeds_and_the_reason_has_the_numbers() -> None:
+    stream = np.random.default_rng(0)
+    seeds = 0.8 + stream.normal(0, 0.02, 3)
+    good, close, bad = (seeds + shift + stream.normal(0, 2e-4, 3) for shift in (0, 1e-4, 0.1))
+    reasons = worse_arms(record({"good": good, "close": close, "bad": bad}), after=3, num_seeds=5)
+    assert set(reasons) == {"bad"}
+    assert reasons["bad"].startswith("sweep.prune.worse_after_seeds: good was better by 0.")
+    assert reasons["bad"].endswith("needed)") and "on 3 seeds" in reasons["bad"]
+    assert worse_arms(record({"good": good[:2], "bad": bad[:2]}), after=3, num_seeds=5) == {}
+
+
+def test_of_six_equal_arms_one_is_dropped_in_at_most_five_percent_of_sweeps() -> None:
+    """All looks of a sweep together: after three of five seeds and after four."""
+    stream, dropped = np.random.default_rng(1), 0
+    num = 300
+    for _ in range(num):
+        losses = 0.8 + stream.normal(0, 0.02, 5) + stream.normal(0, 0.01, (6, 5))
+        dropped += any(
+            worse_arms(record({str(i): own[:looked] for i, own in enumerate(losses)}), 3, 5) for looked in (3, 4)
+        )
+    assert dropped / num <= 0.05
+
+
+def test_a_sweep_drops_an_arm_before_its_last_seed_and_says_so(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = "trials: {still: {optimizer.lr: 1e-9}, learns: {optimizer.lr: 1e-2}}, seeds: [1, 2, 3, 4, 5]"
+    section = f"{{{arms}, prune: {{worse_after_seeds: 4}}}}"
+    done = sweep(section)
+    content = json.loads((done / "sweep.json").read_text())
+    trials = {trial["name"]: trial for trial in content["trials"]}
+    assert len(trials) == 10
+    dropped = trials["still-seed5"]
+    assert (dropped["status"], dropped["step"], dropped["final"]) == ("stopped", 0, None)
+    assert dropped["reason"].startswith("sweep.prune.worse_after_seeds: learns was better by 0.")
+    assert {name for name, trial in trials.items() if trial["status"] != "finished"} == {"still-seed5"}
+    assert not (done / "trials" / "still-seed5").exists()
+    assert [group["trials"] for group in content["groups"]][-1] == ["learns-seed5"]
+    page = (done / "report.html").read_text()
+    assert f"still-seed5 was not trained: {dropped['reason']}" in page
+    sweep(section)
+    assert json.loads((done / "sweep.json").read_text())["trials"] == content["trials"]
+    sweep(f"{{{arms}}}")  # without the rule the arm gets its seed
+    after = {t["name"]: t for t in json.loads((done / "sweep.json").read_text())["trials"]}
+    assert {trial["status"] for trial in after.values()} == {"finished"}
+    assert {name: after[name] for name in trials if name != "still-seed5"} == {
+        name: trial for name, trial in trials.items() if name != "still-seed5"
+    }
+
+
+def test_a_stopped_sweep_keeps_what_it_decided(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (
+        "{trials: {a: {optimizer.lr: 1e-3}, b: {optimizer.lr: 1e-2}, c: {optimizer.lr: 2e-2}}, "
+        "prune: {behind: {at: 3, keep: 1, accept_bias: equal-step}}}"
+    )
+    straight = sweep(section, name="straight")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        patch.setattr(sweep_command, "StopRequest", train_command.StopRequest)
+        with pytest.raises(StoppedBySignal):
+            sweep(section)
+    resumed = sweep(section)
+    ours, theirs = (json.loads((folder / "sweep.json").read_text())["trials"] for folder in (resumed, straight))
+    assert ours == theirs
+    assert sorted((trial["status"], trial["step"]) for trial in ours) == [
+        ("finished", 6),
+        ("stopped", 3),
+        ("stopped", 3),
+    ]
