@@ -51,7 +51,7 @@ def fit(
         TrainerError: the data, base, host or disk is at fault.
     """
     config, plan = prepared.config, prepared.plan
-    result = FitResult(plan.num_updates, tuple(files_to_come(config, plan)))
+    result = FitResult(plan.num_updates, tuple(files_to_come(config)))
     with start_runtime(prepared.launch, config.train.precision, prepared.threads) as runtime:
         checkpoint = find_checkpoint(prepared, runtime, screen)
         if _is_finished(checkpoint, result):

@@ -15,7 +15,7 @@ from lora_trainer.config.allowed_changes import refused_keys
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.fit import training_loop
 from lora_trainer.group_recorder import TRUNK, GroupRecorder
-from lora_trainer.prepare import files_to_come
+from lora_trainer.prepare import results_to_come
 from lora_trainer.probing import Probing
 from lora_trainer.resume import check_kept_curve, restore
 from lora_trainer.runtime import Runtime, start_runtime
@@ -168,7 +168,7 @@ def _is_finished(group: TrialGroup, checkpoint: Checkpoint | None) -> bool:
     if checkpoint.progress.step < group.num_updates and None in endings.values():
         return False
     complete = [member.prepared for member in group.members if endings[member.name] is None]
-    return all(file.is_file() for own in complete for file in files_to_come(own.config, own.plan))
+    return all(file.is_file() for own in complete for file in results_to_come(own.config))
 
 
 def _trials_per_pass(group: TrialGroup, checkpoint: Checkpoint | None) -> int | Literal["auto"]:

@@ -120,10 +120,10 @@ class GroupRecorder:
             recorder.deliver(progress)
 
     def finish(self, progress: Progress) -> None:
-        """The LoRA of every trial that came to the end."""
+        """The LoRA of every trial that came to the end; the sweep's report has the pictures of all."""
         live = self._live()
         for recorder in self._screen.track(live, "exporting", len(live)):
-            recorder.finish(progress)
+            recorder.conclude(progress)
 
     def sample(self, progress: Progress) -> None:
         """What the base draws: the same for every trial, so drawn once."""

@@ -238,15 +238,19 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "validation", f"{probes} images x 16 timesteps {every}: {plan.validation.cost:.1%} of the training's cost"
         yield from (("", f"note: {note}") for note in plan.validation.notes)
     yield "saves", _saves(plan)
-    yield "files to come", ", ".join(str(file) for file in files_to_come(config, plan))
+    yield "files to come", ", ".join(str(file) for file in files_to_come(config))
 
 
-def files_to_come(config: RunConfig, plan: RunPlan) -> list[Path]:
+def files_to_come(config: RunConfig) -> list[Path]:
     """What lies in the run directory in the end."""
+    return [*results_to_come(config), run_directory(config) / "curves.png", report_file(config)]
+
+
+def results_to_come(config: RunConfig) -> list[Path]:
+    """The same without the pictures that can be drawn from it at any time: what a trial of a sweep leaves."""
     run_dir = run_directory(config)
-    files = [lora_file(config), diffusers_lora_file(config), run_dir / "metrics.jsonl", run_dir / "curves.png"]
     samples = [run_dir / "samples" / "grid.png"] if config.sample.prompts else []
-    return [*files, *samples, report_file(config)]
+    return [lora_file(config), diffusers_lora_file(config), run_dir / "metrics.jsonl", *samples]
 
 
 def _saves(plan: RunPlan) -> str:

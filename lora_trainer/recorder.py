@@ -188,16 +188,20 @@ class Recorder:
                 self.sample(progress)
 
     def finish(self, progress: Progress) -> None:
-        """The LoRA, with the space that was kept for it; the last samples and the pictures."""
+        """The results, the curves and the report."""
+        self.conclude(progress)
+        draw_curves(self._run_dir / "metrics.jsonl", self._run_dir / "curves.png", self._config.name)
+        write_report([self._run_dir], report_file(self._config))
+
+    def conclude(self, progress: Progress) -> None:
+        """The LoRA, with the space that was kept for it; the last samples and the last diagnosis."""
         self._reserve.release()
         self.export(progress, numbered=False)
         self.sample(progress)
         self._diagnose(progress)
-        draw_curves(self._run_dir / "metrics.jsonl", self._run_dir / "curves.png", self._config.name)
         if self._config.sample.prompts:
             texts = [prompt.prompt for prompt in self._config.sample.prompts]
             draw_grid(self._run_dir / "samples", texts, self._run_dir / "samples" / "grid.png")
-        write_report([self._run_dir], report_file(self._config))
 
     def _checkpoint(self, progress: Progress, *, needed: bool) -> None:
         with self.disk_faults(progress, "checkpoint", needed=needed):
