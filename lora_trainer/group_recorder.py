@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from lora_trainer.assembly import Assembly
 from lora_trainer.checkpoint import Checkpoint, Progress
 from lora_trainer.data.holdout import HELD_OUT
+from lora_trainer.errors import HostError
 from lora_trainer.probing import Measurement
 from lora_trainer.recorder import Recorder, save_state
 from lora_trainer.runtime import Runtime
@@ -99,7 +101,7 @@ class GroupRecorder:
         lead, period = self._recorders[0], self._group.shared.plan.periods.checkpoint
         if not (now or (progress.owed and period is not None and progress.step % period == 0)):
             return
-        with lead.disk_faults(progress, "checkpoint", needed=now and progress.step < self._group.num_updates):
+        with self._disk_faults(progress, needed=now and progress.step < self._group.num_updates):
             states = [recorder.trial.state() for recorder in self._recorders]
             plain = {
                 recorder.trial.name: {
@@ -113,6 +115,18 @@ class GroupRecorder:
             save_state(folder, progress, [parts for parts, _ in states], plain, self._identity, scaler)
             lead.prune_checkpoints(folder)
         self._on_save()
+
+    @contextmanager
+    def _disk_faults(self, progress: Progress, *, needed: bool) -> Iterator[None]:
+        """As for a solo run; where the group has to stop, every trial keeps a LoRA of this step."""
+        lead, *others = self._live() or self._recorders
+        try:
+            with lead.disk_faults(progress, "checkpoint", needed=needed):
+                yield
+        except HostError:
+            for recorder in others:
+                recorder.rescue(progress)
+            raise
 
     def deliver(self, progress: Progress) -> None:
         """Exports and samples due after an update, of every trial that goes on."""

@@ -246,9 +246,7 @@ class Recorder:
             self._screen.say(f"step {progress.step}: the disk took no {what} ({error.strerror}); training goes on")
 
     def _stop_for_disk(self, progress: Progress, what: str, error: OSError) -> HostError:
-        """Write this step's LoRA into the space kept for it; what to tell the user."""
-        self._reserve.release()
-        self.export(progress, numbered=True)
+        self.rescue(progress)
         return HostError(
             Problem(
                 f"stopped at step {progress.step}: the disk took no {what}",
@@ -258,6 +256,11 @@ class Recorder:
                 f"{lora_file(self._config, progress.step).name}",
             )
         )
+
+    def rescue(self, progress: Progress) -> None:
+        """Write this step's LoRA into the space kept for it: what is left where the disk takes no checkpoint."""
+        self._reserve.release()
+        self.export(progress, numbered=True)
 
     def export(self, progress: Progress, *, numbered: bool) -> None:
         """The LoRA files of the first trial: the average where one is kept, else the adapter itself."""

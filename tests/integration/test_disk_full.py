@@ -78,6 +78,18 @@ def test_stop_leaves_a_lora_of_its_step_and_whole_checkpoints(train_toy: Train, 
     assert not (run_dir / recorder.RESERVE_FILE).exists()
 
 
+def test_a_group_that_has_to_stop_leaves_a_lora_of_every_trial(sweep: Callable[..., Path], tmp_path: Path) -> None:
+    words = ("{grid: {optimizer.lr: [1e-3, 2e-3]}}", "checkpoint={every_steps: 2, on_disk_full: stop}")
+    with (
+        pytest.raises(HostError, match="stopped at step 4: the disk took no checkpoint"),
+        atomicio.observe_operations(refusing("rename", "step-00000004", errno.EIO)),
+    ):
+        sweep(*words)
+    trials = tmp_path / "runs" / "toy" / "trials"
+    saved = [file.name for file in sorted(trials.glob("*/*-step00000004.safetensors"))]
+    assert saved == [f"lr{lr}-seed42-step00000004.safetensors" for lr in ("1e-3", "2e-3")]
+
+
 def test_tensorboards_disk_does_not_end_the_run(
     train_toy: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
