@@ -89,8 +89,8 @@ def sweep(
     ] = False,
 ) -> None:
     """Train many trials on one frozen base. The same command resumes; trials and seeds may be added."""
-    from lora_trainer.commands.sweep import show_status
     from lora_trainer.commands.sweep import sweep as run
+    from lora_trainer.commands.sweep_status import show_status
 
     if confirm:
         from lora_trainer.commands.confirm import confirm as run

@@ -88,7 +88,9 @@ def write_sweep(folder: Path, arms: dict[str, float], seeds: Sequence[int], **op
             name = f"{arm}-seed{seed}"
             own = loss + 1e-3 * seed + 1e-4 * ((seed * (number + 2)) % 3)
             write_run(folder / "trials" / name, schedule=arm, loss=own, seed=seed, **options)
-            trials.append({"name": name, "arm": arm, "setting": arm, "folder": f"trials/{name}"})
+            row = {"name": name, "arm": arm, "setting": arm, "folder": f"trials/{name}"}
+            trials.append({**row, "status": "finished", "step": 1})
     trials.append({"name": "later", "arm": "later", "setting": "later", "folder": "trials/later"})
+    trials[-1] |= {"status": "waiting", "step": 0}
     (folder / "sweep.json").write_text(json.dumps({"format": 1, "trials": trials}))
     return folder

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_trainer.commands.sweep import REPORT, sweep
+from lora_trainer.commands.sweep import sweep
+from lora_trainer.commands.sweep_start import REPORT
 from lora_trainer.config.places import run_directory
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.launch import read_launch

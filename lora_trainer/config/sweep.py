@@ -26,6 +26,12 @@ def _gathered(value: Any) -> Any:
     return {**own, "draws": {key: entry for key, entry in value.items() if key not in own}}
 
 
+def _share(value: str) -> str:
+    if not str(check_period(value)).endswith("%"):
+        raise ValueError('a share of the run is expected, as "25%"')
+    return value
+
+
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
@@ -38,6 +44,15 @@ class RandomConfig(Section):
     """Of the draws."""
     draws: Annotated[dict[str, dict[str, tuple[Any, ...]]], Field(min_length=1)]
     """Written beside `num`, by key path: {log_uniform: [low, high]}, {uniform: [low, high]} or {choice: [...]}."""
+
+
+class ShortRunsConfig(Section):
+    """Complete short runs of all arms on the first seed, which choose the learning rates of each setting."""
+
+    length: Annotated[str, AfterValidator(_share)] = "25%"
+    """Of the updates; schedules are laid over it whole, so write their lengths as shares too."""
+    keep: Annotated[int, Field(ge=1), NotBool] = 2
+    """Learning rates of each setting that are then trained in full."""
 
 
 class BehindConfig(Section):
@@ -56,6 +71,7 @@ class PruneConfig(Section):
 
     diverged: Annotated[float, Field(gt=1), NotBool] | None = None
     """Stop a trial whose held-out loss is this many times the frozen base's; null is off."""
+    short_runs: ShortRunsConfig | None = None
     worse_after_seeds: Annotated[int, Field(ge=3), NotBool] | None = None
     """From this many finished seeds on, an arm that another is shown to be better than gets no further seeds."""
     behind: BehindConfig | None = None

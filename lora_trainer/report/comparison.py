@@ -54,7 +54,7 @@ class ArmRuns:
         failed = {run.seed: run.failure for run in runs if run.failure is not None}
         finals = {run.seed: run.final for run in runs if run.is_finished and run.seed not in failed}
         losses = {seed: float(final["relative"]) for seed, final in finals.items() if final is not None}
-        return Arm(self.name, self.setting, self.peak_lr, self.lr_budget, losses, failed)
+        return Arm(self.name, self.setting, self.peak_lr, self.lr_budget, losses, failed, self.runs[0].lrs_tried)
 
 
 def varied(records: Sequence[RunRecord]) -> list[str]:

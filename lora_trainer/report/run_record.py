@@ -38,6 +38,8 @@ class RunRecord:
     """The trial's name in a sweep, without its seed."""
     setting: str | None = None
     """The same without its LR."""
+    lrs_tried: tuple[float, ...] = ()
+    """Peak LRs of its setting that a sweep left out before their runs."""
     source: str = ""
     """Name of the folder that was asked for: the run's, or its sweep's."""
     purpose: Purpose = "selection"
@@ -159,8 +161,18 @@ def read_sweep(folder: Path) -> list[RunRecord]:
     try:
         trials = json.loads((folder / SWEEP_FILE).read_text())["trials"]
         begun = [trial for trial in trials if (folder / trial["folder"] / "metrics.jsonl").is_file()]
+        left_out: dict[str, set[float]] = {}
+        for trial in _not_begun(trials):
+            left_out.setdefault(trial["setting"], set()).add(trial["peak_lr"])
         records = [
-            replace(read_run(folder / t["folder"]), name=t["name"], arm=t["arm"], setting=t["setting"]) for t in begun
+            replace(
+                read_run(folder / t["folder"]),
+                name=t["name"],
+                arm=t["arm"],
+                setting=t["setting"],
+                lrs_tried=tuple(sorted(left_out.get(t["setting"], ()))),
+            )
+            for t in begun
         ]
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(Problem("this sweep cannot be read", str(folder), str(error))) from error
@@ -174,12 +186,12 @@ def not_begun(folders: Sequence[Path]) -> list[str]:
     found = []
     for file in (folder / SWEEP_FILE for folder in folders):
         trials = json.loads(file.read_text())["trials"] if file.is_file() else []
-        found += [
-            f"{trial['name']} was not trained: {trial['reason']}"
-            for trial in trials
-            if trial["status"] == "stopped" and not trial["step"]
-        ]
+        found += [f"{trial['name']} was not trained: {trial['reason']}" for trial in _not_begun(trials)]
     return found
+
+
+def _not_begun(trials: Sequence[Row]) -> list[Row]:
+    return [trial for trial in trials if trial["status"] == "stopped" and not trial["step"]]
 
 
 def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[RunRecord]:

@@ -6,9 +6,7 @@ before it came to its end. The level of 5 % is divided by the number of looks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from lora_trainer.sweep.groups import TrialGroup, has_checkpoint
+from lora_trainer.sweep.groups import TrialGroup, trials_of
 from lora_trainer.sweep.record import Json
 from lora_trainer.sweep.results import arms_of
 from lora_trainer.verdict.compare import Outcome, Rules, compare
@@ -38,19 +36,8 @@ def worse_arms(content: Json, after: int, num_seeds: int) -> dict[str, str]:
 
 
 def trials_to_drop(group: TrialGroup, content: Json) -> dict[str, str]:
-    """The trials of a group that are not worth a further seed, with the reason; none of a group that has begun."""
+    """The trials of a group that are not worth a further seed, with the reason."""
     after = group.prune.worse_after_seeds
-    if after is None or has_checkpoint(group.folder):
+    if after is None:
         return {}
-    worse = worse_arms(content, after, len({trial["seed"] for trial in content["trials"]}))
-    return {member.name: worse[member.trial.arm] for member in group.members if member.trial.arm in worse}
-
-
-def without_dropped(content: Json, dropped: Mapping[str, str]) -> Json:
-    """The record with trials that were not begun, and never will be while the rule stands."""
-    trials = [
-        {**trial, "status": "stopped", "reason": dropped[trial["name"]]} if trial["name"] in dropped else trial
-        for trial in content["trials"]
-    ]
-    groups = [{**g, "trials": [name for name in g["trials"] if name not in dropped]} for g in content["groups"]]
-    return {**content, "groups": [group for group in groups if group["trials"]], "trials": trials}
+    return trials_of(group, worse_arms(content, after, len({trial["seed"] for trial in content["trials"]})))

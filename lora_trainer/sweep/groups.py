@@ -119,6 +119,13 @@ def _group(
     return TrialGroup(name, folder, members, options.trials_per_pass, options.prune, why)
 
 
+def trials_of(group: TrialGroup, reasons: Mapping[str, str]) -> dict[str, str]:
+    """The trials of some arms, each with its arm's reason; none of a group that has begun, which stays as it is."""
+    if has_checkpoint(group.folder):
+        return {}
+    return {member.name: reasons[member.trial.arm] for member in group.members if member.trial.arm in reasons}
+
+
 def without(group: TrialGroup, names: Collection[str]) -> TrialGroup | None:
     """The group without some of its trials; None where none is left."""
     kept = [member for member in group.members if member.name not in names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_trainer import disk
@@ -15,7 +15,8 @@ from lora_trainer.config.trials import TrialConfig
 from lora_trainer.data.records import Progress
 from lora_trainer.launch import Launch
 from lora_trainer.prepare import Prepared, plan_rows, prepare, prepare_like
-from lora_trainer.sweep.groups import TrialGroup, group_trials, shared_settings
+from lora_trainer.sweep.fewer_seeds import RULE as FEWER_SEEDS
+from lora_trainer.sweep.groups import TrialGroup, group_trials, shared_settings, without
 from lora_trainer.sweep.record import Json, check_continues, never_begun, read_sweep, settled_groups, started_groups
 
 SHARED_ROWS = ("images", "global batch", "updates per epoch", "updates", "base", "validation")
@@ -39,6 +40,11 @@ class PreparedSweep:
     def sweep_dir(self) -> Path:
         return run_directory(self.config)
 
+    def left_with(self, dropped: Collection[str]) -> PreparedSweep:
+        """The same without some trials."""
+        groups = (without(group, dropped) for group in self.groups)
+        return replace(self, groups=tuple(group for group in groups if group is not None))
+
 
 def prepare_sweep(
     config: RunConfig, trials: Sequence[TrialConfig], launch: Launch, progress: Progress
@@ -56,8 +62,8 @@ def prepare_sweep(
     done = settled_groups(before, prepared)
     check_continues(before, prepared, sweep_dir, done)
     gone = {name for group in done for name in started.get(group, ())}
-    if config.sweep.prune.worse_after_seeds is not None:
-        gone |= never_begun(before)
+    if config.sweep.prune.worse_after_seeds is not None:  # decided on the seeds of that moment, so it stays
+        gone |= {name for name, reason in never_begun(before).items() if reason.startswith(FEWER_SEEDS)}
     groups = group_trials(
         [trial for trial in trials if trial.name not in gone],
         prepared,

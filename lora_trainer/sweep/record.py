@@ -129,10 +129,22 @@ def _stored_identity(folder: Path) -> Json | None:
         return None
 
 
-def never_begun(before: Json | None) -> set[str]:
-    """Trials that an earlier start decided not to begin (`sweep.prune`)."""
+def never_begun(before: Json | None) -> dict[str, str]:
+    """Trials that an earlier start decided not to begin, with the rule and its reason."""
     trials = [] if before is None else before["trials"]
-    return {trial["name"] for trial in trials if trial["status"] == "stopped" and not trial["step"]}
+    return {trial["name"]: trial["reason"] for trial in trials if trial["status"] == "stopped" and not trial["step"]}
+
+
+def without_dropped(content: Json, dropped: Mapping[str, str]) -> Json:
+    """The record with trials that are not begun, and the reason of each."""
+    trials = [
+        {**trial, "group": None, "status": "stopped", "reason": dropped[trial["name"]]}
+        if trial["name"] in dropped
+        else trial
+        for trial in content["trials"]
+    ]
+    groups = [{**g, "trials": [name for name in g["trials"] if name not in dropped]} for g in content["groups"]]
+    return {**content, "groups": [group for group in groups if group["trials"]], "trials": trials}
 
 
 def describe_sweep(name: str, groups: Sequence[TrialGroup], before: Json | None) -> Json:
@@ -142,7 +154,7 @@ def describe_sweep(name: str, groups: Sequence[TrialGroup], before: Json | None)
     """
     planned = {group.name for group in groups}
     kept = [g for g in (before or {"groups": []})["groups"] if g["status"] == "finished" and g["name"] not in planned]
-    stay = {name for group in kept for name in group["trials"]} | never_begun(before)
+    stay = {name for group in kept for name in group["trials"]} | {*never_begun(before)}
     stay -= {member.name for group in groups for member in group.members}
     kept_trials = [t for t in (before or {"trials": []})["trials"] if t["name"] in stay]
     identity = groups[0].shared.identity() if groups else {}
@@ -152,8 +164,17 @@ def describe_sweep(name: str, groups: Sequence[TrialGroup], before: Json | None)
         "name": name,
         "shared": shared,
         "groups": kept + [_group_row(group) for group in groups],
-        "trials": kept_trials + [_trial_row(member, group) for group in groups for member in group.members],
+        "trials": _in_order(
+            [*kept_trials, *(_trial_row(member, group) for group in groups for member in group.members)], before
+        ),
     }
+
+
+def _in_order(trials: Sequence[Json], before: Json | None) -> list[Json]:
+    """Trials that were recorded before stay in their order; new ones follow."""
+    known = [trial["name"] for trial in (before or {"trials": []})["trials"]]
+    place = {name: index for index, name in enumerate(known)}
+    return sorted(trials, key=lambda trial: place.get(trial["name"], len(known)))
 
 
 def _group_row(group: TrialGroup) -> Json:

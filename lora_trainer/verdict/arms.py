@@ -30,6 +30,8 @@ class Arm:
     losses: Mapping[int, float]
     failed: Mapping[int, str] = field(default_factory=dict)
     """Why a seed's run has no loss."""
+    lrs_tried: tuple[float, ...] = ()
+    """Peak LRs of its setting that were tried and left out before; its own need not be among them."""
 
     @property
     def mean_loss(self) -> float:
@@ -109,13 +111,17 @@ def by_setting(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
 
 def _is_tunable(arms: Sequence[Arm]) -> bool:
     """At least three LRs over a span of nine."""
-    lrs = sorted({arm.peak_lr for arm in arms})
+    lrs = _lrs_tried(arms)
     return len(lrs) >= MIN_TUNED_LRS and lrs[-1] / lrs[0] >= MIN_TUNED_SPAN * _ROUNDING
+
+
+def _lrs_tried(arms: Sequence[Arm]) -> list[float]:
+    return sorted({lr for arm in arms for lr in (arm.peak_lr, *arm.lrs_tried)})
 
 
 def _at_the_edge(settings: Mapping[str, Sequence[Arm]]) -> Iterable[str]:
     for name, group in settings.items():
-        lrs = sorted(arm.peak_lr for arm in group)
+        lrs = _lrs_tried(group)
         chosen = tuned(group).peak_lr
         if chosen in (lrs[0], lrs[-1]):
             end = "smallest" if chosen == lrs[0] else "largest"

@@ -18,8 +18,10 @@ from lora_trainer.config.sweep import PruneConfig
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.schedules.durations import Horizon
+from lora_trainer.schedules.registry import SCHEDULES
 from lora_trainer.stopping import StopRules
 from lora_trainer.sweep.fewer_seeds import worse_arms
+from lora_trainer.sweep.short_runs import plan_short_runs
 
 Sweep = Callable[..., Path]
 
@@ -139,3 +141,74 @@ def test_a_stopped_sweep_keeps_what_it_decided(sweep: Sweep, monkeypatch: pytest
         ("stopped", 3),
         ("stopped", 3),
     ]
+
+
+def short(toy_config: Path, section: str, *overrides: str) -> Any:
+    words = ["name=toy", WATCHED, f"sweep={section}", *overrides]
+    return plan_short_runs(*load_sweep(toy_config, words))
+
+
+def test_curves_that_do_not_shrink_with_the_run_are_refused(toy_config: Path) -> None:
+    text = (
+        "{grid: {lr_scheduler: [{type: cosine, warmup_steps: %s}, {type: rex}]}, prune: {short_runs: {length: 20%%}}}"
+    )
+    with pytest.raises(ConfigError, match="`cosine-warmup_steps20` does not shrink with a run of 20 updates") as caught:
+        short(toy_config, text % "20", "train.max_steps=100")
+    assert len(caught.value.problems) == 1
+    planned = short(toy_config, text % "20%", "train.max_steps=100")
+    assert (planned.num_updates, planned.seed, planned.keep, planned.folder.name) == (20, 42, 2, "toy-short")
+    with pytest.raises(ConfigError, match="a share of one length for all"):
+        short(toy_config, text % "20%", "train={epochs: 3, threads: 1}")
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in ("torch", "plateau")])
+def test_every_schedule_written_in_shares_shrinks(toy_config: Path, name: str) -> None:
+    options = {
+        "constant_with_warmup": {"warmup_steps": "10%"},
+        "exponential": {"unit": "step", "final_ratio": 0.01},
+        "inverse_sqrt": {"timescale": "10%"},
+    }.get(name, SCHEDULES[name].example)
+    section = json.dumps({"trials": {"a": {"lr_scheduler": {"type": name, **options}}}, "prune": {"short_runs": {}}})
+    assert short(toy_config, section, "train.max_steps=400").num_updates == 100
+
+
+def test_each_setting_keeps_its_best_lrs_of_the_short_runs(toy_config: Path) -> None:
+    grid = "{lr_scheduler: [{type: constant}, {type: linear}], optimizer.lr: [1e-4, 1e-3, 1e-2]}"
+    section = f"{{grid: {grid}, prune: {{short_runs: {{keep: 1}}}}}}"
+    planned = short(toy_config, section, "train.max_steps=40")
+    losses = {"constant": (0.9, 0.7, 2.0), "linear": (0.95, 0.8, 0.6)}
+    rows = [
+        {"arm": f"{setting}-lr{lr:.0e}", "setting": setting, "seed": 42, "peak_lr": lr, "lr_budget": 1.0}
+        | {"status": "finished", "reason": None, "final": {"relative": loss}}
+        for setting, values in losses.items()
+        for lr, loss in zip((1e-4, 1e-3, 1e-2), values, strict=True)
+    ]
+    reasons = planned.dropped_arms({"trials": rows})
+    assert set(reasons) == {"constant-lr1e-04", "constant-lr1e-02", "linear-lr1e-04", "linear-lr1e-03"}
+    assert reasons["linear-lr1e-04"] == (
+        "sweep.prune.short_runs: held-out loss 0.9500 after a complete run of 10 updates on seed 42, 0.6000 at LR 0.01"
+    )
+
+
+def test_short_runs_come_first_and_their_choice_counts_as_tuning(sweep: Sweep) -> None:
+    grid = "{lr_scheduler: [{type: constant}, {type: linear}], optimizer.lr: [1e-4, 1e-3, 1e-2]}"
+    section = f"{{grid: {grid}, seeds: [1, 2, 3], prune: {{short_runs: {{length: 50%, keep: 1}}}}}}"
+    done = sweep(section)
+    shorts = json.loads((done.with_name("toy-short") / "sweep.json").read_text())["trials"]
+    assert [(trial["num_updates"], trial["status"], trial["seed"]) for trial in shorts] == [(3, "finished", 1)] * 6
+    trials = json.loads((done / "sweep.json").read_text())["trials"]
+    finished = {trial["arm"] for trial in trials if trial["status"] == "finished"}
+    best = {
+        min((t for t in shorts if t["setting"] == setting), key=lambda t: t["final"]["relative"])["arm"]
+        for setting in ("constant", "linear")
+    }
+    assert finished == best
+    left_out = [trial for trial in trials if trial["status"] == "stopped"]
+    assert len(left_out) == 12
+    assert all(trial["reason"].startswith("sweep.prune.short_runs: held-out loss") for trial in left_out)
+    page = (done / "report.html").read_text()
+    assert "LR tuned per setting" in page
+    assert all(f"{trial['name']} was not trained" in page for trial in left_out)
+    before = (done / "sweep.json").read_bytes()
+    sweep(section)  # finished, both of them
+    assert (done / "sweep.json").read_bytes() == before

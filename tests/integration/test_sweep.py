@@ -16,6 +16,7 @@ from toys import WATCHED
 
 from lora_trainer import fit_group as fit_group_module
 from lora_trainer.commands import sweep as sweep_command
+from lora_trainer.commands import sweep_status
 from lora_trainer.commands import train as train_command
 from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows, step_rows
@@ -277,7 +278,7 @@ def test_status_reads_a_stopped_sweep(
         with pytest.raises(StoppedBySignal):
             sweep(section)
     capsys.readouterr()
-    sweep_command.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
+    sweep_status.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
     said = capsys.readouterr().out
     assert "0 of 4 trials ended" in said
     assert "seed1  running, update 5 of 6, 2 trials" in said
