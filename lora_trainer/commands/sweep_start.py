@@ -112,7 +112,8 @@ class SweepStart:
             nonlocal record
             dropped = from_main(self.launch, trials_to_drop(planned, refreshed(record, sweep_dir, finished)))
             record = without_dropped(record, dropped)
-            self.screen.say(f"\ngroup {planned.name}: {len(planned.members) - len(dropped)} trials")
+            place = f"{len(finished) + 1} of {len(prepared.groups)}"
+            self.screen.say(f"\ngroup {planned.name} ({place}): {len(planned.members) - len(dropped)} trials")
             for name, reason in dropped.items():
                 self.screen.say(f"{name} is not trained: {reason}")
             save()
