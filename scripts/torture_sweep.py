@@ -33,8 +33,8 @@ WORK = ROOT / "build" / "torture-sweep"
 RESULT = ROOT / "benchmarks" / "results" / "torture_sweep.json"
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 LRS, SEEDS = (1e-4, 1e-3, 1e-2), (1, 2, 3, 4, 5)
-SHORTEST_S, LONGEST_S = 5.0, 40.0
-"""Between a start and its kill: from within the imports to the next group."""
+MOST_ROWS = 300
+"""Log rows that a start may write before its kill: of 216 in a group, so that it may fall into the next one."""
 NOT_COMPARED = ("resume", "checkpoint")
 TOO_EARLY = "behind: {at: 50%, keep: 6}"
 
@@ -111,8 +111,10 @@ def torment(sweep_dir: Path, count: int, screen: Screen) -> list[dict[str, int]]
     kills = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     for index in screen.track(range(len(kills), count), "kills", count - len(kills)):
         before = finished_files(sweep_dir)
+        enough = num_rows(sweep_dir) + random.Random(f"sweep {index}").randint(-MOST_ROWS // 5, MOST_ROWS)
         process = start(sweep_dir.name)
-        time.sleep(random.Random(f"sweep {index}").uniform(SHORTEST_S, LONGEST_S))
+        while process.poll() is None and num_rows(sweep_dir) < enough:
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills.append({"finished_groups": groups_done(sweep_dir), "touched_again": touched(before)})
@@ -121,6 +123,11 @@ def torment(sweep_dir: Path, count: int, screen: Screen) -> list[dict[str, int]]
     before = finished_files(sweep_dir)
     finish(sweep_dir.name)
     return [*kills, {"finished_groups": groups_done(sweep_dir), "touched_again": touched(before)}]
+
+
+def num_rows(sweep_dir: Path) -> int:
+    """Rows in the logs of all trials."""
+    return sum(file.read_bytes().count(b"\n") for file in sweep_dir.glob("trials/*/metrics.jsonl"))
 
 
 def finished_files(sweep_dir: Path) -> dict[Path, int]:
