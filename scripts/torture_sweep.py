@@ -52,9 +52,11 @@ def main() -> None:
     screen.say("the pruned sweep ...")
     pruned = finish("pruned", prune=f"{TOO_EARLY[:-1]}, accept_bias: equal-step}}")
     content = {
+        "command": "python scripts/torture_sweep.py",
+        "environment": json.loads(next(straight.glob("trials/*/environment.json")).read_text()),
         "trials": len(results(straight)),
         "kills": len(kills),
-        "groups_finished_before_the_last_kill": max((kill["finished_groups"] for kill in kills), default=0),
+        "groups_finished_before_the_last_kill": kills[-1]["finished_groups"],
         "trials_touched_again_after_their_group_was_finished": sum(kill["touched_again"] for kill in kills),
         "trials_with_other_lora_bytes": differing(straight, killed, lora_bytes),
         "trials_with_another_log": differing(straight, killed, log_rows),
@@ -64,7 +66,7 @@ def main() -> None:
         "equal_step_pruning_refused_without_its_name": start("refused", TOO_EARLY).wait() == ExitCode.CONFIG,
     }
     atomicio.write_json(options.output, content)
-    screen.table("sweep", [(key, str(value)) for key, value in content.items()])
+    screen.table("sweep", [(key, str(value)) for key, value in content.items() if key != "environment"])
 
 
 def make_world() -> None:
@@ -106,7 +108,7 @@ def finish(name: str, prune: str = "") -> Path:
 
 
 def torment(sweep_dir: Path, count: int, screen: Screen) -> list[dict[str, int]]:
-    """Kill the sweep `count` times at random, then let it finish; what each start found and left."""
+    """Kill the sweep `count` times at random, then let it finish; what each kill left, and what starts touched again."""
     record = WORK / "kills.jsonl"
     kills = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     for index in screen.track(range(len(kills), count), "kills", count - len(kills)):
@@ -122,7 +124,8 @@ def torment(sweep_dir: Path, count: int, screen: Screen) -> list[dict[str, int]]
             file.write(json.dumps(kills[-1]) + "\n")
     before = finished_files(sweep_dir)
     finish(sweep_dir.name)
-    return [*kills, {"finished_groups": groups_done(sweep_dir), "touched_again": touched(before)}]
+    kills[-1]["touched_again"] += touched(before)
+    return kills
 
 
 def num_rows(sweep_dir: Path) -> int:

@@ -81,7 +81,7 @@ def write_report(
 def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules, notes: Sequence[str] = ()) -> Page:
     """Lay out the page of some runs, with further notes at its head."""
     check_fresh(records)
-    sources = list(dict.fromkeys(record.source for record in records))
+    sources = list(dict.fromkeys(record.source for record in records if record.purpose == "selection"))
     groups, against = arms(records), hindrances(records)
     verdicts = verdict_views(groups, rules) if len(groups) > 1 and not against else []
     started = [group for group in groups if group.runs[0].updates]

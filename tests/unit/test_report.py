@@ -303,6 +303,7 @@ def test_fresh_seeds_confirm_and_used_ones_are_refused(tmp_path: Path) -> None:
         sentence == "On 4 fresh paired seeds (held-out loss, same peak LR 0.001, one pair): cosine is better than rex."
     )
     html = (tmp_path / "both.html").read_text()
+    assert "<h1>sweep</h1>" in html
     assert "Confirmation on fresh seeds: same peak LR 0.001" in html
     assert chosen.replace("'", "&#39;") in html
     assert "lora-trainer report sweep --confirm fresh" in html
