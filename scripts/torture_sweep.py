@@ -108,7 +108,7 @@ def finish(name: str, prune: str = "") -> Path:
 
 
 def torment(sweep_dir: Path, count: int, screen: Screen) -> list[dict[str, int]]:
-    """Kill the sweep `count` times at random, then let it finish; what each kill left, and what starts touched again."""
+    """Kill the sweep `count` times at random, then let it finish; what each kill left and what starts touched."""
     record = WORK / "kills.jsonl"
     kills = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     for index in screen.track(range(len(kills), count), "kills", count - len(kills)):
