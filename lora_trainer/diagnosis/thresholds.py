@@ -20,7 +20,7 @@ class Thresholds:
     oscillation_reversals: int = 3
     """Changes of direction among the last probes, each beyond its SE and a tenth of the gain."""
     cooldown_se: float = 2.0
-    flat_share: float = 0.05
+    flat_share: float = 0.1
     """A fall by less than this share of the gain over the window is flat."""
     flat_rise: float = 0.15
     """A rise by more than this share is not flat either."""

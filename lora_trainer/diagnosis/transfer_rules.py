@@ -14,7 +14,7 @@ from lora_trainer.diagnosis.trial_log import ProbeLog, TrialLog
 
 REPEATS = 3
 """Probes in a row that must agree on overfitting."""
-SHOCK_WINDOW = 0.05
+SHOCK_WINDOW, SHOCK_PROBES = 0.05, 2
 
 
 def overfit(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
@@ -84,11 +84,13 @@ def restart_shock(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         missing = "no probe shortly after a restart and one at its cycle's end; set a smaller validation.every_steps"
         return not_measured(State.RESTART_SHOCK, missing)
     shocks = []
-    for before, after, end in judged:
+    for before, soon, end in judged:
+        after = max(soon, key=lambda index: probe.means[index])
         rise, left = probe.change(before, after), probe.change(before, end)
         share = rise.mean / max(1 - float(probe.means[before]), limits.started_gain)
         clear = rise.z > limits.shock_se or _rose_as_well(log.train, before, after, limits)
-        if clear and share > limits.shock_share and left.mean > 0 and left.z > 1:
+        stayed = left.mean > 0 and (left.z > 1 or _rose_as_well(log.train, before, end, limits))
+        if clear and stayed and share > limits.shock_share:
             shocks.append((before, after, end, rise, share))
     if not shocks:
         return not_found(State.RESTART_SHOCK, f"{len(judged)} restarts, each made good by its cycle's end")
@@ -111,12 +113,12 @@ def _rose_as_well(train: ProbeLog, before: int, after: int, limits: Thresholds) 
     return train.change(before, after).mean > limits.shock_share * gain
 
 
-def _around(probe: ProbeLog, start: int, end: int, run: RunFacts) -> tuple[int, int, int] | None:
-    """The probes before a restart, soon after it, and at its cycle's end; None where one is missing."""
+def _around(probe: ProbeLog, start: int, end: int, run: RunFacts) -> tuple[int, list[int], int] | None:
+    """The probe before a restart, the first two after it, and its cycle's last; None where one is missing."""
     before = [index for index, step in enumerate(probe.steps) if step <= start]
     after = [index for index, step in enumerate(probe.steps) if start < step <= end]
     if not before or not after or probe.steps[-1] < end:
         return None
     period = max(b - a for a, b in pairwise(probe.steps))
     soon = probe.steps[after[0]] - start <= max(SHOCK_WINDOW * run.num_updates, period)
-    return (before[-1], after[0], after[-1]) if soon else None
+    return (before[-1], after[:SHOCK_PROBES], after[-1]) if soon else None

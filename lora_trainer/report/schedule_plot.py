@@ -44,9 +44,14 @@ def draw_schedules(
             _epochs_above(axes, updates_per_epoch)
     else:
         rows = math.ceil(len(curves) / 4)
-        figure = Figure(figsize=(16 * scale, 3 * rows * scale), layout="constrained")
+        width, height = 16 * scale, 3 * rows * scale
+        figure = Figure(figsize=(width, height))
         figure.suptitle(title)
         panels = list(figure.subplots(rows, 4, squeeze=False).flat)
+        # Margins in inches: the panels are all alike, and a layout engine would draw each of them three times.
+        figure.subplots_adjust(
+            left=0.9 / width, right=1 - 0.2 / width, bottom=0.5 / height, top=1 - 0.8 / height, wspace=0.4, hspace=0.55
+        )
         for axes, curve in zip(panels, curves, strict=False):
             _draw_panel(axes, [curve], curve.label, named=False)
         for axes in panels[len(curves) :]:

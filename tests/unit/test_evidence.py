@@ -53,7 +53,7 @@ def test_every_test_that_is_named_exists() -> None:
         assert {test for other, test in named if other == file} <= functions, file
 
 
-@pytest.mark.parametrize("page", ["evidence.md", "learning_rates.md", "schedules.md"])
+@pytest.mark.parametrize("page", ["evidence.md", "learning_rates.md", "schedules.md", "diagnosis.md"])
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", (DOCS / page).read_text()):
         file, _, anchor = target.partition("#")
