@@ -44,14 +44,10 @@ def draw_schedules(
             _epochs_above(axes, updates_per_epoch)
     else:
         rows = math.ceil(len(curves) / 4)
-        width, height = 16 * scale, 3 * rows * scale
-        figure = Figure(figsize=(width, height))
+        figure = Figure(figsize=(16 * scale, 3 * rows * scale))
         figure.suptitle(title)
         panels = list(figure.subplots(rows, 4, squeeze=False).flat)
-        # Margins in inches: the panels are all alike, and a layout engine would draw each of them three times.
-        figure.subplots_adjust(
-            left=0.9 / width, right=1 - 0.2 / width, bottom=0.5 / height, top=1 - 0.8 / height, wspace=0.4, hspace=0.55
-        )
+        _space_out(figure, rows, 4)
         for axes, curve in zip(panels, curves, strict=False):
             _draw_panel(axes, [curve], curve.label, named=False)
         for axes in panels[len(curves) :]:
@@ -59,6 +55,22 @@ def draw_schedules(
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     atomicio.write_file(picture, buffer.getvalue())
+
+
+def _space_out(figure: Figure, rows: int, columns: int) -> None:
+    """Room for the letters, in inches. The panels are all alike, and a layout engine would draw each three times."""
+    width, height = figure.get_size_inches()
+    left, right, bottom, top, between, beneath = 0.85, 0.1, 0.5, 0.7, 0.85, 0.7
+    panel_width = (width - left - right - (columns - 1) * between) / columns
+    panel_height = (height - bottom - top - (rows - 1) * beneath) / rows
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=bottom / height,
+        top=1 - top / height,
+        wspace=between / panel_width,
+        hspace=beneath / panel_height,
+    )
 
 
 def _draw_panel(axes: Axes, curves: Sequence[Curve], title: str, *, named: bool = True) -> None:
