@@ -15,6 +15,7 @@ from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.launch import read_launch
 from lora_trainer.sweep.record import read_sweep
+from lora_trainer.sweep.results import unfinished_trials
 from lora_trainer.sweep.short_runs import plan_short_runs
 from lora_trainer.tracking.console import Screen
 
@@ -48,9 +49,12 @@ def sweep(
         if short is not None:
             if launch.num_processes > 1 and (measure or not dry_run):
                 start = replace(start, joined=stack.enter_context(join(launch)))
-            start.screen.say(f"first: short runs of {short.num_updates} updates choose {short.keep} LRs per setting")
+            start.screen.say(
+                f"first: short runs of {short.num_updates} updates choose {short.keep} of the LRs of each setting"
+            )
             start.run(*load_sweep(config_file, [*overrides, *short.overrides]))
-            screened = short.dropped_arms(read_sweep(short.folder) or {"trials": []})
+            done = read_sweep(short.folder)
+            screened = short.dropped_arms(done) if done and not unfinished_trials(done) else {}
         start.run(config, trials, screened)
 
 

@@ -190,6 +190,16 @@ def test_each_setting_keeps_its_best_lrs_of_the_short_runs(toy_config: Path) -> 
     )
 
 
+def test_short_runs_are_planned_before_anything_is_trained(
+    sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep("{grid: {optimizer.lr: [1e-4, 1e-3]}, prune: {short_runs: {length: 50%, keep: 1}}}", dry_run=True)
+    said = capsys.readouterr().out
+    assert said.startswith("first: short runs of 3 updates choose 1 of the LRs of each setting")
+    assert said.index("Plan of toy-short") < said.index("Plan of toy\n")
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [".cache"]
+
+
 def test_short_runs_come_first_and_their_choice_counts_as_tuning(sweep: Sweep) -> None:
     grid = "{lr_scheduler: [{type: constant}, {type: linear}], optimizer.lr: [1e-4, 1e-3, 1e-2]}"
     section = f"{{grid: {grid}, seeds: [1, 2, 3], prune: {{short_runs: {{length: 50%, keep: 1}}}}}}"
