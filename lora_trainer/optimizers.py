@@ -22,6 +22,12 @@ def _torch(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optim
     return lambda groups, options, _: kind(groups, **_arguments(options))
 
 
+def _adafactor(groups: Groups, options: OptimizerOptions, _: Horizon) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, relative_step=False, warmup_init=False, **_arguments(options))
+
+
 def _lion(groups: Groups, options: OptimizerOptions, _: Horizon) -> torch.optim.Optimizer:
     package = require("lion_pytorch", extra="optimizers", feature="optimizer.type: lion")
     return package.Lion(groups, **_arguments(options))
@@ -52,6 +58,7 @@ OPTIMIZERS: dict[str, Callable[[Groups, Any, Horizon], torch.optim.Optimizer]] =
     "sgd": _torch(torch.optim.SGD),
     "rmsprop": _torch(torch.optim.RMSprop),
     "adagrad": _torch(torch.optim.Adagrad),
+    "adafactor": _adafactor,
     "lion": _lion,
     "adamw_8bit": _adamw_8bit,
     "prodigy": _prodigy,

@@ -17,6 +17,7 @@ USUAL_RANGE: dict[str, tuple[float, float]] = {
     "rmsprop": (1e-5, 1e-2),
     "lion": (1e-6, 1e-3),
     "schedule_free_adamw": (1e-5, 2.5e-2),
+    "adafactor": (1e-5, 1e-2),
     "adagrad": (1e-4, 1e-1),
     "sgd": (1e-3, 1.0),
     "prodigy": (0.5, 2.0),

@@ -97,6 +97,26 @@ class AdaGrad(OptimizerOptions):
     """Added to the denominator."""
 
 
+class Adafactor(OptimizerOptions):
+    """Second moments as one row and one column per matrix, so little memory (Shazeer and Stern 2018).
+
+    What transformers calls `relative_step` is written out: lr 1e-2, scale_parameter true, a constant schedule. Its own
+    rate is min(1e-2, 1 / sqrt(update)), which is 1e-2 for the first 10,000 updates, and would ignore any schedule.
+    """
+
+    type: Literal["adafactor"] = "adafactor"
+    eps: tuple[Positive, Positive] = (1e-30, 1e-3)
+    """Added to the square of the gradient; smallest size that `scale_parameter` counts a tensor with."""
+    clip_threshold: Positive = 1.0
+    """Root mean square above which a tensor's update is scaled down."""
+    decay_rate: Annotated[float, Field(ge=-1, lt=0), NotBool] = -0.8
+    """The second moments of update t decay by 1 - t^decay_rate."""
+    beta1: Beta | None = None
+    """Decay of a running mean of the update; null keeps none and saves its memory."""
+    scale_parameter: bool = False
+    """Multiply the learning rate by each tensor's root mean square."""
+
+
 class Lion(OptimizerOptions):
     """Sign of the momentum (Chen et al. 2023). Takes a third to a tenth of AdamW's LR and more decay."""
 
@@ -156,5 +176,6 @@ class ScheduleFreeAdamW(OptimizerOptions):
 
 
 AnyOptimizerOptions = Annotated[
-    AdamW | Adam | SGD | RMSprop | AdaGrad | Lion | AdamW8bit | Prodigy | ScheduleFreeAdamW, Field(discriminator="type")
+    AdamW | Adam | SGD | RMSprop | AdaGrad | Adafactor | Lion | AdamW8bit | Prodigy | ScheduleFreeAdamW,
+    Field(discriminator="type"),
 ]

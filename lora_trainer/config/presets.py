@@ -49,6 +49,13 @@ PRESETS: dict[str, Preset] = {
         "Lion: a third to a tenth of AdamW's learning rate, more weight decay",
         {"optimizer": {"type": "lion", "lr": 2e-5, "weight_decay": 0.1}},
     ),
+    "adafactor": Preset(
+        "Adafactor with the relative step of its paper, written out: 1e-2 times the size of each tensor",
+        {
+            "optimizer": {"type": "adafactor", "lr": 1e-2, "scale_parameter": True},
+            "lr_scheduler": {"type": "constant"},
+        },
+    ),
     "prodigy": Preset(
         "Prodigy finds the step size itself: base 1, one schedule over the whole run",
         {"optimizer": {"type": "prodigy", "lr": 1.0}, "lr_scheduler": {"type": "cosine"}},

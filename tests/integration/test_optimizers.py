@@ -13,10 +13,12 @@ import pytest
 import schedulefree
 import torch
 from pydantic import TypeAdapter
+from transformers.optimization import Adafactor
 
 from lora_trainer import optional
 from lora_trainer.config.load import check_source
 from lora_trainer.config.optimizers import AnyOptimizerOptions, OptimizerOptions
+from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.source import Source
 from lora_trainer.errors import ConfigError, ExitCode, HostError
 from lora_trainer.optimizers import OPTIMIZERS, build_optimizer, evaluated_weights, step_size
@@ -49,6 +51,10 @@ PAIRS: list[tuple[dict[str, Any], Callable[[list[torch.nn.Parameter]], torch.opt
     ({"type": "sgd", "lr": 0.1, "nesterov": True}, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True)),
     ({"type": "rmsprop", "lr": 0.01}, lambda p: torch.optim.RMSprop(p, lr=0.01)),
     ({"type": "adagrad", "lr": 0.01}, lambda p: torch.optim.Adagrad(p, lr=0.01)),
+    (
+        {"type": "adafactor", "lr": 1e-3, "beta1": 0.9},
+        lambda p: Adafactor(p, lr=1e-3, beta1=0.9, scale_parameter=False, relative_step=False),
+    ),
     ({"type": "lion", "lr": 1e-3}, lambda p: lion_pytorch.Lion(p, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)),
     (
         {"type": "prodigy"},
@@ -61,6 +67,13 @@ PAIRS: list[tuple[dict[str, Any], Callable[[list[torch.nn.Parameter]], torch.opt
 def test_equals_the_librarys_own(written: dict[str, Any], theirs: Any) -> None:
     ours = trained(lambda parameters: build_optimizer(options(**written), [parameters], HORIZON))
     assert torch.equal(ours, trained(theirs))
+
+
+def test_adafactors_relative_step_is_a_constant_lr_written_out() -> None:
+    preset = PRESETS["adafactor"].settings
+    assert preset["lr_scheduler"] == {"type": "constant"}
+    ours = trained(lambda parameters: build_optimizer(options(**preset["optimizer"]), [parameters], HORIZON))
+    assert torch.equal(ours, trained(lambda p: Adafactor(p, relative_step=True)))
 
 
 def test_schedule_free_equals_its_package_and_warms_up_in_updates() -> None:
@@ -153,6 +166,7 @@ def test_the_config_knows_exactly_the_optimizers_that_exist() -> None:
             "one step size",
         ),
         ({"optimizer": {"type": "prodigy", "lr": 1e-4}}, "optimizer.lr"),
+        ({"optimizer": {"type": "adafactor", "relative_step": True}}, "lr: 1e-2 with scale_parameter: true"),
         ({"optimizer": {"type": "adamw", "lr": 1.0}}, "less than 1"),
     ],
 )

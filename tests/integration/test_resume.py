@@ -94,6 +94,7 @@ def test_a_resume_with_validation_and_plateau_is_byte_identical(
 
 
 OPTIMIZER_OVERRIDES = {
+    "adafactor": ("optimizer={type: adafactor, lr: 1e-2, scale_parameter: true, beta1: 0.9}",),
     "prodigy": ("optimizer={type: prodigy}",),
     "schedule_free_adamw": (
         "optimizer={type: schedule_free_adamw, warmup_steps: 2}",
