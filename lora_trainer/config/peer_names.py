@@ -37,7 +37,7 @@ PEER_NAMES: dict[str, str] = {
     "adam_beta1": "optimizer.betas",
     "adam_beta2": "optimizer.betas",
     "adam_weight_decay": "optimizer.weight_decay",
-    "relative_step": "lr: 1e-2 with scale_parameter: true and a constant schedule",
+    "relative_step": "optimizer.lr: 1e-2, with scale_parameter: true and a constant schedule",
     "warmup_init": "lr_scheduler.warmup_steps",
     "lr_scheduler_type": "lr_scheduler.type",
     "lr_warmup_steps": "lr_scheduler.warmup_steps",

@@ -13,6 +13,7 @@ from diffusers.utils.logging import disable_progress_bar
 from lora_trainer.commands.train import train
 from lora_trainer.tracking.metrics import step_rows
 
+pytestmark = pytest.mark.xdist_group("demo")  # one training serves them all
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "demo" / "base"
 

@@ -166,7 +166,7 @@ def test_the_config_knows_exactly_the_optimizers_that_exist() -> None:
             "one step size",
         ),
         ({"optimizer": {"type": "prodigy", "lr": 1e-4}}, "optimizer.lr"),
-        ({"optimizer": {"type": "adafactor", "relative_step": True}}, "lr: 1e-2 with scale_parameter: true"),
+        ({"optimizer": {"type": "adafactor", "relative_step": True}}, "optimizer.lr: 1e-2, with scale_parameter: true"),
         ({"optimizer": {"type": "adamw", "lr": 1.0}}, "less than 1"),
     ],
 )
