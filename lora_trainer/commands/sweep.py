@@ -54,7 +54,7 @@ def sweep(
             )
             start.run(*load_sweep(config_file, [*overrides, *short.overrides]))
             done = read_sweep(short.folder)
-            screened = short.dropped_arms(done) if done and not unfinished_trials(done) else {}
+            screened = start.agree(short.dropped_arms(done) if done and not unfinished_trials(done) else {})
         start.run(config, trials, screened)
 
 

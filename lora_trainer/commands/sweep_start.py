@@ -75,6 +75,14 @@ class SweepStart:
                     record_exit(sweep_dir, error.exit_code, error.title, str(error.problems[0].what))
                 raise
 
+    def agree(self, screened: dict[str, str]) -> dict[str, str]:
+        """What the main process read, where several have joined: the others may have read before it wrote."""
+        if self.joined is None:
+            return screened
+        from lora_trainer.runtime import from_main
+
+        return dict(from_main(self.launch, screened))
+
     def _show(self, prepared: PreparedSweep) -> None:
         """What a plan shows beyond its rows."""
         curves = _curves(prepared.groups)

@@ -337,12 +337,19 @@ def test_a_killed_sweep_resumes_to_the_byte_and_trains_no_finished_group_again(
 def test_two_processes_train_group_after_group_as_one_does(
     sweep: Sweep, toy_config: Path, program: Callable[..., Any], tmp_path: Path
 ) -> None:
-    section = "{grid: {optimizer.lr: [1e-3, 2e-3]}, seeds: [1, 2], trials_per_pass: 2}"
+    """Short runs first, then the sweep: the processes join once, and agree on what is left out."""
+    short_runs = "prune: {short_runs: {length: 50%, keep: 2}}"
+    section = f"{{grid: {{optimizer.lr: [1e-3, 2e-3, 3e-3]}}, seeds: [1, 2], trials_per_pass: 2, {short_runs}}}"
     one = sweep(section, "train.batch_size=2")
     start = ["torchrun", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d"]
     words = [WATCHED, f"sweep={section}", "train.batch_size=1", "name=toy", f"output_dir={tmp_path / 'two'}"]
     run = program([*start, "--rdzv-endpoint", "localhost:0", "train.py", "--config", str(toy_config), *words])
     assert run.returncode == 0, run.stdout + run.stderr
     two = results(tmp_path / "two" / "toy")
-    for name, trial in results(one).items():
+    assert {name: trial["status"] for name, trial in two.items()} == {
+        name: trial["status"] for name, trial in results(one).items()
+    }
+    finished = {name: trial for name, trial in results(one).items() if trial["status"] == "finished"}
+    assert len(finished) == 4
+    for name, trial in finished.items():
         assert two[name]["final"]["items"] == pytest.approx(trial["final"]["items"], rel=1e-5)
