@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_trainer.commands.sweep import sweep
+from lora_trainer.commands.sweep import require_section, sweep
 from lora_trainer.commands.sweep_start import REPORT
 from lora_trainer.config.places import run_directory
 from lora_trainer.config.trials import load_sweep
@@ -28,6 +28,7 @@ def confirm(
     Raises:
         TrainerError: the sweep is not finished, or whatever `sweep` raises.
     """
+    require_section(config_file, overrides)
     config, _ = load_sweep(config_file, overrides)
     launch = read_launch(config)
     screen = Screen(silent=not launch.is_main)

@@ -37,7 +37,7 @@ def sweep(
         TrainerError: whatever went wrong, with its exit code; also recorded in the sweep directory's exit.json.
     """
     check_platform()
-    _require_section(config_file, overrides)
+    require_section(config_file, overrides)
     config, trials = load_sweep(config_file, overrides)
     launch = read_launch(config)
     short = plan_short_runs(config, trials)
@@ -58,7 +58,12 @@ def sweep(
         start.run(config, trials, screened)
 
 
-def _require_section(config_file: Path, overrides: Sequence[str]) -> None:
+def require_section(config_file: Path, overrides: Sequence[str]) -> None:
+    """Refuse a configuration without a `sweep` section.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if load_config(config_file, overrides).sweep is None:
         raise ConfigError(
             Problem(

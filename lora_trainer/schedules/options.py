@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,9 +25,9 @@ class ScheduleOptions(Section):
     example: ClassVar[dict[str, Any]] = {}
     """Options that show the schedule off: all that it requires, for previews."""
 
+    @abstractmethod
     def core(self, horizon: Horizon, warmup: int) -> Core:
         """The multiplier after the warm-up, as a function of (update index, base LR)."""
-        raise NotImplementedError
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
         """What a plot shows beside the end of the warm-up."""

@@ -71,7 +71,9 @@ def plan_confirmation(config: RunConfig, *, anew: bool = False) -> Confirmation:
     else:
         chosen = [name for name in dict.fromkeys(trial["arm"] for trial in before["trials"]) if name in arms]
     if len(chosen) < 2:
-        raise ConfigError(Problem("a confirmation compares two arms at least", str(sweep_dir), f"found: {chosen}"))
+        found = ", ".join(chosen) or "none"
+        fix = "add trials to the sweep; where other leaders were chosen before, --fresh chooses again"
+        raise ConfigError(Problem("a confirmation compares two arms", str(sweep_dir), f"fit to confirm: {found}", fix))
     overrides = {trial["arm"]: trial["overrides"] for trial in content["trials"]}
     return Confirmation(
         folder.name,

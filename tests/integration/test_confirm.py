@@ -85,6 +85,17 @@ def test_the_leaders_stay_those_that_the_first_start_chose(recorded: Callable[..
     assert (list(anew.arms), anew.began) == (["constant-lr1e-3", "linear-lr1e-3"], False)
 
 
+def test_one_arm_has_nothing_to_be_compared_with(recorded: Callable[..., Any]) -> None:
+    rows = [trial("constant", 1e-3, 1, 0.6), trial("linear", 1e-3, 1, None, "failed")]
+    with pytest.raises(ConfigError, match="fit to confirm: constant-lr1e-3"):
+        plan_confirmation(recorded(*rows))
+
+
+def test_a_config_without_a_sweep_has_nothing_to_confirm(toy_config: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no `sweep` section"):
+        confirm(toy_config, [])
+
+
 def test_a_confirmation_trains_the_leaders_and_the_report_says_what_they_showed(
     sweep: Sweep, toy_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

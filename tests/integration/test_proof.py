@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import RICH, same_run_twice
+from test_resume import RICH, assert_same_run_twice
 
 from lora_trainer.adapters.bank import AdapterBank
 from lora_trainer.tracking.metrics import read_rows
@@ -67,4 +67,4 @@ def test_a_group_that_the_schedule_holds_still_is_explained(train_toy: Train) ->
 
 
 def test_a_resume_repeats_the_proof_where_it_fell_due(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    same_run_twice(train_toy, monkeypatch, RICH, [1])
+    assert_same_run_twice(train_toy, monkeypatch, RICH, [1])

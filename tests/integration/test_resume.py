@@ -48,7 +48,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMING_FIELDS} for row in kept]
 
 
-def same_run_twice(
+def assert_same_run_twice(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], stops: list[int]
 ) -> None:
     straight = train_toy(*overrides)
@@ -60,6 +60,7 @@ def same_run_twice(
                 train_toy(*overrides)
             assert caught.value.exit_code == ExitCode.STOPPED == 75
     resumed = train_toy(*overrides)
+    assert len(outputs(straight)) >= 4  # two LoRA files, adapter and optimizer
     assert outputs(straight) == outputs(resumed)
     assert rows(straight) == rows(resumed)
 
@@ -68,7 +69,7 @@ def same_run_twice(
 def test_a_resume_is_byte_identical(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stops: list[int]
 ) -> None:
-    same_run_twice(train_toy, monkeypatch, RICH, stops)
+    assert_same_run_twice(train_toy, monkeypatch, RICH, stops)
 
 
 def test_a_resume_after_every_update_of_twenty_is_byte_identical(
@@ -76,21 +77,21 @@ def test_a_resume_after_every_update_of_twenty_is_byte_identical(
 ) -> None:
     """Nineteen stops: LR, losses, gradient norms and weights at every k are those of the run without a stop."""
     curve = "lr_scheduler={type: cosine_with_restarts, num_cycles: 3, warmup_steps: 2}"
-    same_run_twice(train_toy, monkeypatch, ("train.max_steps=20", curve), [1] * 19)
+    assert_same_run_twice(train_toy, monkeypatch, ("train.max_steps=20", curve), [1] * 19)
 
 
 @pytest.mark.parametrize("overrides", [SHOWN, (*SHOWN, *RICH, *WATCHED)], ids=["plain", "with everything"])
 def test_a_stop_where_samples_and_exports_are_due_owes_them_to_the_resume(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
 ) -> None:
-    same_run_twice(train_toy, monkeypatch, overrides, [2, 1, 1])
+    assert_same_run_twice(train_toy, monkeypatch, overrides, [2, 1, 1])
 
 
 def test_a_resume_with_validation_and_plateau_is_byte_identical(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plateau = "lr_scheduler={type: plateau, patience: 1, threshold_se: 100, factor: 0.5}"
-    same_run_twice(train_toy, monkeypatch, (*RICH, *WATCHED, plateau), [2, 2])
+    assert_same_run_twice(train_toy, monkeypatch, (*RICH, *WATCHED, plateau), [2, 2])
 
 
 OPTIMIZER_OVERRIDES = {
@@ -111,14 +112,14 @@ def test_every_optimizer_resumes(
     if optimizer == "adamw_8bit":
         pytest.importorskip("bitsandbytes", reason="the extra 8bit is not installed")
     overrides = OPTIMIZER_OVERRIDES.get(optimizer, (f"optimizer={{type: {optimizer}, lr: 1e-3}}",))
-    same_run_twice(train_toy, monkeypatch, overrides, [3])
+    assert_same_run_twice(train_toy, monkeypatch, overrides, [3])
 
 
 @pytest.mark.parametrize("name", sorted(set(SCHEDULES) - set(CLASSIC)))
 def test_every_schedule_resumes(train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     options = json.dumps({"type": name, **SCHEDULES[name].example})
     watched = ["validation={fraction: 0.3, every_steps: 2, max_cost: 1.0}"] if name == "plateau" else []
-    same_run_twice(train_toy, monkeypatch, (f"lr_scheduler={options}", "train.max_steps=10", *watched), [3])
+    assert_same_run_twice(train_toy, monkeypatch, (f"lr_scheduler={options}", "train.max_steps=10", *watched), [3])
 
 
 def test_two_runs_of_one_config_are_byte_identical(train_toy: Callable[..., Path]) -> None:

@@ -75,7 +75,7 @@ def test_settings_that_would_not_be_honoured(
 )
 def test_settings_that_agree(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
-    read_launch(config(precision="bf16", gradient_accumulation_steps=2))
+    assert read_launch(config(precision="bf16", gradient_accumulation_steps=2)).num_processes == 1
 
 
 def test_two_processes_asked_for_and_one_started(monkeypatch: pytest.MonkeyPatch) -> None:

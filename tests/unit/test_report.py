@@ -125,12 +125,12 @@ def test_no_path_user_or_host_is_told(tmp_path: Path) -> None:
         tmp_path / "runs" / "a",
         done=20,
         status=(6, "numeric stop", message),
-        adapter__targets=["attn2.to_k", "/root/weights/list"],
+        adapter__targets=["attn2.to_k", "/srv/weights/list"],
     )
     html = page_of([run], tmp_path / "report.html")
     assert "…/base.safetensors (at …/x.png)" in html
     assert "…/list" in html
-    for told in (str(tmp_path), "/home/someone", "/root/weights", socket.gethostname(), f"/{getpass.getuser()}/"):
+    for told in (str(tmp_path), "/home/someone", "/srv/weights", socket.gethostname(), f"/{getpass.getuser()}/"):
         assert told not in html
 
 
