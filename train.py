@@ -2,7 +2,7 @@
 
 import sys
 
-from lora_trainer.cli import main
+from lora_trainer.cli.program import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

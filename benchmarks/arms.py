@@ -17,18 +17,18 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig as PeftLoraConfig
 from PIL import Image
 
-from lora_trainer import streams
-from lora_trainer.adapters.bank import AdapterBank, AdapterSpec
-from lora_trainer.batch import Slot
-from lora_trainer.cache import build_cache
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.data.batches import BatchSource
-from lora_trainer.families.registry import open_family
-from lora_trainer.objective import Objective
-from lora_trainer.prepare import Prepared
-from lora_trainer.runtime import Runtime
-from lora_trainer.trial import Trial, TrialSpec
-from lora_trainer.update import Updater
+from lora_trainer.data.cache import build_cache
+from lora_trainer.diffusion import random_streams
+from lora_trainer.diffusion.batch import Slot
+from lora_trainer.diffusion.objective import Objective
+from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
+from lora_trainer.models.registry import open_family
+from lora_trainer.planning.prepare import Prepared
+from lora_trainer.runtime.runtime import Runtime
+from lora_trainer.training.optimizer_step import Updater
+from lora_trainer.training.trial import Trial, TrialSpec
 
 
 class Arm(Protocol):
@@ -95,7 +95,7 @@ class Plain:
         for name, parameter in self.trainable.items():
             if ".lora_A." in name:
                 bound, layer = 1 / parameter[0].numel() ** 0.5, name.partition(".lora_A.")[0]
-                drawn = streams.uniform(-bound, bound, parameter.shape, self.config.seed, "adapter init", layer)
+                drawn = random_streams.uniform(-bound, bound, parameter.shape, self.config.seed, "adapter init", layer)
                 parameter.data.copy_(drawn)
         options = self.config.optimizer
         self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=options.lr, weight_decay=options.weight_decay)
@@ -112,7 +112,7 @@ class Plain:
         batch, seed = self.config.train.batch_size, self.config.seed
         per_epoch = -(-len(self.records) // batch)
         epoch, position = divmod(number, per_epoch)
-        order = streams.stream(seed, "order", epoch).permutation(len(self.records))
+        order = random_streams.stream(seed, "order", epoch).permutation(len(self.records))
         slots = [Slot(epoch, n) for n in range(position * batch, min((position + 1) * batch, len(self.records)))]
         chosen = [int(order[slot.position]) for slot in slots]
         if self.cached:
@@ -122,10 +122,10 @@ class Plain:
         else:
             mean, std, prompt_embeds = self.encode(chosen)
         shape = mean.shape[1:]
-        jitter = torch.stack([streams.normal(shape, seed, "latent", *slot) for slot in slots]).to(self.device)
+        jitter = torch.stack([random_streams.normal(shape, seed, "latent", *slot) for slot in slots]).to(self.device)
         latents = (mean + std * jitter) * self.vae.config.scaling_factor
-        noise = torch.stack([streams.normal(shape, seed, "noise", *slot) for slot in slots]).to(self.device)
-        drawn = [int(streams.stream(seed, "timestep", *slot).integers(1000)) for slot in slots]
+        noise = torch.stack([random_streams.normal(shape, seed, "noise", *slot) for slot in slots]).to(self.device)
+        drawn = [int(random_streams.stream(seed, "timestep", *slot).integers(1000)) for slot in slots]
         timesteps = torch.tensor(drawn, device=self.device)
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, prompt_embeds).sample

@@ -24,12 +24,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from rich.progress import track
 
-from lora_trainer import atomicio
-from lora_trainer.adapters.targets import select_targets
-from lora_trainer.checkpoint import Progress, prune, save_checkpoint
 from lora_trainer.config.schema import CheckpointConfig
-from lora_trainer.runtime import processor_name
-from lora_trainer.tensor_file import Tensors
+from lora_trainer.models.adapters.targets import select_targets
+from lora_trainer.runtime.runtime import processor_name
+from lora_trainer.storage import atomic_files
+from lora_trainer.storage.checkpoint import Progress, prune, save_checkpoint
+from lora_trainer.storage.safetensors_io import Tensors
 
 RANK = 32
 STEP_SECONDS = {
@@ -84,7 +84,7 @@ def timed_save(folder: Path, number: int, parts: dict[str, Tensors]) -> dict[str
                 clock["named"] = time.process_time()
 
     started, started_cpu = time.perf_counter(), time.process_time()
-    with atomicio.observe_operations(observe):
+    with atomic_files.observe_operations(observe):
         save_checkpoint(folder, Progress(number, number), parts, plain={}, identity={}, scaler={})
     ended_cpu = time.process_time()
     wall, cpu, read_back = time.perf_counter() - started, ended_cpu - started_cpu, ended_cpu - clock["named"]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_trainer.assembly import Assembly
+    from lora_trainer.training.setup import Assembly
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -59,7 +59,7 @@ def main() -> None:
 
 def compare(scratch: str, batch: int, num_trials: int, rounds: int) -> dict[str, Any]:
     """Seconds per update of all trials in both arms, in turns, and the ratio of the pairs."""
-    from lora_trainer.trial import passes_of
+    from lora_trainer.training.trial import passes_of
 
     seconds: dict[str, list[float]] = {"packed": [], "sequential": []}
     with assembled(scratch, batch, num_trials) as parts:
@@ -81,7 +81,7 @@ def compare(scratch: str, batch: int, num_trials: int, rounds: int) -> dict[str,
 
 
 def peak_memory(scratch: str, batch: int, num_trials: int, per_pass: int) -> float:
-    from lora_trainer.trial import passes_of
+    from lora_trainer.training.trial import passes_of
 
     with assembled(scratch, batch, num_trials) as parts:
         parts.updater.pack(passes_of(parts.trials, per_pass))
@@ -91,7 +91,7 @@ def peak_memory(scratch: str, batch: int, num_trials: int, per_pass: int) -> flo
 
 
 def environment_of(scratch: str) -> dict[str, Any]:
-    from lora_trainer.runtime import environment_report, start_runtime
+    from lora_trainer.runtime.runtime import environment_report, start_runtime
 
     prepared = prepared_run(scratch, 1)
     with start_runtime(prepared.launch, "fp32", prepared.threads) as runtime:
@@ -101,10 +101,10 @@ def environment_of(scratch: str) -> dict[str, Any]:
 @contextmanager
 def assembled(scratch: str, batch: int, num_trials: int) -> Iterator[Assembly]:
     """Trials at as many learning rates on the demo base."""
-    from lora_trainer.assembly import assemble
-    from lora_trainer.runtime import start_runtime
+    from lora_trainer.runtime.runtime import start_runtime
     from lora_trainer.tracking.console import Screen
-    from lora_trainer.trial import TrialSpec
+    from lora_trainer.training.setup import assemble
+    from lora_trainer.training.trial import TrialSpec
 
     prepared = prepared_run(scratch, batch)
     config = prepared.config
@@ -118,8 +118,8 @@ def assembled(scratch: str, batch: int, num_trials: int) -> Iterator[Assembly]:
 
 def prepared_run(scratch: str, batch: int) -> Any:
     from lora_trainer.config.load import load_config
-    from lora_trainer.launch import read_launch
-    from lora_trainer.prepare import prepare
+    from lora_trainer.planning.prepare import prepare
+    from lora_trainer.runtime.launch import read_launch
 
     overrides = [
         f"output_dir={scratch}",

@@ -44,7 +44,7 @@ def main() -> None:
 def compare(scratch: Path, rounds: int) -> dict[str, Any]:
     """Check that the arms agree, then time them in turns, then time whole runs."""
     from benchmarks.arms import Ours, Plain
-    from lora_trainer.runtime import environment_report, start_runtime
+    from lora_trainer.runtime.runtime import environment_report, start_runtime
 
     prepared = prepared_run(scratch)
     with start_runtime(prepared.launch, "fp32", prepared.threads) as runtime:
@@ -87,8 +87,8 @@ def compare(scratch: Path, rounds: int) -> dict[str, Any]:
 
 def prepared_run(scratch: Path) -> Any:
     from lora_trainer.config.load import load_config
-    from lora_trainer.launch import read_launch
-    from lora_trainer.prepare import prepare
+    from lora_trainer.planning.prepare import prepare
+    from lora_trainer.runtime.launch import read_launch
 
     overrides = [f"output_dir={scratch}", f"model.path={ROOT / 'demo/base'}", f"data.dir={ROOT / 'demo/images'}"]
     overrides.append("tracking.base_loss_every=null")  # a measurement that the plain loops do not make
@@ -118,7 +118,7 @@ def summary(values: list[float]) -> dict[str, float]:
 def peak_memory(scratch: str, name: str) -> float:
     """Highest memory of a process that trains twenty steps with one arm."""
     from benchmarks.arms import Ours, Plain
-    from lora_trainer.runtime import start_runtime
+    from lora_trainer.runtime.runtime import start_runtime
 
     prepared = prepared_run(Path(scratch))
     with start_runtime(prepared.launch, "fp32", prepared.threads) as runtime:

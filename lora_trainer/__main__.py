@@ -1,6 +1,6 @@
 """`python -m lora_trainer` is the same program as `lora-trainer`."""
 
-from lora_trainer.cli import main
+from lora_trainer.cli.program import main
 
 if __name__ == "__main__":
     main()

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_trainer.commands.schedules import Preview, example_horizon, fact_rows, named_previews
+from lora_trainer.cli.schedules import Preview, example_horizon, fact_rows, named_previews
 from lora_trainer.config.describe import option_rows
 from lora_trainer.report.schedule_plot import Curve, draw_schedules
 from lora_trainer.schedules.external import TorchSchedule
 from lora_trainer.schedules.options import DecayOptions, ScheduleOptions
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
-from lora_trainer.section import Section
+from lora_trainer.strict_model import Section
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PICTURES = DOCS / "schedules"

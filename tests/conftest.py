@@ -55,7 +55,7 @@ def toy_config(tmp_path: Path, toy_base: Path, toy_images: Path) -> Path:
 @pytest.fixture
 def train_toy(toy_config: Path, tmp_path: Path) -> Callable[..., Path]:
     """Train the toy config with overrides in this process; the run directory."""
-    from lora_trainer.commands.train import train
+    from lora_trainer.cli.train import train
 
     def run(*overrides: str, name: str = "toy") -> Path:
         train(toy_config, [f"name={name}", *overrides])
@@ -69,7 +69,7 @@ def sweep(toy_config: Path, tmp_path: Path) -> Callable[..., Path]:
     """Sweep over the toy config in this process, with a probe; the sweep's directory."""
     from toys import WATCHED
 
-    from lora_trainer.commands.sweep import sweep as command
+    from lora_trainer.cli.sweep import sweep as command
 
     def run(section: str, *overrides: str, name: str = "toy", **options: bool) -> Path:
         command(toy_config, [f"name={name}", WATCHED, f"sweep={section}", *overrides], **options)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.structure import section_models, type_name
-from lora_trainer.section import Observational
+from lora_trainer.strict_model import Observational
 
 _HEAD = """\
 # Configuration

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.section import Observational
+from lora_trainer.strict_model import Observational
 
 CURVE_LENGTH = "lr curve length"
 """Identity key: the number of updates that the LR curves are laid over."""

@@ -1,4 +1,4 @@
-"""Options of each optimizer, by `optimizer.type`; `lora_trainer.optimizers` builds them."""
+"""Options of each optimizer, by `optimizer.type`; `lora_trainer.training.optimizers` builds them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lora_trainer.schedules.durations import Duration
 from lora_trainer.schedules.registry import LRSchedulerOptions
-from lora_trainer.section import NotBool, Ratio, Section
+from lora_trainer.strict_model import NotBool, Ratio, Section
 
 LearningRate = Annotated[float, Field(gt=0, lt=1), NotBool]
 NotNegative = Annotated[float, Field(ge=0), NotBool]

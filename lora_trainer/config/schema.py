@@ -15,7 +15,7 @@ from lora_trainer.config.sweep import SweepConfig
 from lora_trainer.schedules.classic import Constant
 from lora_trainer.schedules.durations import Duration, check_period
 from lora_trainer.schedules.registry import LRSchedulerOptions
-from lora_trainer.section import Count, NotBool, Observational, Ratio, Section
+from lora_trainer.strict_model import Count, NotBool, Observational, Ratio, Section
 
 
 def _check_name(value: str) -> str:

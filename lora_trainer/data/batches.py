@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_trainer import streams
-from lora_trainer.batch import Batch, Conditioning, Slot
 from lora_trainer.data.records import Record
+from lora_trainer.diffusion import random_streams
+from lora_trainer.diffusion.batch import Batch, Conditioning, Slot
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class BatchSource:
         mean = self._latents.mean_NChw[rows].to(self._device, non_blocking=True)
         std = self._latents.std_NChw[rows].to(self._device, non_blocking=True)
         shape = mean.shape[1:]
-        jitter = torch.stack([streams.normal(shape, self._seed, "latent", *slot) for slot in slots])
+        jitter = torch.stack([random_streams.normal(shape, self._seed, "latent", *slot) for slot in slots])
         return Batch(
             latents_BChw=mean + std * jitter.to(self._device, non_blocking=True),
             conditioning=self._prompts.conditioning([choice.prompt for choice in choices], self._device),
@@ -113,15 +113,15 @@ class BatchSource:
         mirrored = self._latents.flips and self._integer("flip", slot, 2) == 1
         captions = self._records[record].captions
         prompt = captions[self._integer("caption", slot, len(captions))]
-        if self._dropout and streams.stream(self._seed, "caption dropout", *slot).random() < self._dropout:
+        if self._dropout and random_streams.stream(self._seed, "caption dropout", *slot).random() < self._dropout:
             prompt = ""
         return _Choice(record, self._latents.rows[record, crop, mirrored], prompt)
 
     def _integer(self, purpose: str, slot: Slot, bound: int) -> int:
-        return 0 if bound == 1 else int(streams.stream(self._seed, purpose, *slot).integers(bound))
+        return 0 if bound == 1 else int(random_streams.stream(self._seed, purpose, *slot).integers(bound))
 
     def _permutation(self, epoch: int) -> list[int]:
         if self._order is None or self._order[0] != epoch:
-            order = streams.stream(self._seed, "order", epoch).permutation(len(self._samples))
+            order = random_streams.stream(self._seed, "order", epoch).permutation(len(self._samples))
             self._order = (epoch, order.tolist())
         return self._order[1]

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_trainer import atomicio
 from lora_trainer.config.schema import DataConfig
 from lora_trainer.data.captions import caption_file, caption_from_name, read_lines
 from lora_trainer.data.images import EXTENSIONS, Framing, ImageFault, decode, frame
 from lora_trainer.errors import DataError, Problem
+from lora_trainer.storage import atomic_files
 
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
 Progress = Callable[[Iterable, str, int], Iterable]  # (items, what is done, how many) -> the same items
@@ -219,7 +219,7 @@ def _read_checked(file: Path) -> dict[str, tuple[int, int]]:
 def _write_checked(file: Path, before: dict[str, tuple[int, int]], records: Iterable[Record]) -> None:
     now = before | {record.sha256: record.size for record in records}
     if now != before:
-        atomicio.write_json(file, {digest: list(size) for digest, size in now.items()})
+        atomic_files.write_json(file, {digest: list(size) for digest, size in now.items()})
 
 
 def _notes(records: tuple[Record, ...], config: DataConfig) -> Iterator[str]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.evidence.statistics.arms import Arm
+from lora_trainer.evidence.statistics.wording import Purpose
 from lora_trainer.report.run_record import RunRecord
-from lora_trainer.verdict.arms import Arm
-from lora_trainer.verdict.wording import Purpose
 
 MUST_AGREE = ("base content", "data content", "validation content", "validation.seed", "data.resolution")
 """Without these equal, held-out losses do not measure the same thing."""

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lora_trainer import atomicio
+from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import step_rows
 
 
@@ -33,7 +33,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
-    atomicio.write_file(picture, buffer.getvalue())
+    atomic_files.write_file(picture, buffer.getvalue())
 
 
 def window(num_rows: int) -> int:

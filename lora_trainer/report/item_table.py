@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from lora_trainer.evidence.statistics.paired import paired_test
 from lora_trainer.report.comparison import ArmRuns
 from lora_trainer.report.figure import Table
 from lora_trainer.report.run_record import Row
-from lora_trainer.verdict.paired import paired_test
 
 CAPTION = (
     "Differences over held-out images, in percent of the base's loss: the precision of these runs alone, no evidence "

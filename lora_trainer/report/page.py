@@ -12,7 +12,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lora_trainer import __version__, atomicio
+from lora_trainer import __version__
+from lora_trainer.evidence.statistics.arms import confirming, questions
+from lora_trainer.evidence.statistics.compare import Rules
+from lora_trainer.evidence.statistics.wording import judge
 from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, hindrances, pairing_notes, varied
 from lora_trainer.report.diagnosis_table import NOT_MEASURED, diagnosis_table
 from lora_trainer.report.figure import Plot, Table
@@ -22,9 +25,7 @@ from lora_trainer.report.run_plots import band_plot, curve_plots
 from lora_trainer.report.run_record import RunRecord, not_begun, read_runs
 from lora_trainer.report.sample_table import SampleTable, sample_table
 from lora_trainer.report.verdict_view import VerdictView, verdict_view
-from lora_trainer.verdict.arms import confirming, questions
-from lora_trainer.verdict.compare import Rules
-from lora_trainer.verdict.wording import judge
+from lora_trainer.storage import atomic_files
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATOR = "lora_trainer report"
@@ -74,7 +75,7 @@ def write_report(
     """
     records = [*read_runs(folders), *read_runs(confirm, "confirmation")]
     page = build_page(records, title, rules or Rules(), not_begun([*folders, *confirm]))
-    atomicio.write_file(output, render(page).encode())
+    atomic_files.write_file(output, render(page).encode())
     return page.headline
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.evidence.statistics.wording import Purpose
 from lora_trainer.tracking.metrics import read_rows
-from lora_trainer.verdict.wording import Purpose
 
 SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
 SWEEP_FILE = "sweep.json"

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lora_trainer import atomicio
+from lora_trainer.storage import atomic_files
 
 _SAMPLE = re.compile(r"step-(\d{8})-(\d+)\.png")
 MAX_COLUMNS = 8
@@ -39,7 +39,7 @@ def draw_grid(folder: Path, prompts: Sequence[str], picture: Path) -> None:
         cells[row - 1][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
-    atomicio.write_file(picture, buffer.getvalue())
+    atomic_files.write_file(picture, buffer.getvalue())
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:

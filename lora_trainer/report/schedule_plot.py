@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lora_trainer import atomicio
 from lora_trainer.schedules.schedule import Mark
+from lora_trainer.storage import atomic_files
 
 MOST_IN_ONE_PANEL = 8
 MOST_NUMBERED_MARKS = 5  # more milestones than this share one entry of the legend
@@ -54,7 +54,7 @@ def draw_schedules(
             axes.set_visible(False)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
-    atomicio.write_file(picture, buffer.getvalue())
+    atomic_files.write_file(picture, buffer.getvalue())
 
 
 def _space_out(figure: Figure, rows: int, columns: int) -> None:

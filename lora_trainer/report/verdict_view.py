@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
+from lora_trainer.evidence.statistics.arms import Arm
+from lora_trainer.evidence.statistics.compare import Outcome, Pair, smallest_effect
+from lora_trainer.evidence.statistics.paired import paired_test
+from lora_trainer.evidence.statistics.wording import Verdict
 from lora_trainer.report.figure import FAINT, INK, SERIES, Plot, Table, draw
-from lora_trainer.verdict.arms import Arm
-from lora_trainer.verdict.compare import Outcome, Pair, smallest_effect
-from lora_trainer.verdict.paired import paired_test
-from lora_trainer.verdict.wording import Verdict
 
 MOST_PAIRS_DRAWN = 10
 _PERCENT = 100

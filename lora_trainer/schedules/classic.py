@@ -13,7 +13,7 @@ from pydantic import Field
 from lora_trainer.schedules.durations import Duration, Horizon, ScheduleError
 from lora_trainer.schedules.options import DecayOptions, FlooredDecayOptions, ScheduleOptions, WarmupOptions
 from lora_trainer.schedules.schedule import Core, Mark
-from lora_trainer.section import Count, NotBool, Ratio
+from lora_trainer.strict_model import Count, NotBool, Ratio
 
 
 class Constant(ScheduleOptions):

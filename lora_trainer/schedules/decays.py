@@ -17,7 +17,7 @@ from pydantic import Field
 from lora_trainer.schedules.durations import Duration, Horizon, ScheduleError, at_least_one, to_updates
 from lora_trainer.schedules.options import FlooredDecayOptions, ScheduleOptions, WarmupOptions
 from lora_trainer.schedules.schedule import Core, Mark
-from lora_trainer.section import NotBool, Ratio
+from lora_trainer.strict_model import NotBool, Ratio
 
 Positive = Annotated[float, Field(gt=0), NotBool]
 Factor = Annotated[float, Field(gt=0, le=1), NotBool]

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from lora_trainer.schedules.durations import Duration, Horizon, ScheduleError, to_updates
 from lora_trainer.schedules.schedule import Core, LRSchedule, Mark, Warmup
-from lora_trainer.section import NotBool, Ratio, Section
+from lora_trainer.strict_model import NotBool, Ratio, Section
 
 
 class ScheduleOptions(Section):

@@ -14,7 +14,7 @@ from pydantic import Field
 from lora_trainer.schedules.durations import Duration, Horizon, ScheduleError, at_least_one
 from lora_trainer.schedules.options import ScheduleOptions, WarmupOptions
 from lora_trainer.schedules.schedule import Core, Mark
-from lora_trainer.section import Count, NotBool, Ratio
+from lora_trainer.strict_model import Count, NotBool, Ratio
 
 NotNegative = Annotated[float, Field(ge=0), NotBool]
 

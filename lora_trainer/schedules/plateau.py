@@ -17,7 +17,7 @@ from pydantic import Field
 from lora_trainer.schedules.durations import Horizon
 from lora_trainer.schedules.options import WarmupOptions
 from lora_trainer.schedules.schedule import Core, LRSchedule
-from lora_trainer.section import Count, NotBool, Ratio
+from lora_trainer.strict_model import Count, NotBool, Ratio
 
 
 class Plateau(WarmupOptions):

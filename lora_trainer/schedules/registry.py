@@ -29,7 +29,7 @@ from lora_trainer.schedules.options import ScheduleOptions
 from lora_trainer.schedules.periodic import CosineAnnealing, CosineWarmRestarts, Cyclic, OneCycle
 from lora_trainer.schedules.plateau import Plateau
 from lora_trainer.schedules.schedule import Core, LRSchedule, Mark
-from lora_trainer.section import NotBool, Section
+from lora_trainer.strict_model import NotBool, Section
 
 
 def _tag(value: Any) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.atomicio import AppendLog
+from lora_trainer.storage.atomic_files import AppendLog
 
 TIMING_FIELDS = ("images_per_s", "step_s", "peak_memory_gib", "elapsed_s")
 """Fields that differ between two otherwise equal runs."""

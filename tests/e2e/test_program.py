@@ -81,7 +81,7 @@ def test_errors_have_codes_and_no_traceback(program: Program, toy_config: Path, 
 def test_help_and_dry_run_never_load_torch(program: Program, toy_config: Path) -> None:
     for arguments in (["--help"], ["train", "--help"], ["train", "--config", str(toy_config), "--dry-run"]):
         checked = f"try: main({arguments!r})\nfinally: assert 'torch' not in sys.modules"
-        code = f"import sys; from lora_trainer.cli import main\n{checked}"
+        code = f"import sys; from lora_trainer.cli.program import main\n{checked}"
         run = program([sys.executable, "-c", code])
         assert run.returncode == 0, run.stderr
     assert "updates per epoch" in run.stdout

@@ -19,9 +19,9 @@ def test_the_short_torture_loses_nothing(
 ) -> None:
     """A part of each family of trials, and every negative control: a part of the state left out must be noticed."""
     run = program(
-        [sys.executable, "-m", "torture_trials", "--short", "--record", str(tmp_path / "trials.jsonl")],
+        [sys.executable, "-m", "stress.torture_trials", "--short", "--record", str(tmp_path / "trials.jsonl")],
         timeout=550,
-        PYTHONPATH=":".join(map(str, (ROOT, ROOT / "scripts", ROOT / "tests"))),
+        PYTHONPATH=":".join(map(str, (ROOT, ROOT / "tests"))),
         OMP_NUM_THREADS="1",
     )
     outcomes = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]

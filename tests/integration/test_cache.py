@@ -13,9 +13,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from lora_trainer import cache as cache_module
+from lora_trainer.data import cache as cache_module
 from lora_trainer.errors import DataError
-from lora_trainer.tensor_file import load
+from lora_trainer.storage.safetensors_io import load
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_long_captions_are_refused_or_cut_and_counted(
 def test_latents_that_are_not_finite_name_the_image(
     train_toy: Callable[..., Path], images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_trainer.families.stable_diffusion import StableDiffusion
+    from lora_trainer.models.stable_diffusion import StableDiffusion
 
     nan = torch.full((1, 4, 8, 8), float("nan"))
     monkeypatch.setattr(StableDiffusion, "encode_images", lambda *_: (nan, nan))

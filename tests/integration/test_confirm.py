@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from toys import WATCHED
 
-from lora_trainer import fit_group as fit_group_module
-from lora_trainer.commands.confirm import confirm
+from lora_trainer.cli.confirm import confirm
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError
-from lora_trainer.sweep.confirmation import plan_confirmation
+from lora_trainer.experiments.sweep.confirmation import plan_confirmation
+from lora_trainer.training import fit_group as fit_group_module
 
 Sweep = Callable[..., Path]
 GRID = "grid: {lr_scheduler: [{type: constant}, {type: linear}], optimizer.lr: [1e-4, 1e-3, 3e-3]}"

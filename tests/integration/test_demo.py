@@ -10,7 +10,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
-from lora_trainer.commands.train import train
+from lora_trainer.cli.train import train
 from lora_trainer.tracking.metrics import step_rows
 
 ROOT = Path(__file__).parents[2]
@@ -30,8 +30,8 @@ def demo_run(tmp_path: Path) -> Path:
 
 
 def test_the_demo_lora_teaches_the_flower_and_keeps_the_rest(demo_run: Path) -> None:
-    """As `scripts/judge_demo.py` does it, on fewer pictures and with a margin for that; the training loss falls."""
-    from judge_demo import judge
+    """As `demo/make/judge_demo.py` does it, on fewer pictures and with a margin for that; the training loss falls."""
+    from demo.make.judge_demo import judge
 
     losses = [row["loss"] for row in step_rows(demo_run / "metrics.jsonl")]
     assert sum(losses[-50:]) < 0.7 * sum(losses[:50])

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from test_resume import rows, stop_after
 
-from lora_trainer.diagnosis.diagnose import diagnose
-from lora_trainer.diagnosis.finding import State
-from lora_trainer.diagnosis.run_folder import read_run
 from lora_trainer.errors import NumericStop, StoppedBySignal
+from lora_trainer.evidence.diagnosis.diagnose import diagnose
+from lora_trainer.evidence.diagnosis.finding import State
+from lora_trainer.evidence.diagnosis.run_folder import read_run
 from lora_trainer.tracking.metrics import read_rows
 
 WATCHED = "validation={fraction: 0.3, every_steps: 1, max_cost: 1.0}"
@@ -56,7 +56,7 @@ def test_the_stored_run_is_judged_as_it_was_live(train_toy: Callable[..., Path])
 def test_a_numeric_stop_is_diagnosed_with_its_images(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from lora_trainer.objective import Objective
+    from lora_trainer.diffusion.objective import Objective
 
     honest = Objective.loss
     monkeypatch.setattr(Objective, "loss", lambda self, *arguments: honest(self, *arguments) * float("nan"))

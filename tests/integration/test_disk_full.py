@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from lora_trainer import atomicio, checkpoint, disk, recorder
-from lora_trainer.atomicio import AppendLog
-from lora_trainer.checkpoint import Progress, newest_checkpoint, open_checkpoint, save_checkpoint
 from lora_trainer.errors import ExitCode, HostError
+from lora_trainer.storage import atomic_files, checkpoint, disk_space
+from lora_trainer.storage.atomic_files import AppendLog
+from lora_trainer.storage.checkpoint import Progress, newest_checkpoint, open_checkpoint, save_checkpoint
 from lora_trainer.tracking import tensorboard
 from lora_trainer.tracking.metrics import read_rows
+from lora_trainer.training import trial_writer
 
 Train = Callable[..., Path]
 
@@ -28,7 +29,7 @@ def save(folder: Path, step: int, attempt: int = 0) -> Path:
     return save_checkpoint(folder, Progress(step, attempt), parts, plain={}, identity={}, scaler={})
 
 
-def refusing(operation: str, name: str, error: int) -> atomicio.Observer:
+def refusing(operation: str, name: str, error: int) -> atomic_files.Observer:
     """Refuse an operation on every path whose name holds `name`."""
 
     def observe(moment: str, seen: str, path: Path) -> None:
@@ -39,7 +40,7 @@ def refusing(operation: str, name: str, error: int) -> atomicio.Observer:
 
 
 def test_too_little_room_is_said_before_anything_is_loaded(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda _: 1000)
     with pytest.raises(HostError, match="too little room") as caught:
         train_toy()
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
@@ -51,7 +52,7 @@ def test_training_goes_on_without_checkpoints_and_the_lora_is_the_same(
 ) -> None:
     straight = train_toy("checkpoint.every_steps=2")
     straight = straight.rename(straight.with_name("straight"))
-    with atomicio.observe_operations(refusing("write", "adapter", errno.ENOSPC)):
+    with atomic_files.observe_operations(refusing("write", "adapter", errno.ENOSPC)):
         run_dir = train_toy("checkpoint.every_steps=2")
     assert (run_dir / "toy.safetensors").read_bytes() == (straight / "toy.safetensors").read_bytes()
     assert "step 2: the disk took no checkpoint" in capsys.readouterr().out
@@ -66,7 +67,7 @@ def test_stop_leaves_a_lora_of_its_step_and_whole_checkpoints(train_toy: Train, 
     overrides = ("checkpoint={every_steps: 2, on_disk_full: stop}",)
     with (
         pytest.raises(HostError, match="stopped at step 4: the disk took no checkpoint"),
-        atomicio.observe_operations(refusing("rename", "step-00000004", errno.EIO)),
+        atomic_files.observe_operations(refusing("rename", "step-00000004", errno.EIO)),
     ):
         train_toy(*overrides)
     run_dir = tmp_path / "runs" / "toy"
@@ -75,14 +76,14 @@ def test_stop_leaves_a_lora_of_its_step_and_whole_checkpoints(train_toy: Train, 
     assert open_checkpoint(run_dir / "checkpoints", None).progress.step == 2
     train_toy(*overrides)
     assert (run_dir / "toy.safetensors").is_file()
-    assert not (run_dir / recorder.RESERVE_FILE).exists()
+    assert not (run_dir / trial_writer.RESERVE_FILE).exists()
 
 
 def test_a_group_that_has_to_stop_leaves_a_lora_of_every_trial(sweep: Callable[..., Path], tmp_path: Path) -> None:
     words = ("{grid: {optimizer.lr: [1e-3, 2e-3]}}", "checkpoint={every_steps: 2, on_disk_full: stop}")
     with (
         pytest.raises(HostError, match="stopped at step 4: the disk took no checkpoint"),
-        atomicio.observe_operations(refusing("rename", "step-00000004", errno.EIO)),
+        atomic_files.observe_operations(refusing("rename", "step-00000004", errno.EIO)),
     ):
         sweep(*words)
     trials = tmp_path / "runs" / "toy" / "trials"
@@ -108,7 +109,7 @@ def test_tensorboards_disk_does_not_end_the_run(
 def test_rows_that_the_disk_refuses_wait(tmp_path: Path) -> None:
     log = AppendLog(tmp_path / "log", keep_bytes=0)
     log.append("one")
-    with atomicio.observe_operations(refusing("append", "log", errno.ENOSPC)):
+    with atomic_files.observe_operations(refusing("append", "log", errno.ENOSPC)):
         log.append("two")
         log.append("three")
         with pytest.raises(OSError, match="refused"):
@@ -151,7 +152,7 @@ def test_a_foreign_file_in_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_the_reserve_takes_its_room_and_gives_it_back(tmp_path: Path) -> None:
-    reserve = disk.Reserve(tmp_path / "kept", 2**20)
+    reserve = disk_space.Reserve(tmp_path / "kept", 2**20)
     assert (tmp_path / "kept").stat().st_blocks * 512 >= 2**20
     reserve.release()
     reserve.release()
@@ -166,15 +167,15 @@ def test_a_real_full_disk(program: Callable[..., Any], toy_config: Path, tmp_pat
     if can_mount.returncode:
         pytest.skip("no user namespaces here")
     script = (
-        "import sys; from pathlib import Path; from lora_trainer import recorder\n"
-        "from lora_trainer.commands.train import train\n"
-        "mount, honest = Path(sys.argv[1]), recorder.Recorder.update\n"
+        "import sys; from pathlib import Path; from lora_trainer.training import trial_writer\n"
+        "from lora_trainer.cli.train import train\n"
+        "mount, honest = Path(sys.argv[1]), trial_writer.Recorder.update\n"
         "def update(self, progress, *rest):\n"
         "    honest(self, progress, *rest)\n"
         "    if progress.step == 3:\n"
         "        try: (mount / 'other').write_bytes(bytes(2**27))\n"
         "        except OSError as error: print('full:', error.errno)\n"
-        "recorder.Recorder.update = update\n"
+        "trial_writer.Recorder.update = update\n"
         "train(Path(sys.argv[2]), sys.argv[3:])\n"
         "print('kept', sorted(f.name for f in mount.rglob('*.safetensors') if 'toy' in f.name))\n"
     )

@@ -12,14 +12,14 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lora_trainer.adapters.bank import AdapterBank, AdapterSpec
-from lora_trainer.checkpoint import open_checkpoint
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import NumericStop
-from lora_trainer.export.lora_files import write_lora
-from lora_trainer.export.recipe import read_recipe
-from lora_trainer.families.folder import inspect_base
-from lora_trainer.families.registry import open_family
+from lora_trainer.lora_files.files import write_lora
+from lora_trainer.lora_files.recipe import read_recipe
+from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
+from lora_trainer.models.folder import inspect_base
+from lora_trainer.models.registry import open_family
+from lora_trainer.storage.checkpoint import open_checkpoint
 
 TOLERANCE = 1e-5
 VARIANTS = {

@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from lora_trainer.assembly import Assembly, assemble
-from lora_trainer.cli import main
+from lora_trainer.cli.program import main
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import ConfigError, StoppedBySignal
-from lora_trainer.find_lr import Instrument, restored
-from lora_trainer.launch import Launch
-from lora_trainer.lr_finder.analysis import analyse
-from lora_trainer.lr_finder.ramp import Ramp
-from lora_trainer.prepare_finder import FinderOptions, PreparedFinder, prepare_finder
-from lora_trainer.runtime import start_runtime
+from lora_trainer.experiments.lr_finder.analysis import analyse
+from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
+from lora_trainer.experiments.lr_finder.ramp import Ramp
+from lora_trainer.experiments.lr_finder.run import Instrument, restored
+from lora_trainer.runtime.launch import Launch
+from lora_trainer.runtime.runtime import start_runtime
 from lora_trainer.tracking.console import Screen
-from lora_trainer.trial import TrialSpec
-from lora_trainer.update import Updater, UpdateResult
-from lora_trainer.validation import Validator
+from lora_trainer.training.optimizer_step import Updater, UpdateResult
+from lora_trainer.training.setup import Assembly, assemble
+from lora_trainer.training.trial import TrialSpec
+from lora_trainer.training.validation import Validator
 
 CPU = torch.device("cpu")
 HELD_OUT = "validation={fraction: 0.3}"
@@ -222,7 +222,7 @@ def test_all_that_is_wrong_is_told_at_once(toy_config: Path) -> None:
 
 
 def test_the_suggestion_serves_nearly_as_well_as_the_best_of_a_grid(toy_config: Path) -> None:
-    """The short form of scripts/evaluate_find_lr.py."""
+    """The short form of benchmarks/evaluation/evaluate_find_lr.py."""
     finder = finder_of(toy_config)
     with assembled(finder) as parts:
         instrument = Instrument(parts, CPU, lambda: False)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_trainer.adapters.targets import assign_groups
 from lora_trainer.errors import ConfigError
+from lora_trainer.models.adapters.targets import assign_groups
 from lora_trainer.tracking.metrics import step_rows
 
 GROUPS = (

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from lora_trainer.checkpoint import open_checkpoint
 from lora_trainer.errors import DataError, ExitCode, NumericStop
-from lora_trainer.families.stable_diffusion import StableDiffusion
+from lora_trainer.models.stable_diffusion import StableDiffusion
+from lora_trainer.storage.checkpoint import open_checkpoint
 from lora_trainer.tracking.metrics import read_rows, step_rows
-from lora_trainer.update import Updater
+from lora_trainer.training.optimizer_step import Updater
 
 Train = Callable[..., Path]
 
@@ -110,7 +110,7 @@ def test_a_prompt_whose_embedding_is_not_finite_is_named(
 def test_a_loss_that_is_not_finite_is_skipped_and_named_and_three_stop(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_trainer.objective import Objective
+    from lora_trainer.diffusion.objective import Objective
 
     calls = iter(range(1000))
     honest = Objective.loss

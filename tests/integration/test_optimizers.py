@@ -15,15 +15,15 @@ import torch
 from pydantic import TypeAdapter
 from transformers.optimization import Adafactor
 
-from lora_trainer import optional
 from lora_trainer.config.load import check_source
 from lora_trainer.config.optimizers import AnyOptimizerOptions, OptimizerOptions
 from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.source import Source
 from lora_trainer.errors import ConfigError, ExitCode, HostError
-from lora_trainer.optimizers import OPTIMIZERS, build_optimizer, evaluated_weights, step_size
+from lora_trainer.runtime import optional
 from lora_trainer.schedules.durations import Horizon
 from lora_trainer.tracking.metrics import step_rows
+from lora_trainer.training.optimizers import OPTIMIZERS, build_optimizer, evaluated_weights, step_size
 
 HORIZON = Horizon(20, 5)
 

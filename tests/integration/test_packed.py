@@ -11,16 +11,16 @@ import pytest
 import torch
 from toys import toy_unet
 
-from lora_trainer.adapters.bank import AdapterBank, AdapterSpec
-from lora_trainer.adapters.targets import select_targets
-from lora_trainer.assembly import Assembly, assemble
 from lora_trainer.config.load import load_config
 from lora_trainer.config.schema import LoraConfig
-from lora_trainer.launch import Launch
-from lora_trainer.prepare import prepare
-from lora_trainer.runtime import start_runtime
+from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
+from lora_trainer.models.adapters.targets import select_targets
+from lora_trainer.planning.prepare import prepare
+from lora_trainer.runtime.launch import Launch
+from lora_trainer.runtime.runtime import start_runtime
 from lora_trainer.tracking.console import Screen
-from lora_trainer.trial import Ending, TrialSpec
+from lora_trainer.training.setup import Assembly, assemble
+from lora_trainer.training.trial import Ending, TrialSpec
 
 Tensors = dict[str, torch.Tensor]
 Train = Callable[..., tuple[Assembly, dict[str, Tensors]]]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_resume import RICH, assert_same_run_twice
 
-from lora_trainer.adapters.bank import AdapterBank
+from lora_trainer.models.adapters.bank import AdapterBank
 from lora_trainer.tracking.metrics import read_rows
 
 Train = Callable[..., Path]

@@ -12,16 +12,16 @@ import pytest
 from test_resume import stop_after
 from toys import WATCHED
 
-from lora_trainer.commands import sweep as sweep_command
-from lora_trainer.commands import train as train_command
+from lora_trainer.cli import sweep as sweep_command
+from lora_trainer.cli import train as train_command
 from lora_trainer.config.sweep import PruneConfig
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
+from lora_trainer.experiments.sweep.fewer_seeds import worse_arms
+from lora_trainer.experiments.sweep.short_runs import plan_short_runs
 from lora_trainer.schedules.durations import Horizon
 from lora_trainer.schedules.registry import SCHEDULES
-from lora_trainer.stopping import StopRules
-from lora_trainer.sweep.fewer_seeds import worse_arms
-from lora_trainer.sweep.short_runs import plan_short_runs
+from lora_trainer.training.pruning_rules import StopRules
 
 Sweep = Callable[..., Path]
 

@@ -14,12 +14,12 @@ import pytest
 from test_resume import stop_after
 from toys import WATCHED
 
-from lora_trainer import fit_group as fit_group_module
-from lora_trainer.commands import sweep as sweep_command
-from lora_trainer.commands import sweep_status
-from lora_trainer.commands import train as train_command
+from lora_trainer.cli import sweep as sweep_command
+from lora_trainer.cli import sweep_status
+from lora_trainer.cli import train as train_command
 from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows, step_rows
+from lora_trainer.training import fit_group as fit_group_module
 
 Sweep = Callable[..., Path]
 
@@ -227,7 +227,7 @@ def test_a_failing_trial_is_marked_and_the_others_come_to_their_end(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     healthy = sweep("{grid: {optimizer.lr: [1e-3, 2e-3]}, trials_per_pass: 2}", name="healthy")
-    from lora_trainer.trial import Trial
+    from lora_trainer.training.trial import Trial
 
     honest = Trial.clip
 
@@ -297,14 +297,14 @@ def test_train_runs_a_sweep_where_the_config_has_one(toy_config: Path, tmp_path:
 
 KILLED_AT = """
 import os, signal, sys
-from lora_trainer import atomicio
-from lora_trainer.cli import main
+from lora_trainer.storage import atomic_files
+from lora_trainer.cli.program import main
 
 def kill(phase, operation, path):
     if (phase, operation) == ("{phase}", "rename") and str(path).endswith("{path}"):
         os.kill(os.getpid(), signal.SIGKILL)
 
-with atomicio.observe_operations(kill):
+with atomic_files.observe_operations(kill):
     main(sys.argv[1:])
 """
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file
 
-from lora_trainer import streams
+from lora_trainer.diffusion import random_streams
 from lora_trainer.tracking.metrics import step_rows
 
 STEPS, BATCH, SEED, LR = 6, 2, 42, 1e-3
@@ -32,7 +32,7 @@ def textbook_loop(base: Path, images: Path) -> tuple[dict[str, torch.Tensor], li
     for name, parameter in trainable.items():
         if "lora_A" in name:
             layer, bound = name.partition(".lora_A")[0], 1 / parameter.shape[1] ** 0.5
-            parameter.data.copy_(streams.uniform(-bound, bound, parameter.shape, SEED, "adapter init", layer))
+            parameter.data.copy_(random_streams.uniform(-bound, bound, parameter.shape, SEED, "adapter init", layer))
     optimizer = torch.optim.AdamW(trainable.values(), lr=LR, weight_decay=0.01)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=STEPS)
     files = sorted(images.glob("*.png"))
@@ -40,7 +40,7 @@ def textbook_loop(base: Path, images: Path) -> tuple[dict[str, torch.Tensor], li
     unet.train()
     for step in range(STEPS):
         epoch, position = divmod(step, len(files) // BATCH)
-        order = streams.stream(SEED, "order", epoch).permutation(len(files))
+        order = random_streams.stream(SEED, "order", epoch).permutation(len(files))
         slots = range(position * BATCH, (position + 1) * BATCH)
         chosen = [files[order[slot]] for slot in slots]
         pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1) for f in chosen]) / 127.5 - 1
@@ -48,12 +48,14 @@ def textbook_loop(base: Path, images: Path) -> tuple[dict[str, torch.Tensor], li
         with torch.no_grad():
             posterior = vae.encode(pixels).latent_dist
             shape = posterior.mean.shape[1:]
-            jitter = torch.stack([streams.normal(shape, SEED, "latent", epoch, slot) for slot in slots])
+            jitter = torch.stack([random_streams.normal(shape, SEED, "latent", epoch, slot) for slot in slots])
             latents = (posterior.mean + posterior.std * jitter) * vae.config.scaling_factor
             tokens = tokenizer(captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
             prompt_embeds = text_encoder(tokens.input_ids)[0]
-        noise = torch.stack([streams.normal(shape, SEED, "noise", epoch, slot) for slot in slots])
-        timesteps = torch.tensor([int(streams.stream(SEED, "timestep", epoch, slot).integers(1000)) for slot in slots])
+        noise = torch.stack([random_streams.normal(shape, SEED, "noise", epoch, slot) for slot in slots])
+        timesteps = torch.tensor(
+            [int(random_streams.stream(SEED, "timestep", epoch, slot).integers(1000)) for slot in slots]
+        )
         noisy = noise_scheduler.add_noise(latents, noise, timesteps)
         prediction = unet(noisy, timesteps, prompt_embeds).sample
         loss = torch.nn.functional.mse_loss(prediction, noise)

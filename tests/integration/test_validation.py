@@ -12,14 +12,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from lora_trainer.batch import Conditioning, ProbeItems
 from lora_trainer.config.schema import ObjectiveConfig
 from lora_trainer.data.batches import PromptStore
-from lora_trainer.launch import Launch
-from lora_trainer.objective import Objective
+from lora_trainer.diffusion.batch import Conditioning, ProbeItems
+from lora_trainer.diffusion.objective import Objective
+from lora_trainer.runtime.launch import Launch
 from lora_trainer.schedules.plateau import PlateauFeedback
 from lora_trainer.tracking.metrics import read_rows, step_rows
-from lora_trainer.validation import ProbeReading, Validator, strata_midpoints
+from lora_trainer.training.validation import ProbeReading, Validator, strata_midpoints
 
 CPU = torch.device("cpu")
 SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -224,7 +224,7 @@ def test_a_plateau_in_the_loop_is_recorded_and_moves_the_lr(train_toy: Callable[
 
 
 def test_the_report_is_built_anew_from_the_run_directory_alone(train_toy: Callable[..., Path]) -> None:
-    from lora_trainer.commands.report import report
+    from lora_trainer.cli.report import report
 
     run_dir = train_toy(WATCHED, "sample={prompts: [picture 0], num_inference_steps: 2}")
     written = (run_dir / "report.html").read_bytes()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_trainer.evidence.statistics.compare import Rules
 from lora_trainer.report.page import build_page
 from lora_trainer.report.run_record import read_run, read_runs
-from lora_trainer.verdict.compare import Rules
 
 SEEDS = (1, 2, 3)
 

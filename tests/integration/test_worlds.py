@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from worlds import run_in_world
 
+from lora_trainer.diffusion.objective import Objective
 from lora_trainer.errors import ExitCode, HostError
-from lora_trainer.objective import Objective
 from lora_trainer.schedules.durations import Horizon
 from lora_trainer.schedules.registry import SCHEDULES
 from lora_trainer.tracking.metrics import read_rows, step_rows

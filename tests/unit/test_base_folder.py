@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_trainer.errors import ExitCode, ModelError
-from lora_trainer.families.folder import inspect_base, locate_base
+from lora_trainer.models.folder import inspect_base, locate_base
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer.cli import main
+from lora_trainer.cli.program import main
 
 
 def check(*arguments: str) -> int:
@@ -38,7 +38,7 @@ def test_config_only_leaves_base_and_images_alone(toy_config: Path) -> None:
 
 def test_torch_stays_unloaded(toy_config: Path, program: object) -> None:
     code = (
-        "import sys; from lora_trainer.commands.check import check; from pathlib import Path;"
+        "import sys; from lora_trainer.cli.check import check; from pathlib import Path;"
         f"check(Path({str(toy_config)!r}), []); sys.exit('torch' in sys.modules)"
     )
     done = program([sys.executable, "-c", code])  # type: ignore[operator]

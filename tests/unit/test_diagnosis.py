@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic_runs import CASES, TRIAL, run_facts, synthetic_log, synthetic_rows
 from typer.testing import CliRunner
 
-from lora_trainer.cli import app
+from benchmarks.evaluation.synthetic_runs import CASES, TRIAL, run_facts, synthetic_log, synthetic_rows
+from lora_trainer.cli.program import app
 from lora_trainer.config.load import load_config, to_yaml
-from lora_trainer.diagnosis.diagnose import RULES, Diagnosis, diagnose
-from lora_trainer.diagnosis.early import early_report
-from lora_trainer.diagnosis.finding import State
-from lora_trainer.diagnosis.live import LiveDiagnosis
-from lora_trainer.diagnosis.lr_history import LRHistory
-from lora_trainer.diagnosis.run_facts import RunFacts
-from lora_trainer.diagnosis.series import detrended_scatter, theil_sen
-from lora_trainer.diagnosis.trial_log import RunLog, TrialLog, paired
 from lora_trainer.errors import ConfigError
-from lora_trainer.plan import plan_run
+from lora_trainer.evidence.diagnosis.diagnose import RULES, Diagnosis, diagnose
+from lora_trainer.evidence.diagnosis.early import early_report
+from lora_trainer.evidence.diagnosis.finding import State
+from lora_trainer.evidence.diagnosis.live import LiveDiagnosis
+from lora_trainer.evidence.diagnosis.lr_history import LRHistory
+from lora_trainer.evidence.diagnosis.run_facts import RunFacts
+from lora_trainer.evidence.diagnosis.series import detrended_scatter, theil_sen
+from lora_trainer.evidence.diagnosis.trial_log import RunLog, TrialLog, paired
+from lora_trainer.planning.run_plan import plan_run
 from lora_trainer.schedules.durations import Horizon
 from lora_trainer.schedules.registry import SCHEDULES
 

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from diagnosis_judgement import Labelled, confusion, markdown
-from synthetic_runs import CASES, synthetic_run
 
-from lora_trainer.diagnosis.finding import State
-from lora_trainer.diagnosis.thresholds import Thresholds
+from benchmarks.evaluation.diagnosis_judgement import Labelled, confusion, markdown
+from benchmarks.evaluation.synthetic_runs import CASES, synthetic_run
+from lora_trainer.evidence.diagnosis.finding import State
+from lora_trainer.evidence.diagnosis.thresholds import Thresholds
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "diagnosis.md").read_text()

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic_runs import run_facts
 
-from lora_trainer.diagnosis.diagnose import RULES
-from lora_trainer.diagnosis.finding import Finding, State
-from lora_trainer.diagnosis.series import reversals
-from lora_trainer.diagnosis.thresholds import Thresholds
-from lora_trainer.diagnosis.trial_log import ProbeLog, TrialLog
+from benchmarks.evaluation.synthetic_runs import run_facts
+from lora_trainer.evidence.diagnosis.diagnose import RULES
+from lora_trainer.evidence.diagnosis.finding import Finding, State
+from lora_trainer.evidence.diagnosis.series import reversals
+from lora_trainer.evidence.diagnosis.thresholds import Thresholds
+from lora_trainer.evidence.diagnosis.trial_log import ProbeLog, TrialLog
 
 EVERY = 10
 Losses = Sequence[Sequence[float]]

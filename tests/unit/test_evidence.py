@@ -13,7 +13,7 @@ import pytest
 from lora_trainer.config.lr_notes import USUAL_RANGE
 from lora_trainer.config.optimizers import AdamW
 from lora_trainer.config.presets import PRESETS
-from lora_trainer.plan import updates_per_epoch
+from lora_trainer.planning.run_plan import updates_per_epoch
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -64,7 +64,7 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_every_schedule_command_that_is_named_does_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_trainer.cli import main
+    from lora_trainer.cli.program import main
     from lora_trainer.errors import ExitCode
 
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ from lora_trainer.config.schema import RunConfig, ValidationConfig
 from lora_trainer.data.holdout import split_by_folder, split_by_fraction, with_watched
 from lora_trainer.data.records import Dataset, Record
 from lora_trainer.errors import DataError
-from lora_trainer.plan import plan_validation
+from lora_trainer.planning.run_plan import plan_validation
 from lora_trainer.schedules.durations import Horizon
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lora_trainer import launch as launch_module
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.errors import ExitCode, HostError
-from lora_trainer.launch import Launch, default_threads, read_launch
+from lora_trainer.runtime import launch as launch_module
+from lora_trainer.runtime.launch import Launch, default_threads, read_launch
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from lora_trainer.batch import Batch, Conditioning, Slot
 from lora_trainer.config.schema import ObjectiveConfig
-from lora_trainer.objective import Objective
+from lora_trainer.diffusion.batch import Batch, Conditioning, Slot
+from lora_trainer.diffusion.objective import Objective
 
 SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 CPU = torch.device("cpu")

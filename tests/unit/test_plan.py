@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import inject_adapter_in_model
 
-from lora_trainer.adapters.bank import peft_config
-from lora_trainer.commands.plan import explanation, prepare_plan
+from lora_trainer.cli.plan import explanation, prepare_plan
 from lora_trainer.config.load import load_config
 from lora_trainer.config.schema import LoraConfig, RunConfig
 from lora_trainer.errors import ConfigError
-from lora_trainer.plan import RunPlan, lora_parameters, plan_run, updates_per_epoch
+from lora_trainer.models.adapters.bank import peft_config
+from lora_trainer.planning.run_plan import RunPlan, lora_parameters, plan_run, updates_per_epoch
 
 
 def config(**sections: object) -> RunConfig:

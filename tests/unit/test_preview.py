@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_trainer.cli import main
-from lora_trainer.commands.plan import prepare_plan, show_preset
-from lora_trainer.commands.schedules import (
+from lora_trainer.cli.plan import prepare_plan, show_preset
+from lora_trainer.cli.program import main
+from lora_trainer.cli.schedules import (
     example_horizon,
     explain,
     fact_rows,
@@ -255,7 +255,7 @@ def test_the_terminal_shows_the_curve() -> None:
 
 def test_previews_never_load_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from lora_trainer.cli import main\n"
+        "import sys; from lora_trainer.cli.program import main\n"
         f"for words in (['plot', '--all', '--terminal', '-o', {str(tmp_path / 'x.png')!r}], ['explain', 'rex']):\n"
         "    try: main(['schedules', *words])\n"
         "    except SystemExit as end: assert not end.code\n"

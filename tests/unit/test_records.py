@@ -181,5 +181,5 @@ def test_user_files_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_checking_images_never_loads_torch() -> None:
-    code = "import sys, lora_trainer.prepare, lora_trainer.data.records; sys.exit('torch' in sys.modules)"
+    code = "import sys, lora_trainer.planning.prepare, lora_trainer.data.records; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

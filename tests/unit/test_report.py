@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from run_directories import STEPS, write_run, write_sweep
 
-from lora_trainer.commands.report import report
+from lora_trainer.cli.report import report
 from lora_trainer.errors import ConfigError
+from lora_trainer.evidence.statistics.compare import Rules
 from lora_trainer.report.comparison import arms, hindrances, pairing_notes
 from lora_trainer.report.page import build_page, render, without_paths, write_report
 from lora_trainer.report.run_record import read_run, read_runs
-from lora_trainer.verdict.compare import Rules
 
 SPREAD = (0.0, 0.001, -0.0005)
 HOSTILE = """a <script>alert(1)</script> & "quoted" 'cat' {{ 7 * 7 }}"""

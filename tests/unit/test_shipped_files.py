@@ -58,7 +58,7 @@ def readme_commands() -> list[list[str]]:
 
 def test_readme_commands_exist_with_their_options(capsys: pytest.CaptureFixture[str]) -> None:
     """Files and scripts are there, and every option is one that the command's own help names."""
-    from lora_trainer.cli import main
+    from lora_trainer.cli.program import main
 
     commands = readme_commands()
     assert len(commands) >= 10
@@ -82,7 +82,7 @@ def test_readme_links_lead_somewhere() -> None:
 
 
 def test_the_demo_images_are_what_their_script_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import make_demo_data
+    from demo.make import make_demo_data
 
     monkeypatch.setattr(make_demo_data, "FOLDER", tmp_path)
     make_demo_data.main()

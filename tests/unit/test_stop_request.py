@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from lora_trainer.commands import session
-from lora_trainer.commands.session import StopRequest
+from lora_trainer.cli import session
+from lora_trainer.cli.session import StopRequest
 from lora_trainer.errors import StoppedBySignal
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from lora_trainer.adapters.targets import TARGETS, select_targets
 from lora_trainer.errors import ConfigError
+from lora_trainer.models.adapters.targets import TARGETS, select_targets
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-import verdict_rates
 from scipy import stats
 
-from lora_trainer.verdict.arms import Arm, Question, questions
-from lora_trainer.verdict.compare import Outcome, Rules, compare, smallest_effect
-from lora_trainer.verdict.paired import holm_factors, paired_test, same_sign_share
-from lora_trainer.verdict.wording import judge
+from benchmarks.evaluation import verdict_rates
+from lora_trainer.evidence.statistics.arms import Arm, Question, questions
+from lora_trainer.evidence.statistics.compare import Outcome, Rules, compare, smallest_effect
+from lora_trainer.evidence.statistics.paired import holm_factors, paired_test, same_sign_share
+from lora_trainer.evidence.statistics.wording import judge
 
 SEEDS = range(5)
 SEED_PART = np.array([0.004, -0.002, 0.001, -0.003, 0.002])

@@ -1,0 +1,71 @@
+"""`lora-trainer export`: LoRA files again from a run's checkpoint, or one layout from the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lora_trainer.cli.sample import find_base
+from lora_trainer.config.load import load_config
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.errors import ConfigError, ModelError, Problem
+from lora_trainer.lora_files.files import Layout, base_facts, is_kohya, read_lora, write_lora
+from lora_trainer.lora_files.layouts import from_diffusers, from_kohya, kohya_names
+from lora_trainer.lora_files.recipe import read_recipe, recipe_of
+from lora_trainer.models.folder import inspect_base, locate_base
+from lora_trainer.models.registry import open_family
+from lora_trainer.planning.prepare import prediction_type
+from lora_trainer.planning.run_plan import RunPlan
+from lora_trainer.storage.checkpoint import Checkpoint, open_checkpoint
+
+Weights = Literal["exported", "raw"]
+
+
+def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weights: Weights, output: Path) -> None:
+    """Write a LoRA file from a checkpoint of a run: the newest one, or that of `step`.
+
+    Args:
+        weights: `exported` takes the moving average where the run keeps one, `raw` the adapter itself.
+
+    Raises:
+        ConfigError: the folder holds no run.
+        HostError: it holds no whole checkpoint of that step.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(Problem("no run here: config.yaml is missing", str(run_dir), fix="name a run directory"))
+    config = load_config(run_dir / "config.yaml")
+    plan = RunPlan.from_json(json.loads((run_dir / "plan.json").read_text()))
+    checkpoint = open_checkpoint(run_dir / "checkpoints", step)
+    base = inspect_base(locate_base(config.model.path, config.model.revision), config.model.family)
+    family = open_family(base)
+    recipe = recipe_of(config, plan, base_facts(family, prediction_type(config, base)), checkpoint.progress.step)
+    write_lora(output, _adapter_of(checkpoint, config, weights), recipe, family, layout, dtype)
+
+
+def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, output: Path) -> None:
+    """Write a LoRA file of ours in the other layout or dtype.
+
+    Raises:
+        ModelError: the file was not written by lora_trainer, so its scale is not known for sure.
+    """
+    tensors, metadata = read_lora(lora)
+    recipe = read_recipe(metadata)
+    if recipe is None:
+        raise ModelError(
+            Problem("the file was not written by lora_trainer", str(lora), fix="convert it with the tool that wrote it")
+        )
+    base = find_base(lora, model, None)
+    family = open_family(base)
+    layers = kohya_names(list(base.denoiser_shapes()), family.kohya_prefix)
+    adapter = from_kohya(tensors, layers) if is_kohya(tensors) else from_diffusers(tensors, family.diffusers_prefix)
+    write_lora(output, adapter, recipe, family, layout, dtype)
+
+
+def _adapter_of(checkpoint: Checkpoint, config: RunConfig, weights: Weights) -> dict[str, torch.Tensor]:
+    parts = checkpoint.parts()
+    part = parts["average"] if weights == "exported" and "average" in parts else parts["adapter"]
+    prefix = f"{config.name}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in part.items() if name.startswith(prefix)}

@@ -1,0 +1,40 @@
+"""`lora-trainer find-lr`: which base learning rate to train with, measured on the real data and base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from lora_trainer.cli.session import StopRequest, check_platform
+from lora_trainer.config.load import load_config
+from lora_trainer.experiments.lr_finder.prepare import FinderOptions, finder_rows, prepare_finder
+from lora_trainer.runtime.launch import read_launch
+from lora_trainer.storage import atomic_files
+from lora_trainer.tracking.console import Screen
+
+
+def find_lr(config_file: Path, overrides: Sequence[str], options: FinderOptions) -> None:
+    """Print the plan, measure, write find_lr.json and find_lr.png beside the run's folder, and say what to use.
+
+    Raises:
+        TrainerError: whatever went wrong, with its exit code.
+    """
+    check_platform()
+    config = load_config(config_file, overrides)
+    launch = read_launch(config)
+    screen = Screen(silent=not launch.is_main)
+    finder = prepare_finder(config, launch, options, screen.track)
+    screen.table(f"Plan of find-lr for {config.name}", finder_rows(finder))
+    from lora_trainer.experiments.lr_finder.record import answer_rows, write_found
+    from lora_trainer.experiments.lr_finder.run import find_lr as run
+
+    with ExitStack() as stack:
+        if launch.is_main:
+            stack.enter_context(atomic_files.sole_writer(finder.folder))
+        stop = stack.enter_context(StopRequest().listening())
+        found = run(finder, screen=screen, should_stop=stop)
+        if launch.is_main:
+            files = write_found(finder, found)
+            screen.table(f"Learning rate for {config.name}", answer_rows(finder, found))
+            screen.table("Files", [(file.name, str(file)) for file in files])

@@ -1,0 +1,92 @@
+"""`lora-trainer plan`: the arithmetic of a run, explained; `lora-trainer presets`: starting points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from lora_trainer.config.load import load_config
+from lora_trainer.config.lr_notes import small_set_note
+from lora_trainer.config.presets import PRESETS
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.planning.prepare import Prepared, plan_rows, prepare
+from lora_trainer.runtime.launch import read_launch
+from lora_trainer.tracking.console import Screen
+
+DECOUPLED = ("adamw", "adamw_8bit", "lion", "schedule_free_adamw")  # whose decay is multiplied by the LR alone
+
+
+def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepared:
+    """Check base and data and work out the plan, as for this many processes."""
+    launch = read_launch(config)
+    if num_processes is not None:
+        launch = replace(launch, num_processes=num_processes, num_local_processes=num_processes)
+    return prepare(config, launch, Screen().track)
+
+
+def plan(config_file: Path, overrides: Sequence[str], num_processes: int | None) -> None:
+    """Print the plan of a run and how its numbers come about."""
+    prepared = prepare_plan(load_config(config_file, overrides), num_processes)
+    screen = Screen()
+    screen.table(f"Plan of {prepared.config.name}", plan_rows(prepared))
+    screen.table("How the numbers come about", explanation(prepared))
+
+
+def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    """Frequency, duration and intensity: how often, how long and how strongly the adapter is changed."""
+    config, p = prepared.config, prepared.plan
+    yield "samples", f"{p.num_samples} = the sum of images x repeats over {p.num_images} images"
+    yield (
+        "frequency",
+        f"one update per {p.global_batch} samples = {p.num_processes} processes x {p.batch_size} images x "
+        f"{p.accumulation} accumulated; only the product matters to the result",
+    )
+    buckets = "" if len(p.bucket_sizes) == 1 else f" in each of {len(p.bucket_sizes)} buckets"
+    yield "", f"an epoch is {p.updates_per_epoch} updates = {p.num_samples} / {p.global_batch}, rounded up{buckets}"
+    length = "train.max_steps" if config.train.max_steps is not None else f"{config.train.epochs} epochs x that"
+    yield "duration", f"{p.num_updates} updates ({length}) = {p.num_epochs:.2f} epochs"
+    yield "", f"each image is seen about {p.num_updates * p.global_batch / p.num_images:.0f} times"
+    for group in p.lr_groups:
+        yield (
+            f"intensity {group.name}",
+            f"{group.schedule} from {group.lr_start:.2e} over {group.lr_peak:.2e} to {group.lr_end:.2e}: in sum "
+            f"{group.lr_budget:.2f} of a constant LR over {p.num_updates} updates",
+        )
+    if config.optimizer.type in DECOUPLED and config.optimizer.weight_decay:
+        rates_summed = p.lr_groups[0].lr_budget * config.optimizer.lr * p.num_updates
+        shrink = 1 - math.exp(-config.optimizer.weight_decay * rates_summed)
+        yield "", f"weight decay {config.optimizer.weight_decay:g} alone shrinks a weight by {shrink:.2%} over the run"
+    scale = config.adapter.alpha / (config.adapter.rank**0.5 if config.adapter.use_rslora else config.adapter.rank)
+    yield "", f"the adapter's output is scaled by {scale:g}, and with it the effect of the learning rate"
+    if note := small_set_note(config, p.num_images):
+        yield "note", note
+
+
+def list_presets() -> Iterator[tuple[str, str]]:
+    yield from ((name, preset.purpose) for name, preset in PRESETS.items())
+
+
+def show_preset(name: str) -> str:
+    """A preset as YAML to paste and as words for the command line.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(Problem(f"`{name}` is no preset", fix=f"known: {', '.join(PRESETS)}"))
+    preset, text = PRESETS[name], StringIO()
+    nested: dict[str, object] = {}
+    for key, value in preset.settings.items():
+        section, _, last = key.rpartition(".")
+        inner = nested.setdefault(section, {}) if section else nested
+        assert isinstance(inner, dict)
+        inner[last] = value
+    YAML().dump(nested, text)
+    words = " ".join(f"'{word}'" if " " in word else word for word in preset.overrides())
+    return f"# {preset.purpose}\n{text.getvalue()}\n# on the command line:\n#   {words}\n"

@@ -1,0 +1,295 @@
+"""The command line. Each command imports what it needs when it is called, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lora_trainer import __version__
+from lora_trainer.cli.schedules_program import schedules_app
+
+app = typer.Typer(
+    name="lora-trainer",
+    help="Train LoRAs for Stable Diffusion, with learning-rate schedules that do what they say.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML configuration file (docs/config.md).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the file's.")
+]
+Layout = Literal["kohya", "diffusers"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+Weights = Literal["exported", "raw"]
+_debug = False
+
+app.add_typer(schedules_app, name="schedules")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of reported errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        print(f"lora_trainer {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Examples:  lora-trainer train -c configs/demo.yaml   |   "
+    "lora-trainer train -c configs/demo.yaml optimizer.lr=3e-4 train.max_steps=600   |   "
+    "accelerate launch train.py --config configs/demo.yaml"
+)
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move an earlier run of this name aside and start anew.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a reported error.")] = False,
+) -> None:
+    """Train a LoRA. The same command resumes a run that was stopped."""
+    global _debug
+    _debug = _debug or debug
+    from lora_trainer.cli.train import train as run
+
+    run(config, overrides or [], dry_run=dry_run, fresh=fresh)
+
+
+@app.command(
+    epilog="Examples:  lora-trainer sweep -c configs/demo_sweep.yaml   |   "
+    "lora-trainer sweep -c configs/demo_sweep.yaml --dry-run --measure   |   "
+    "lora-trainer sweep -c configs/demo_sweep.yaml --status   |   "
+    "lora-trainer sweep -c configs/demo_sweep.yaml --confirm"
+)
+def sweep(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move an earlier sweep of this name aside and start anew.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --dry-run: time a few updates of each group, and their memory.")
+    ] = False,
+    status: Annotated[bool, typer.Option("--status", help="Say where it stands, also while it runs.")] = False,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="After a finished sweep: train its leaders again, on fresh seeds.")
+    ] = False,
+) -> None:
+    """Train many trials on one frozen base. The same command resumes; trials and seeds may be added."""
+    from lora_trainer.cli.sweep import sweep as run
+    from lora_trainer.cli.sweep_status import show_status
+
+    if confirm:
+        from lora_trainer.cli.confirm import confirm as run
+    if status:
+        show_status(config, overrides or [], confirmation=confirm)
+    else:
+        run(config, overrides or [], dry_run=dry_run, fresh=fresh, measure=measure)
+
+
+@app.command(
+    epilog="Example:  lora-trainer sample --lora runs/demo/demo.safetensors --prompt 'a large pink zinnia' -n 4 -o out"
+)
+def sample(
+    lora: Annotated[Path, typer.Option("--lora", help="LoRA file (.safetensors) in either layout.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Base folder; default: that of the run the LoRA lies in.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a Hub id given as --model.")] = None,
+    negative_prompt: Annotated[str, typer.Option("--negative-prompt", help="What to steer away from.")] = "",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first image; the next ones count up.")] = 0,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images per prompt.")] = 1,
+    num_inference_steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option("--guidance", min=1, help="Classifier-free guidance.")] = 7.5,
+    lora_scale: Annotated[float, typer.Option("--scale", help="Strength of the LoRA; 0 is the base alone.")] = 1.0,
+    size: Annotated[
+        int | None, typer.Option("--size", min=8, help="Width and height, px; default: the base's.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNG files.")] = Path(),
+) -> None:
+    """Draw images with a LoRA, through stock diffusers."""
+    from lora_trainer.cli.sample import SampleRequest
+    from lora_trainer.cli.sample import sample as run
+
+    request = SampleRequest(
+        tuple(prompt), negative_prompt, seed, num_images, num_inference_steps, guidance_scale, lora_scale, size
+    )
+    run(lora, model, revision, request, output)
+
+
+@app.command(
+    epilog="Examples:  lora-trainer export runs/demo --step 200 -o early.safetensors   |   "
+    "lora-trainer export runs/demo/demo.safetensors --layout diffusers -o for-diffusers.safetensors"
+)
+def export(
+    source: Annotated[Path, typer.Argument(help="A run directory, or a LoRA file that lora-trainer wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="LoRA file to write.")],
+    layout: Annotated[Layout, typer.Option("--layout", help="kohya: A1111, ComfyUI. diffusers: load_lora_weights.")] = (
+        "kohya"
+    ),
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the tensors in the file.")] = "fp16",
+    step: Annotated[int | None, typer.Option("--step", help="Checkpoint of a run; default: the newest.")] = None,
+    weights: Annotated[
+        Weights, typer.Option("--weights", help="exported: the moving average if the run keeps one; raw: without it.")
+    ] = "exported",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Base folder; default: that of the run the file lies in.")
+    ] = None,
+) -> None:
+    """Write a LoRA file from a run's checkpoint, or a LoRA file in another layout or dtype."""
+    from lora_trainer.cli.export import convert_file, export_run
+
+    if source.is_dir():
+        export_run(source, step, layout, dtype, weights, output)
+    else:
+        convert_file(source, layout, dtype, model, output)
+    print(output)
+
+
+@app.command(
+    epilog="Example:  lora-trainer check -c configs/demo.yaml   |   lora-trainer check -c my.yaml --config-only"
+)
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    config_only: Annotated[bool, typer.Option("--config-only", help="Leave base and images alone.")] = False,
+) -> None:
+    """Check a configuration, its base and every image and caption. Never loads torch, trains nothing."""
+    from lora_trainer.cli.check import check as run
+
+    run(config, overrides or [], config_only=config_only)
+
+
+@app.command(
+    epilog="Examples:  lora-trainer plan -c configs/demo.yaml   |   lora-trainer plan -c demo.yaml --processes 4"
+)
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    processes: Annotated[int | None, typer.Option("--processes", min=1, help="Plan for this many processes.")] = None,
+) -> None:
+    """Explain batch, accumulation, processes, repeats, epochs, updates and LR of a run. Never loads torch."""
+    from lora_trainer.cli.plan import plan as run
+
+    run(config, overrides or [], processes)
+
+
+@app.command(
+    "find-lr",
+    epilog="Examples:  lora-trainer find-lr -c configs/demo.yaml 'validation={fraction: 0.2}'   |   "
+    "lora-trainer find-lr -c demo.yaml --verify   |   lora-trainer find-lr -c demo.yaml --steps 200 --end-lr 0.1",
+)
+def find_lr(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", help="Updates of the ramp.")] = 100,
+    start_lr: Annotated[
+        float | None, typer.Option("--start-lr", help="First LR; default: the optimizer's default / 100.")
+    ] = None,
+    end_lr: Annotated[
+        float | None, typer.Option("--end-lr", help="Last LR; default: the optimizer's default x 10,000, at most 1.")
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=2, help="Held-out images probed after each update.")] = 4,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Confirm by short runs at five LRs from one state on the same batches.")
+    ] = False,
+    verify_steps: Annotated[int, typer.Option("--verify-steps", min=1, help="Updates of each of these runs.")] = 50,
+) -> None:
+    """Find a base learning rate by a ramp on your data and base; the model and the run's folder stay untouched."""
+    from lora_trainer.cli.find_lr import find_lr as run
+    from lora_trainer.experiments.lr_finder.prepare import FinderOptions
+
+    run(config, overrides or [], FinderOptions(steps, start_lr, end_lr, images, verify, verify_steps))
+
+
+@app.command(
+    epilog="Examples:  lora-trainer report runs/demo   |   lora-trainer report runs/cosine-* runs/rex-* -o compare.html"
+    "   |   lora-trainer report runs/sweep --confirm runs/sweep-fresh"
+)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories or sweeps; several are compared.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file; default: RUN/report.html, of several report.html.")
+    ] = None,
+    min_effect: Annotated[
+        float, typer.Option("--min-effect", min=0, help="Smallest difference that matters, as a share of the gain.")
+    ] = 0.01,
+    confirm: Annotated[
+        list[Path] | None,
+        typer.Option("--confirm", help="Runs or a sweep of the leaders on fresh seeds; may be given several times."),
+    ] = None,
+) -> None:
+    """Write one page about runs: verdict, curves, samples, settings. Also while they train (docs/verdicts.md)."""
+    from lora_trainer.cli.report import report as run
+
+    run(runs, output, min_effect, confirm or [])
+
+
+@app.command(
+    epilog="Examples:  lora-trainer diagnose runs/demo   |   lora-trainer diagnose runs/demo --json   |   "
+    "lora-trainer diagnose runs/demo --check && lora-trainer sample ..."
+)
+def diagnose(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory; the run may still be going on.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 7 where a fault was found.")] = False,
+) -> None:
+    """Say what a run's log shows: healthy, diverged, oscillating, overfit ..., with evidence and what to try.
+
+    Exit codes: 0 judged, 7 a fault was found (only with --check), 2 the folder holds no run.
+    """
+    from lora_trainer.cli.diagnose import diagnose_run
+
+    raise typer.Exit(diagnose_run(run, as_json=as_json, check=check))
+
+
+@app.command(epilog="Examples:  lora-trainer presets   |   lora-trainer presets prodigy")
+def presets(name: Annotated[str | None, typer.Argument(help="Preset to show as settings.")] = None) -> None:
+    """Starting points for learning rates and schedules, to paste into a config."""
+    from lora_trainer.cli.plan import list_presets, show_preset
+    from lora_trainer.tracking.console import Screen
+
+    if name is None:
+        Screen().table("Presets (lora-trainer presets NAME shows one)", list_presets())
+    else:
+        print(show_preset(name), end="")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program and exit with its documented code."""
+    from lora_trainer.errors import TrainerError
+
+    _hush_libraries()
+    try:
+        app(arguments, standalone_mode=True)
+    except TrainerError as error:
+        from lora_trainer.cli.session import report_error
+
+        sys.exit(report_error(error, debug=_debug))
+
+
+def _hush_libraries() -> None:
+    """Our own screen says what happens; and no library may run code that a checkpoint brings along."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
+    }.items():
+        os.environ.setdefault(name, value)

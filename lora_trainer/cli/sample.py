@@ -1,0 +1,98 @@
+"""`lora-trainer sample`: draw images with a LoRA file, through stock diffusers, as any other program would load it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_trainer.config.load import load_config
+from lora_trainer.errors import ConfigError, ModelError, Problem
+from lora_trainer.models.folder import BaseFolder, inspect_base, locate_base
+from lora_trainer.storage import atomic_files
+from lora_trainer.tracking.console import Screen
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """What to draw."""
+
+    prompts: tuple[str, ...]
+    negative_prompt: str
+    seed: int
+    num_images: int
+    num_inference_steps: int
+    guidance_scale: float
+    lora_scale: float
+    size_px: int | None
+
+
+def sample(lora: Path, model: str | None, revision: str | None, request: SampleRequest, output: Path) -> list[Path]:
+    """Draw `num_images` per prompt with consecutive seeds and write them under `output`; the files.
+
+    Raises:
+        ModelError: the LoRA or the base cannot be used.
+    """
+    base = find_base(lora, model, revision)
+    screen = Screen()
+
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from lora_trainer.lora_files.files import read_lora
+    from lora_trainer.training.sampling import png_bytes
+
+    tensors, _ = read_lora(lora)
+    if any(key.endswith(".dora_scale") for key in tensors):
+        raise ModelError(
+            Problem(
+                "diffusers drops the DoRA magnitudes of a file in kohya's layout",
+                str(lora),
+                fix="sample from diffusers/pytorch_lora_weights.safetensors beside it",
+            )
+        )
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        base.path, dtype=torch.float32, safety_checker=None, requires_safety_checker=False, use_safetensors=True
+    )
+    pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="lora")
+    pipeline.set_adapters(["lora"], adapter_weights=[request.lora_scale])
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    jobs = [(prompt, request.seed + number) for prompt in request.prompts for number in range(request.num_images)]
+    files = []
+    for number, (prompt, seed) in enumerate(screen.track(jobs, "drawing", len(jobs)), start=1):
+        image = pipeline(
+            prompt,
+            negative_prompt=request.negative_prompt,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            height=request.size_px,
+            width=request.size_px,
+        ).images[0]
+        file = output / f"{number:02d}-seed{seed}-{_slug(prompt)}.png"
+        atomic_files.write_file(file, png_bytes(image))
+        screen.say(str(file))
+        files.append(file)
+    return files
+
+
+def find_base(lora: Path, model: str | None, revision: str | None) -> BaseFolder:
+    """The base named, or the one of the run that the LoRA file lies in.
+
+    Raises:
+        ConfigError: none is named and the file lies in no run directory.
+    """
+    if model is not None:
+        return inspect_base(locate_base(model, revision))
+    for folder in (lora.parent, lora.parent.parent):
+        if (folder / "config.yaml").is_file():
+            said = load_config(folder / "config.yaml").model
+            return inspect_base(locate_base(said.path, said.revision), said.family)
+    raise ConfigError(
+        Problem("which base? The LoRA lies in no run directory", str(lora), fix="add --model path/to/diffusers-folder")
+    )
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^\w]+", "-", prompt).strip("-")[:40] or "empty"

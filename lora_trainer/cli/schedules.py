@@ -1,0 +1,249 @@
+"""`lora-trainer schedules`: every LR schedule named, explained and drawn before any GPU time is spent."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from lora_trainer.cli.plan import prepare_plan
+from lora_trainer.config.describe import option_rows
+from lora_trainer.config.load import check_source, load_config
+from lora_trainer.config.source import Source
+from lora_trainer.errors import ConfigError, HostError, Problem
+from lora_trainer.planning.prepare import Prepared
+from lora_trainer.planning.run_plan import lay_groups
+from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
+from lora_trainer.schedules.durations import Horizon, ScheduleError
+from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
+from lora_trainer.schedules.facts import ScheduleFacts, facts_of
+from lora_trainer.schedules.options import DecayOptions, ScheduleOptions
+from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
+from lora_trainer.schedules.schedule import LRSchedule
+from lora_trainer.tracking.console import Screen
+
+WEIGHT_DECAY = 0.01  # AdamW's default, for the shrink that `explain` shows
+DEFAULT_STEPS, DEFAULT_LR = 1000, 1e-4
+MOST_MARKS = 12  # rows of milestones or restarts before the rest is only counted
+_SHARED = {*DecayOptions.model_fields, "min_ratio"}  # options that leave the form of a curve as its example has it
+_PREVIEW = {
+    "name": "preview",
+    "model": {"path": "preview"},
+    "data": {"dir": "preview"},
+    "train": {"max_steps": 1},
+    "validation": {"fraction": 0.1},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """One schedule laid over a run."""
+
+    label: str
+    schedule: LRSchedule
+    facts: ScheduleFacts
+    options: ScheduleOptions
+
+
+def list_schedules() -> Iterator[tuple[str, str]]:
+    """Name and purpose of each schedule, the installed plug-ins too."""
+    yield from ((name, options.summary) for name, options in SCHEDULES.items())
+    yield from ((name, PluginSchedule.summary) for name in plugin_names())
+
+
+def show_options(name: str) -> Iterator[tuple[str, str]]:
+    """Each option with its values, default and meaning."""
+    for key, values, default, text in option_rows(_options_class(name)):
+        if key != "type":
+            told = "required" if default == "**required**" else f"default {default}"
+            yield key, f"{values}; {told}. {text}".replace("`", "")
+
+
+def explain(words: Sequence[str], horizon: Horizon, lr: float) -> Iterator[tuple[str, str]]:
+    """What a schedule is for, where it fails, and what it amounts to over a run.
+
+    Args:
+        words: its name, and any options as `key=value`.
+
+    Raises:
+        ConfigError: as `previews`.
+    """
+    names, _ = _split(words)
+    if len(names) != 1:
+        raise ConfigError(Problem("one schedule is explained at a time", fix="lora-trainer schedules explain cosine"))
+    options = _options_class(names[0])
+    yield "purpose", options.summary
+    yield "limits", options.limits
+    yield "formula", " ".join((options.__doc__ or "").split())
+    (preview,) = named_previews(words, horizon, lr)
+    yield from fact_rows(preview)
+    shrink = preview.facts.shrink(WEIGHT_DECAY)
+    yield (
+        "weight decay",
+        f"{WEIGHT_DECAY} alone shrinks a weight by {shrink:.2%} over the run (1 - exp(-wd x sum of LRs))",
+    )
+    yield "in a config", f"lr_scheduler: {json.dumps(_written(preview.options))}"
+
+
+def fact_rows(preview: Preview) -> Iterator[tuple[str, str]]:
+    """The numbers of a schedule over its run."""
+    facts, num_updates = preview.facts, preview.schedule.horizon.num_updates
+    told = ", ".join(f"{key} {json.dumps(value)}" for key, value in _written(preview.options).items() if key != "type")
+    yield "options", told or "all at their defaults"
+    yield "over a run of", f"{num_updates} updates, {preview.schedule.horizon.updates_per_epoch} an epoch"
+    yield "learning rate", f"first {facts.first:.3e}, peak {facts.peak:.3e}, last {facts.last:.3e}"
+    yield "LR budget", f"{facts.budget:.2f} of constant training at the base LR"
+    yield "half-life", "never half" if facts.half_life is None else f"{facts.half_life} updates after the peak"
+    marks = preview.schedule.marks
+    for mark in marks[:MOST_MARKS]:
+        yield f"at {mark.update}", mark.label
+    if len(marks) > MOST_MARKS:
+        yield "", f"and {len(marks) - MOST_MARKS} more like these"
+    for warning in facts.warnings:
+        yield "warning", warning
+
+
+def previews(
+    words: Sequence[str], config: Path | None, steps: int | None, lr: float | None, updates_per_epoch: int | None = None
+) -> list[Preview]:
+    """The schedules to draw: those named, or each group's of a config, or the classic six.
+
+    Args:
+        words: names of schedules; words of the form `key=value` are options for those of them that have the option,
+            or, where a config is given and no name, overrides of the config.
+
+    Raises:
+        ConfigError: a name or an option is not known, or does not fit the run.
+    """
+    if config is None:
+        return named_previews(words, example_horizon(steps, updates_per_epoch), DEFAULT_LR if lr is None else lr)
+    names, _ = _split(words)
+    prepared = prepare_plan(load_config(config, [] if names else words))
+    planned = prepared.plan.horizon
+    horizon = Horizon(steps or planned.num_updates, updates_per_epoch or planned.updates_per_epoch)
+    if names:
+        return named_previews(words, horizon, prepared.config.optimizer.lr if lr is None else lr)
+    return config_previews(prepared, horizon, lr)
+
+
+def example_horizon(steps: int | None, updates_per_epoch: int | None) -> Horizon:
+    """A run to show schedules on: of ten epochs, unless their length is said."""
+    num_updates = steps or DEFAULT_STEPS
+    return Horizon(num_updates, updates_per_epoch or max(1, num_updates // 10))
+
+
+def config_previews(prepared: Prepared, horizon: Horizon, lr: float | None) -> list[Preview]:
+    """The schedules of a config's groups over this run."""
+    shown = []
+    for group in lay_groups(prepared.config, horizon):
+        facts = facts_of(group.options, group.schedule, group.base_lr if lr is None else lr)
+        shown.append(Preview(f"{group.name}: {group.options.type}", group.schedule, facts, group.options))
+    return shown
+
+
+def named_previews(words: Sequence[str], horizon: Horizon, lr: float) -> list[Preview]:
+    """The named schedules, or the classic six, with the options among the words."""
+    names, options = _split(words)
+    chosen = names or list(CLASSIC)
+    taken = {key for name in chosen for key in _options_class(name).model_fields}
+    nobodys = options.keys() - taken  # given to every schedule, so that the refusal says who would take them
+    shown = []
+    for name in chosen:
+        own = {
+            key: value for key, value in options.items() if key in _options_class(name).model_fields or key in nobodys
+        }
+        shown.append(_preview(name, own, horizon, lr))
+    return shown
+
+
+def _preview(name: str, own: Mapping[str, Any], horizon: Horizon, lr: float) -> Preview:
+    """A schedule laid over a run, checked as in a configuration.
+
+    Options that it requires, and those that show its form where none of its own are given, come from its example.
+    """
+    kind = _options_class(name)
+    whole = not set(own) - _SHARED
+    example = {key: value for key, value in kind.example.items() if whole or kind.model_fields[key].is_required()}
+    written = {**example, **own, "type": name}
+    options = check_source(Source({**_PREVIEW, "lr_scheduler": written})).lr_scheduler
+    try:
+        schedule = options.resolve(horizon)
+        return Preview(name, schedule, facts_of(options, schedule, lr), options)
+    except ScheduleError as error:
+        raise ConfigError(Problem(f"{name}: {error}", fix=f"lora-trainer schedules show {name}")) from None
+
+
+def plot(
+    words: Sequence[str],
+    config: Path | None,
+    steps: int | None,
+    lr: float | None,
+    updates_per_epoch: int | None = None,
+    *,
+    every: bool,
+    output: Path | None,
+    terminal: bool,
+) -> None:
+    """Draw the chosen schedules, print their numbers, and write the picture where one is asked for.
+
+    Raises:
+        ConfigError: as `previews`, or the picture's name does not end in .png.
+        HostError: the picture cannot be written.
+    """
+    if output is not None and output.suffix.lower() != ".png":
+        raise ConfigError(Problem("a picture is written as PNG", f"--output {output}", fix="end its name in .png"))
+    screen = Screen()
+    if every:
+        words = [*words, *(name for name, kind in SCHEDULES.items() if kind is not TorchSchedule)]
+        screen.say("`torch` is left out: it loads torch to be drawn; name it to see it")
+    chosen = previews(words, config, steps, lr, updates_per_epoch)
+    curves = [Curve(each.label, each.facts.lrs, each.schedule.marks) for each in chosen]
+    title = f"Learning rate over {chosen[0].schedule.horizon.num_updates} updates"
+    if terminal:
+        width = min(120, shutil.get_terminal_size((100, 24)).columns)
+        screen.console.print(Text.from_ansi(terminal_plot(curves, title=title, width=width)))
+    for each in chosen:
+        screen.table(each.label, fact_rows(each))
+    if output is not None:
+        per_epoch = chosen[0].schedule.horizon.updates_per_epoch if config or updates_per_epoch else None
+        try:
+            draw_schedules(curves, output, title=title, updates_per_epoch=per_epoch)
+        except OSError as error:
+            fault = Problem(
+                "the picture cannot be written", f"--output {output}", error.strerror, "choose another place"
+            )
+            raise HostError(fault) from error
+        screen.say(f"\nwrote {output}")
+
+
+def _options_class(name: str) -> type[ScheduleOptions]:
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    if ":" in name or name in plugin_names():
+        return PluginSchedule
+    close = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.5)
+    fix = f"did you mean {close[0]}?" if close else "lora-trainer schedules list"
+    raise ConfigError(Problem(f"`{name}` is no schedule", fix=f"{fix} Known: {', '.join(SCHEDULES)}"))
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Names, and the options given as `key=value`; the values are YAML."""
+    names = [word for word in words if "=" not in word]
+    pairs = (word.partition("=") for word in words if "=" in word)
+    try:
+        return names, {key: YAML(typ="safe").load(value) for key, _, value in pairs}
+    except YAMLError as error:
+        raise ConfigError(Problem(f"not valid YAML: {error}", "command line")) from error
+
+
+def _written(options: ScheduleOptions) -> dict[str, Any]:
+    """The options as they were given, with the type first."""
+    return {"type": options.type, **options.model_dump(mode="json", exclude_unset=True)}

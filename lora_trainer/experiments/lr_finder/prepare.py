@@ -1,0 +1,157 @@
+"""The learning-rate finder's run, checked and planned before the first tensor. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic_core import PydanticUndefined
+
+from lora_trainer.config.optimizers import Prodigy
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.data.holdout import HELD_OUT, with_watched
+from lora_trainer.data.records import Progress
+from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.experiments.lr_finder.forks import FACTORS
+from lora_trainer.experiments.lr_finder.ramp import MIN_POINTS, Ramp
+from lora_trainer.planning.prepare import Prepared, prepare
+from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS
+from lora_trainer.runtime.launch import Launch
+from lora_trainer.schedules.classic import Constant
+
+BELOW_USUAL, ABOVE_USUAL = 100, 10_000
+HIGHEST_LR = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class FinderOptions:
+    """What the command line says; None is the default that belongs to the optimizer."""
+
+    num_updates: int = 100
+    start_lr: float | None = None
+    end_lr: float | None = None
+    num_images: int = 4
+    """Held-out images that are probed, each at 16 timesteps."""
+    verify: bool = False
+    num_verify_updates: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedFinder:
+    """A finder's run that is checked and planned."""
+
+    prepared: Prepared
+    """Of the same training with a constant LR and another name, so that it writes beside the run and not into it."""
+    ramp: Ramp
+    options: FinderOptions
+    fallback_lr: float
+
+    @property
+    def folder(self) -> Path:
+        return self.prepared.run_dir
+
+    @property
+    def num_forks(self) -> int:
+        return len(FACTORS) if self.options.verify else 0
+
+
+def prepare_finder(config: RunConfig, launch: Launch, options: FinderOptions, progress: Progress) -> PreparedFinder:
+    """Check the config, the data, the base and the ramp.
+
+    Raises:
+        ConfigError: there is no validation section, the optimizer finds its own LR, or the ramp is no ramp.
+        DataError, ModelError, HostError: as `prepare`.
+    """
+    usual = _usual_lr(config)
+    start = options.start_lr if options.start_lr is not None else usual / BELOW_USUAL
+    end = options.end_lr if options.end_lr is not None else min(HIGHEST_LR, usual * ABOVE_USUAL)
+    ramp = Ramp(start, end, options.num_updates)
+    problems = [*_config_problems(config), *_ramp_problems(ramp)]
+    if problems:
+        raise ConfigError(*problems)
+    prepared = prepare(finder_config(config, options), launch, progress)
+    assert config.validation is not None
+    watched = with_watched(prepared.split, None, options.num_images, config.validation.seed).probes[HELD_OUT]
+    prepared = replace(prepared, split=replace(prepared.split, probes={HELD_OUT: watched}))
+    return PreparedFinder(prepared, ramp, options, usual)
+
+
+def finder_folder(config: RunConfig) -> str:
+    """Name of the folder beside the run's."""
+    return f"{config.name}-find-lr"
+
+
+def finder_config(config: RunConfig, options: FinderOptions) -> RunConfig:
+    """The same training but for what would hide the LR's effect or cost time: schedule, average, samples, saves."""
+    groups = tuple(group.model_copy(update={"lr_scheduler": None}) for group in config.optimizer.groups)
+    return config.model_copy(
+        update={
+            "name": finder_folder(config),
+            "optimizer": config.optimizer.model_copy(update={"groups": groups}),
+            "lr_scheduler": Constant(),
+            "train": config.train.model_copy(
+                update={"max_steps": options.num_updates, "epochs": None, "ema_decay": None}
+            ),
+            "sample": type(config.sample)(),
+            "checkpoint": type(config.checkpoint)(every_steps=None),
+            "export": type(config.export)(),
+            "tracking": type(config.tracking)(tensorboard=False, base_loss_every=None),
+        }
+    )
+
+
+def finder_rows(finder: PreparedFinder) -> Iterator[tuple[str, str]]:
+    """The plan in words, row by row."""
+    prepared, ramp, options = finder.prepared, finder.ramp, finder.options
+    plan, num_images = prepared.plan, len(prepared.split.probes[HELD_OUT])
+    measurements = num_images * PROBE_STRATA
+    yield "images", f"{plan.num_images} to train on, {len(prepared.split.held_out)} held out; batch {plan.global_batch}"
+    yield "ramp", f"{ramp.num_updates} updates from {ramp.start_lr:.1e} to {ramp.end_lr:.1e}, x {ramp.ratio:.3f} each"
+    all_there = (
+        f", of {options.num_images} asked for, as no more are held out" if num_images < options.num_images else ""
+    )
+    yield "probe", f"{num_images} images{all_there}, x {PROBE_STRATA} timesteps after every update"
+    updates, probes = ramp.num_updates, ramp.num_updates + 1
+    if options.verify:
+        updates += finder.num_forks * options.num_verify_updates
+        probes += finder.num_forks
+        yield "verify", f"{finder.num_forks} learning rates x {options.num_verify_updates} updates, from the same start"
+    training = round(updates * plan.global_batch * TRAINING_FORWARDS)
+    cost = training + probes * measurements
+    yield "cost", f"about {cost:,} forwards at most: {training:,} for training, {cost - training:,} for probes"
+    yield "", "the ramp stops by itself where the loss diverges"
+    yield "base", f"{prepared.base.family}, {prepared.prediction_type}, {prepared.config.model.path}"
+    yield "output", f"{finder.folder}/find_lr.json and find_lr.png; the run's own folder is not touched"
+
+
+def _usual_lr(config: RunConfig) -> float:
+    """The optimizer's default LR; the config's where there is none."""
+    default = type(config.optimizer).model_fields["lr"].default
+    return config.optimizer.lr if default is PydanticUndefined else float(default)
+
+
+def _config_problems(config: RunConfig) -> Iterator[Problem]:
+    if config.validation is None:
+        yield Problem(
+            "find-lr measures held-out images, and there is no `validation` section",
+            why="the training loss is far too noisy: finders that read it stop and suggest at random",
+            fix="add validation: {fraction: 0.1} to the file, or 'validation={fraction: 0.1}' to the command",
+        )
+    if isinstance(config.optimizer, Prodigy):
+        yield Problem(
+            "`prodigy` estimates its own step size, so there is no learning rate to find",
+            "optimizer.type",
+            fix="keep optimizer.lr: 1.0, or choose another optimizer",
+        )
+
+
+def _ramp_problems(ramp: Ramp) -> Iterator[Problem]:
+    if ramp.num_updates < MIN_POINTS:
+        yield Problem(f"a ramp of {ramp.num_updates} updates is too coarse", "--steps", fix=f"{MIN_POINTS} or more")
+    if not 0 < ramp.start_lr < ramp.end_lr <= HIGHEST_LR:
+        yield Problem(
+            f"a ramp from {ramp.start_lr:g} to {ramp.end_lr:g} does not rise within (0, {HIGHEST_LR:g}]",
+            "--start-lr, --end-lr",
+            fix="leave them away: the ramp then runs from a hundredth of the optimizer's default up to 1",
+        )

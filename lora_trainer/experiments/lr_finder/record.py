@@ -1,0 +1,142 @@
+"""What the learning-rate finder leaves: find_lr.json with every measurement, find_lr.png, and the answer in words."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_trainer.data.holdout import HELD_OUT
+from lora_trainer.experiments.lr_finder.forks import ForkVerdict
+from lora_trainer.experiments.lr_finder.prepare import PreparedFinder
+from lora_trainer.experiments.lr_finder.ramp_plot import draw_ramp
+from lora_trainer.experiments.lr_finder.run import Found, Measured
+from lora_trainer.experiments.lr_finder.usual_rules import usual_rules
+from lora_trainer.storage import atomic_files
+
+DIGITS = 9
+
+
+def write_found(finder: PreparedFinder, found: Found) -> list[Path]:
+    """Write both files, each whole or not at all; their paths."""
+    json_file, picture = finder.folder / "find_lr.json", finder.folder / "find_lr.png"
+    atomic_files.write_json(json_file, as_json(finder, found))
+    readings = () if found.forks is None else found.forks.readings
+    points = [each.point for each in found.measured]
+    title = f"{finder.prepared.config.name}: {found.finding.verdict}, {len(points)} updates"
+    draw_ramp(points, found.finding, readings, picture, title=title)
+    return [json_file, picture]
+
+
+def as_json(finder: PreparedFinder, found: Found) -> dict[str, Any]:
+    """Equal for equal configs, but for `time`. Losses are relative to the base's mean of their timestep stratum."""
+    prepared = finder.prepared
+    records = prepared.split.probes[HELD_OUT]
+    return {
+        "config": prepared.config.model_dump(mode="json"),
+        "identity": prepared.identity(),
+        "ramp": asdict(finder.ramp),
+        "probe": {
+            "images": {record.name: record.sha256 for record in records},
+            "start": _rounded(found.start_NS),
+        },
+        "points": [_point(number, each) for number, each in enumerate(found.measured, start=1)],
+        "finding": _plain(asdict(found.finding)),
+        "usual_rules": usual_rules([each.point for each in found.measured]),
+        "forks": None if found.forks is None else _forks(finder, found.forks),
+        "lr": found.lr,
+        "time": {
+            "seconds": round(found.seconds, 1),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+    }
+
+
+def answer_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
+    """The finding in words, with the line to paste."""
+    finding = found.finding
+    if finding.verdict == "no signal":
+        yield "verdict", f"no signal: the held-out loss never fell by more than noise. Use {finding.suggestion:.1e}"
+        yield "", "or look for the cause: captions, adapter.targets, a longer ramp (--steps), more images (--images)"
+    elif finding.verdict == "too few points":
+        decades = f"{finder.ramp.start_lr:.0e} to {finder.ramp.end_lr:.0e}"
+        steps = round(finder.ramp.num_updates * 30 / max(1, finding.num_points) * 1.2)
+        yield "verdict", f"only {finding.num_points} updates before the probe rose above its start: too few to read"
+        yield "", f"ramp {decades} again with --steps {steps}, or a smaller --start-lr"
+    else:
+        yield from _finding_rows(finder, found)
+    yield from _lines_to_paste(finder, found.lr)
+
+
+def _lines_to_paste(finder: PreparedFinder, lr: float) -> Iterator[tuple[str, str]]:
+    optimizer = finder.prepared.config.optimizer
+    yield "in the config", f"lr: {lr:.1e}     (under optimizer)"
+    yield "on the command line", f"optimizer.lr={lr:.1e}"
+    for group in optimizer.groups:
+        if group.lr is not None:
+            own = group.lr / optimizer.lr * lr
+            yield f"group {group.name}", f"lr: {own:.1e}     (it kept its ratio to the base LR)"
+
+
+def _finding_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
+    finding = found.finding
+    assert finding.best is not None and finding.onset is not None
+    yield "suggestion", f"{finding.suggestion:.1e}, sensible from {finding.low:.1e} to {finding.high:.1e}"
+    yield "onset", f"{finding.onset:.1e}: from here on a tenth of the best gain is kept"
+    gain = f"{finding.best.gain:.2%} +- {finding.best.se:.2%} of the base's held-out loss"
+    yield "best", f"{finding.best.lr:.1e}: {gain}"
+    if finding.crossing is None:
+        yield "crossing", f"none up to {finder.ramp.end_lr:.1e}: the best LR is the upper end in its place"
+        if finding.best == found.measured[-1].point:
+            yield "", "the ramp ended while the gain still rose: a larger LR may do better (--end-lr)"
+    else:
+        yield "crossing", f"{finding.crossing:.1e}: the held-out loss is above its start again"
+        yield "", "half of it is the upper end: from B = 0 a ramp overstates the safe LR about twofold"
+    for name, lr in usual_rules([each.point for each in found.measured]).items():
+        yield f"rule {name}", "-" if lr is None else f"{lr:.1e}"
+    if found.forks is not None:
+        yield from _fork_rows(finder, found.forks)
+    yield "note", "a short test favours large LRs: for runs of thousands of updates prefer the lower half of the range"
+
+
+def _fork_rows(finder: PreparedFinder, forks: ForkVerdict) -> Iterator[tuple[str, str]]:
+    for fork in forks.readings:
+        said = "diverged" if fork.gain is None else f"gain {fork.gain:+.3%} +- {fork.se:.3%}"
+        if fork.behind:
+            said += f", {fork.behind:.3%} +- {fork.behind_se:.3%} behind the best"
+        yield f"fork {fork.lr:.1e}", said
+    if forks.choice is None:
+        yield "verified", f"no: {forks.reason}; the suggestion stands unconfirmed"
+    else:
+        yield "verified", f"{forks.choice:.1e} after {finder.options.num_verify_updates} updates each: {forks.reason}"
+
+
+def _point(number: int, each: Measured) -> dict[str, Any]:
+    own = _plain(asdict(each.point)) | {"update": number, "grad_norm": each.grad_norm}
+    return own | {"probe": None if each.relative_NS is None else _rounded(each.relative_NS)}
+
+
+def _forks(finder: PreparedFinder, forks: ForkVerdict) -> dict[str, Any]:
+    """The choice, and each fork in the form of a run's `fork` events: `factor` is on the config's own LR."""
+    updates, base_lr = finder.options.num_verify_updates, finder.prepared.config.optimizer.lr
+    events = [
+        asdict(reading) | {"event": "fork", "step": 0, "updates": updates, "factor": reading.lr / base_lr}
+        for reading in forks.readings
+    ]
+    return {"choice": forks.choice, "reason": forks.reason, "events": events}
+
+
+def _plain(value: Any) -> Any:
+    """With null in place of what JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _rounded(values_NS: np.ndarray) -> list[list[float]]:
+    return np.round(values_NS, DIGITS).tolist()

@@ -1,0 +1,97 @@
+"""Write the LoRA files, read them back and compare; read those of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+
+from lora_trainer.errors import HostError, ModelError, NumericStop, Problem
+from lora_trainer.lora_files.layouts import to_diffusers, to_kohya
+from lora_trainer.lora_files.metadata import diffusers_metadata, kohya_metadata
+from lora_trainer.lora_files.recipe import BaseFacts, Recipe
+from lora_trainer.models.stable_diffusion import StableDiffusion
+from lora_trainer.storage import safetensors_io
+
+Layout = Literal["kohya", "diffusers"]
+Tensors = dict[str, torch.Tensor]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def write_lora(
+    file: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe, family: StableDiffusion, layout: Layout, dtype: str
+) -> None:
+    """Write a LoRA file in one of the two layouts, read it back and compare.
+
+    Args:
+        adapter: tensors by peft's names (`<layer>.lora_A.weight`).
+
+    Raises:
+        NumericStop: a value is not finite; nothing is written.
+        HostError: what was read back is not what was written.
+    """
+    if layout == "kohya":
+        options = recipe.adapter
+        named = to_kohya(adapter, prefix=family.kohya_prefix, alpha=options.alpha, use_rslora=options.use_rslora)
+        tensors = _converted(named, dtype, file)
+        metadata = kohya_metadata(recipe, safetensors_io.payload_sha256(tensors))
+    else:
+        tensors = _converted(to_diffusers(adapter, prefix=family.diffusers_prefix), dtype, file)
+        layers = sorted({key.rpartition(".lora_")[0] for key in adapter})
+        metadata = diffusers_metadata(recipe, layers, family.diffusers_prefix)
+    _write_verified(file, tensors, metadata)
+
+
+def base_facts(family: StableDiffusion, prediction_type: str) -> BaseFacts:
+    """What a LoRA file says of its base."""
+    return BaseFacts(
+        kohya_version=family.kohya_version, architecture=family.architecture, prediction_type=prediction_type
+    )
+
+
+def read_lora(file: Path) -> tuple[Tensors, dict[str, str]]:
+    """Tensors and metadata of a LoRA file in either layout.
+
+    Raises:
+        ModelError: it is missing, damaged, or no LoRA.
+    """
+    if file.suffix != ".safetensors":
+        raise ModelError(Problem("a LoRA file ends in .safetensors; pickled files are never opened", str(file)))
+    try:
+        tensors, metadata = safetensors_io.load(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(Problem("the LoRA file cannot be read", str(file), str(error))) from error
+    if not any("lora_" in key for key in tensors):
+        raise ModelError(
+            Problem("the file holds no LoRA", str(file), f"its tensors are like {next(iter(tensors), 'none')}")
+        )
+    return tensors, metadata
+
+
+def is_kohya(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(key.endswith(".lora_down.weight") for key in tensors)
+
+
+def _converted(tensors: Tensors, dtype: str, file: Path) -> Tensors:
+    """The tensors in the export's dtype, on the CPU; alphas stay fp32, which holds them exactly."""
+    converted = {}
+    for name, tensor in tensors.items():
+        kept = tensor.float() if name.endswith(".alpha") else tensor.to(DTYPES[dtype])
+        if not torch.isfinite(kept).all():
+            why = (
+                "it left fp16's range: write export.dtype=bf16" if torch.isfinite(tensor).all() else "training diverged"
+            )
+            raise NumericStop(Problem(f"`{name}` is not finite and is never saved", str(file.name), why))
+        converted[name] = kept.cpu().contiguous()
+    return converted
+
+
+def _write_verified(file: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    safetensors_io.save(file, tensors, metadata)
+    read_back, read_metadata = safetensors_io.load(file)
+    same = read_back.keys() == tensors.keys() and all(torch.equal(read_back[key], tensors[key]) for key in tensors)
+    if not same or read_metadata != metadata:
+        raise HostError(Problem("the LoRA file could not be read back as written", str(file), fix="check the disk"))

@@ -1,0 +1,81 @@
+"""A recipe in the words of those who read LoRA files: kohya's ss_* fields, ModelSpec, peft's configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lora_trainer.lora_files.recipe import OWN_KEY, Recipe
+from lora_trainer.models.adapters.bank import peft_config
+
+ADAPTER_KEY = "lora_adapter_metadata"  # where diffusers looks for alpha and rank stabilisation
+
+
+def kohya_metadata(recipe: Recipe, payload_sha256: str) -> dict[str, str]:
+    """The header of a file in kohya's layout; all values are strings, as the format wants."""
+    adapter, base, loop, data = recipe.adapter, recipe.base, recipe.loop, recipe.data
+    fields: dict[str, Any] = {
+        "ss_output_name": recipe.name,
+        "ss_base_model_version": base.kohya_version,
+        "ss_v2": base.kohya_version.startswith("sd_v2"),
+        "ss_network_module": "lycoris.kohya" if adapter.use_dora else "networks.lora",
+        "ss_network_dim": adapter.rank,
+        "ss_network_alpha": _plain(adapter.alpha),
+        "ss_network_args": json.dumps(_network_args(recipe)),
+        "ss_network_dropout": adapter.dropout or None,
+        "ss_seed": recipe.seed,
+        "ss_steps": recipe.step,
+        "ss_epoch": recipe.step // loop.updates_per_epoch,
+        "ss_max_train_steps": loop.num_updates,
+        "ss_num_batches_per_epoch": loop.updates_per_epoch * loop.accumulation,
+        "ss_num_train_images": loop.num_samples,
+        "ss_num_reg_images": 0,
+        "ss_learning_rate": recipe.optimizer.lr,
+        "ss_unet_lr": recipe.optimizer.lr,
+        "ss_lr_scheduler": recipe.lr_scheduler.type,
+        "ss_lr_warmup_steps": loop.warmup_updates,
+        "ss_optimizer": recipe.optimizer.type,
+        "ss_max_grad_norm": loop.max_grad_norm,
+        "ss_gradient_accumulation_steps": loop.accumulation,
+        "ss_gradient_checkpointing": loop.gradient_checkpointing,
+        "ss_batch_size_per_device": loop.batch_size,
+        "ss_total_batch_size": loop.global_batch,
+        "ss_min_snr_gamma": recipe.objective.min_snr_gamma,
+        "ss_resolution": f"({data.resolution}, {data.resolution})",
+        "ss_flip_aug": data.flip,
+        "ss_random_crop": data.random_crop,
+        "ss_caption_dropout_rate": data.caption_dropout,
+        "sshs_model_hash": payload_sha256,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": base.architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": recipe.name,
+        "modelspec.resolution": f"{data.resolution}x{data.resolution}",
+        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
+        OWN_KEY: recipe.to_metadata(),
+    }
+    return {key: str(value) for key, value in fields.items() if value is not None}
+
+
+def diffusers_metadata(recipe: Recipe, layers: Sequence[str], prefix: str) -> dict[str, str]:
+    """The header of a file in diffusers' layout, with peft's configuration of these layers."""
+    peft = peft_config(recipe.adapter, layers).to_dict()
+    fields = {f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value for key, value in peft.items()}
+    return {"format": "pt", ADAPTER_KEY: json.dumps(fields, sort_keys=True), OWN_KEY: recipe.to_metadata()}
+
+
+def _network_args(recipe: Recipe) -> dict[str, Any]:
+    adapter = recipe.adapter
+    args: dict[str, Any] = {}
+    if adapter.targets == "transformer+resnet":
+        args |= {"conv_dim": adapter.rank, "conv_alpha": _plain(adapter.alpha)}
+    if adapter.use_rslora:
+        args["rs_lora"] = True
+    if adapter.use_dora:
+        args["dora_wd"] = True
+    return args
+
+
+def _plain(number: float) -> int | float:
+    return int(number) if float(number).is_integer() else number

@@ -1,0 +1,116 @@
+"""How a LoRA was made, as it travels inside its file: enough to write either layout's metadata again.
+
+Nothing that names a person, a machine, a path, a prompt or a moment: two equal runs give byte-equal files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from lora_trainer import __version__
+from lora_trainer.config.optimizers import AnyOptimizerOptions
+from lora_trainer.config.schema import LoraConfig, ObjectiveConfig, RunConfig
+from lora_trainer.planning.run_plan import RunPlan
+from lora_trainer.schedules.registry import LRSchedulerOptions
+from lora_trainer.strict_model import Section
+
+OWN_KEY = "lora_trainer"
+
+
+class BaseFacts(Section):
+    """What a LoRA file says of the base it belongs to."""
+
+    kohya_version: str
+    architecture: str
+    prediction_type: str
+
+
+class LoopFacts(Section):
+    """Counts of the run."""
+
+    num_images: int
+    num_samples: int
+    num_updates: int
+    updates_per_epoch: int
+    warmup_updates: int
+    batch_size: int
+    accumulation: int
+    global_batch: int
+    max_grad_norm: float | None
+    ema_decay: float | None
+    gradient_checkpointing: bool
+
+
+class DataFacts(Section):
+    """How images were framed."""
+
+    resolution: int
+    random_crop: bool
+    flip: bool
+    caption_dropout: float
+
+
+class Recipe(Section):
+    """Everything that the metadata of a LoRA file is made from."""
+
+    version: str
+    name: str
+    step: int
+    seed: int
+    base: BaseFacts
+    adapter: LoraConfig
+    objective: ObjectiveConfig
+    optimizer: AnyOptimizerOptions
+    lr_scheduler: LRSchedulerOptions
+    loop: LoopFacts
+    data: DataFacts
+
+    def to_metadata(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+
+def recipe_of(config: RunConfig, plan: RunPlan, base: BaseFacts, step: int) -> Recipe:
+    """The recipe of a run after `step` updates."""
+    train, data = config.train, config.data
+    return Recipe(
+        version=__version__,
+        name=config.name,
+        step=step,
+        seed=config.seed,
+        base=base,
+        adapter=config.adapter,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        lr_scheduler=config.lr_scheduler,
+        loop=LoopFacts(
+            num_images=plan.num_images,
+            num_samples=plan.num_samples,
+            num_updates=plan.num_updates,
+            updates_per_epoch=plan.updates_per_epoch,
+            warmup_updates=plan.lr_groups[0].warmup_updates,
+            batch_size=plan.batch_size,
+            accumulation=plan.accumulation,
+            global_batch=plan.global_batch,
+            max_grad_norm=train.max_grad_norm,
+            ema_decay=train.ema_decay,
+            gradient_checkpointing=train.gradient_checkpointing,
+        ),
+        data=DataFacts(
+            resolution=data.resolution,
+            random_crop=data.crop == "random",
+            flip=data.flip,
+            caption_dropout=data.captions.dropout,
+        ),
+    )
+
+
+def read_recipe(metadata: Mapping[str, Any]) -> Recipe | None:
+    """The recipe in a LoRA file's metadata; None if the file is not ours or its recipe is not understood."""
+    try:
+        return Recipe.model_validate_json(metadata.get(OWN_KEY, ""))
+    except ValidationError:
+        return None

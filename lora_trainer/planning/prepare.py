@@ -1,0 +1,277 @@
+"""Everything that can be known and checked before the first tensor: base, data, targets, plan. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from lora_trainer.config.identity import CURVE_LENGTH, identity_fields
+from lora_trainer.config.lr_notes import unusual_rates
+from lora_trainer.config.places import cache_folder, diffusers_lora_file, lora_file, report_file, run_directory
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.data.holdout import Split, no_split, split_by_folder, split_by_fraction, with_watched
+from lora_trainer.data.records import Dataset, Progress, content_digest, discover
+from lora_trainer.errors import ConfigError, HostError, ModelError, Problem
+from lora_trainer.models.adapters.targets import assign_groups, select_targets
+from lora_trainer.models.folder import BaseFolder, inspect_base, locate_base
+from lora_trainer.planning.run_plan import DENOISER_GROUP, RunPlan, plan_run
+from lora_trainer.runtime.launch import Launch, default_threads
+from lora_trainer.storage import disk_space
+
+VALIDATION_FILE, PLAN_FILE = "validation.json", "plan.json"
+PredictionType = Literal["epsilon", "v_prediction"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is checked and planned."""
+
+    config: RunConfig
+    launch: Launch
+    base: BaseFolder
+    base_digests: dict[str, str]
+    prediction_type: PredictionType
+    split: Split
+    target_shapes: dict[str, Any]
+    plan: RunPlan
+    threads: int
+
+    @property
+    def run_dir(self) -> Path:
+        return run_directory(self.config)
+
+    @property
+    def dataset(self) -> Dataset:
+        """What is trained on."""
+        return self.split.training
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is learned: settings, content of data and base, and how the sums are split."""
+        return identity_fields(self.config) | {
+            "base content": "-".join(digest[:12] for digest in self.base_digests.values()),
+            "data content": self.dataset.digest()[:16],
+            "validation content": content_digest(self.split.held_out)[:16],
+            "model.prediction_type": self.prediction_type,
+            "num_processes": self.launch.num_processes,
+            "train.threads": self.threads,
+            CURVE_LENGTH: self.plan.lr_horizon.num_updates,
+        }
+
+
+def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues: bool | None = None) -> Prepared:
+    """Check the base's folder, every image and caption, and work out the plan.
+
+    Args:
+        continues: whether an earlier start is continued; None where the checkpoints in the run's directory tell.
+
+    Raises:
+        ConfigError, DataError, ModelError, HostError: each with all problems of its kind.
+    """
+    base = inspect_base(locate_base(config.model.path, config.model.revision), config.model.family)
+    _check_places(config)
+    checked = cache_folder(config) / "checked-images.json"
+    split, prior = _split(config, checked, progress)
+    targets = _targets(config, base)
+    plan = _plan(config, launch, split, targets, 2 + (prior is not None), _fixed_before(config, continues))
+    _check_room(config, plan)
+    if plan.validation is not None and config.validation is not None:
+        split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
+    threads = default_threads(launch) if config.train.threads == "auto" else config.train.threads
+    return Prepared(
+        config, launch, base, base.digests(), prediction_type(config, base), split, dict(targets), plan, threads
+    )
+
+
+def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | None = None) -> Prepared:
+    """Another run on the same base, data and probe, without reading them again.
+
+    Args:
+        continues: as in `prepare`.
+
+    Raises:
+        ConfigError: targets, groups or schedules do not fit.
+    """
+    targets = _targets(config, prepared.base)
+    fixed = _fixed_before(config, continues)
+    plan = _plan(config, prepared.launch, prepared.split, targets, len(prepared.split.probes), fixed)
+    return replace(prepared, config=config, target_shapes=dict(targets), plan=plan)
+
+
+def _targets(config: RunConfig, base: BaseFolder) -> Mapping[str, Any]:
+    """The layers to adapt; the groups of weights are checked against them."""
+    targets = select_targets(base.denoiser_shapes(), config.adapter.targets)
+    weights = [f"{layer}.lora_{kind}.weight" for layer in targets for kind in "AB"]
+    assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, DENOISER_GROUP)
+    return targets
+
+
+def _plan(
+    config: RunConfig, launch: Launch, split: Split, targets: Mapping[str, Any], num_probes: int, fixed: _Fixed
+) -> RunPlan:
+    return plan_run(
+        config,
+        num_images=len(split.training.records),
+        bucket_sizes=[split.training.num_samples],
+        num_processes=launch.num_processes,
+        target_shapes=targets,
+        num_held_out=len(split.held_out),
+        num_probes=num_probes,
+        num_watched=fixed.num_watched,
+        lr_updates=fixed.lr_updates,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """What an earlier start of a run fixed for those that continue it, whatever their length; None is free."""
+
+    lr_updates: int | None = None
+    """Length that its LR curves are laid over."""
+    num_watched: int | None = None
+    """Images of each probe."""
+
+
+def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
+    run_dir = run_directory(config)
+    if continues is None:
+        continues = any((run_dir / "checkpoints").glob("step-*"))
+    if not continues:
+        return _Fixed()
+    try:
+        before = json.loads((run_dir / PLAN_FILE).read_text())
+    except (OSError, ValueError):
+        return _Fixed()
+    length = None if config.resume.schedule == "stretch" else before.get("lr_updates") or before.get("num_updates")
+    return _Fixed(length, (before.get("validation") or {}).get("num_items"))
+
+
+def _check_room(config: RunConfig, plan: RunPlan) -> None:
+    """The checkpoints kept, one more while it is written, and what is reserved for the LoRA files must fit."""
+    run_dir, kept = run_directory(config), config.checkpoint.keep_last
+    one = plan.checkpoint_bytes(with_average=config.train.ema_decay is not None)
+    there = disk_space.size_of(run_dir / "checkpoints")
+    purpose = f"{kept + 1} checkpoints of about {disk_space.mib(one)} and the LoRA files"
+    disk_space.check_room(run_dir, max(one, (kept + 1) * one - there) + plan.export_bytes(config.export.dtype), purpose)
+
+
+def _split(config: RunConfig, checked: Path, progress: Progress) -> tuple[Split, Dataset | None]:
+    """The training images without those held out, and the prior images where there are some."""
+    dataset, validation = discover(config.data, checked, progress), config.validation
+    if validation is None:
+        return no_split(dataset), None
+    folders = {key: folder for key in ("dir", "prior_dir") if (folder := getattr(validation, key)) is not None}
+    others = {
+        key: discover(config.data.model_copy(update={"dir": folder, "sources": None}), checked, progress)
+        for key, folder in folders.items()
+    }
+    if validation.fraction is not None:
+        before = _chosen_before(run_directory(config) / VALIDATION_FILE)
+        split = split_by_fraction(dataset, validation.fraction, validation.seed, before)
+    else:
+        split = split_by_folder(dataset, others["dir"])
+    return split, others.get("prior_dir")
+
+
+def _chosen_before(file: Path) -> list[str] | None:
+    """Content hashes of the images that an earlier start of this run held out."""
+    try:
+        return json.loads(file.read_text())["images_held_out"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def prediction_type(config: RunConfig, base: BaseFolder) -> PredictionType:
+    """What the denoiser predicts: as the config says, else as the base's noise scheduler says.
+
+    Raises:
+        ModelError: the base's scheduler names something else than epsilon or v_prediction.
+    """
+    said = str(base.component_config("scheduler").get("prediction_type", "epsilon"))
+    chosen = said if config.model.prediction_type == "auto" else config.model.prediction_type
+    if chosen not in ("epsilon", "v_prediction"):
+        raise ModelError(
+            Problem(
+                f"prediction type `{chosen}` is not supported",
+                str(base.path / "scheduler"),
+                fix="set model.prediction_type",
+            )
+        )
+    return cast(PredictionType, chosen)
+
+
+def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    """The plan in words, row by row."""
+    config, plan, dataset = prepared.config, prepared.plan, prepared.dataset
+    repeats = f", {plan.num_samples} samples with repeats" if plan.num_samples != plan.num_images else ""
+    yield "images", f"{plan.num_images}{repeats}, {config.data.resolution} px"
+    for note in dataset.notes:
+        yield "", note
+    split = f"{plan.num_processes} process(es) x batch {plan.batch_size} x accumulation {plan.accumulation}"
+    yield "global batch", f"{plan.global_batch} = {split}"
+    yield (
+        "updates per epoch",
+        f"{plan.updates_per_epoch} = {plan.num_samples} samples / {plan.global_batch}, rounded up"
+        + ("" if len(plan.bucket_sizes) == 1 else f" in each of {len(plan.bucket_sizes)} buckets"),
+    )
+    yield "updates", f"{plan.num_updates} ({plan.num_epochs:.2f} epochs), warmup {plan.lr_groups[0].warmup_updates}"
+    if plan.lr_updates is not None:
+        yield "", f"the LR curve keeps its first length, {plan.lr_updates} updates, and then its last value"
+    for group in plan.lr_groups:
+        name = "learning rate" if len(plan.lr_groups) == 1 else f"LR of {group.name}"
+        rates = f"start {group.lr_start:.3e}, peak {group.lr_peak:.3e}, last {group.lr_end:.3e}"
+        yield name, f"{group.schedule}: {rates}; budget {group.lr_budget:.2f}"
+        yield from (("", f"warning: {warning}") for warning in group.warnings)
+    yield from (("", f"warning: {note}") for note in unusual_rates(config))
+    yield "optimizer", f"{config.optimizer.type}, weight decay {config.optimizer.weight_decay:g}"
+    kind = "DoRA" if config.adapter.use_dora else "LoRA"
+    scale = "alpha / sqrt(rank)" if config.adapter.use_rslora else "alpha / rank"
+    yield "adapter", f"{kind} rank {config.adapter.rank}, {scale} with alpha {config.adapter.alpha:g}"
+    targets = config.adapter.targets if isinstance(config.adapter.targets, str) else "patterns"
+    yield "", f"{plan.num_modules} layers ({targets}), {plan.num_parameters:,} trainable parameters"
+    yield "base", f"{prepared.base.family}, {prepared.prediction_type}, {config.model.path}"
+    if plan.validation is not None:
+        probes = ", ".join(f"{len(records)} {name}" for name, records in prepared.split.probes.items())
+        every = f"every {plan.validation.every} updates, {plan.validation.num_measurements} times"
+        yield "validation", f"{probes} images x 16 timesteps {every}: {plan.validation.cost:.1%} of the training's cost"
+        yield from (("", f"note: {note}") for note in plan.validation.notes)
+    yield "saves", _saves(plan)
+    yield "files to come", ", ".join(str(file) for file in files_to_come(config))
+
+
+def files_to_come(config: RunConfig) -> list[Path]:
+    """What lies in the run directory in the end."""
+    return [*results_to_come(config), run_directory(config) / "curves.png", report_file(config)]
+
+
+def results_to_come(config: RunConfig) -> list[Path]:
+    """The same without the pictures that can be drawn from it at any time: what a trial of a sweep leaves."""
+    run_dir = run_directory(config)
+    samples = [run_dir / "samples" / "grid.png"] if config.sample.prompts else []
+    return [lora_file(config), diffusers_lora_file(config), run_dir / "metrics.jsonl", *samples]
+
+
+def _saves(plan: RunPlan) -> str:
+    periods = {"checkpoint": plan.periods.checkpoint, "sample": plan.periods.sample, "export": plan.periods.export}
+    said = [f"{name} every {period}" for name, period in periods.items() if period]
+    return ", ".join([*said, "all at the end"])
+
+
+def _check_places(config: RunConfig) -> None:
+    """The output must be writable and must not lie among the images."""
+    run_dir = run_directory(config).resolve()
+    folders = [config.data.dir] if config.data.dir else [source.dir for source in config.data.sources or ()]
+    for folder in folders:
+        if folder and run_dir.is_relative_to(Path(folder).expanduser().resolve()):
+            raise ConfigError(
+                Problem(
+                    "the run directory would lie inside the image folder", str(run_dir), fix="set another output_dir"
+                )
+            )
+    place = run_dir
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise HostError(Problem("a file is in the way of the run directory", str(place), fix="set another output_dir"))

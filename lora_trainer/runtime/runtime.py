@@ -1,0 +1,174 @@
+"""The machine side of a run: processes, device, precision, threads, and what to write down about them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import reduce as reduce_over_processes
+
+from lora_trainer import __version__
+from lora_trainer.errors import HostError, Problem
+from lora_trainer.runtime.launch import Launch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how tensors are computed in this process."""
+
+    launch: Launch
+    device: torch.device
+    precision: Precision
+    threads: int
+    state: PartialState
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen base and of the forward pass."""
+        return _DTYPES[self.precision]
+
+    def autocast(self) -> Any:
+        """Matrix products in the run's precision; nothing at fp32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes; the tensor itself for one."""
+        if self.launch.num_processes == 1:
+            return values
+        return reduce_over_processes(values, "sum")
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        return from_main(self.launch, value)
+
+    def from_all(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes, one after the other."""
+        return values if self.launch.num_processes == 1 else gather_object(values)
+
+    def wait_for_everyone(self) -> None:
+        self.state.wait_for_everyone()
+
+    def free_bytes(self) -> int:
+        """Memory that is free now: of the GPU where there is one, else of the host."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return psutil.virtual_memory().available
+
+    def peak_memory_gib(self) -> float:
+        """Highest memory of this process so far: of the GPU where there is one, else of the host."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def from_main(launch: Launch, value: Any) -> Any:
+    """The main process's value, in every process; they must have joined."""
+    return value if launch.num_processes == 1 else broadcast_object_list([value])[0]
+
+
+@contextmanager
+def joined_processes(launch: Launch) -> Iterator[PartialState]:
+    """Join the other processes; leave them in order at the end. Only once per process: a second time is unreliable.
+
+    Raises:
+        HostError: not all announced processes found each other.
+    """
+    _die_with_launcher()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != launch.num_processes:
+        raise HostError(
+            Problem(
+                f"{launch.num_processes} processes are announced, and {state.num_processes} found each other",
+                "WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR",
+                "each process would train on a part of the images and none would hear of the others",
+                "start with torchrun --nproc-per-node N train.py --config ..., or unset WORLD_SIZE",
+            )
+        )
+    try:
+        yield state
+    finally:
+        state.destroy_process_group()
+
+
+@contextmanager
+def start_runtime(
+    launch: Launch, precision: str, threads: int, joined: PartialState | None = None
+) -> Iterator[Runtime]:
+    """Set threads and precision, and join the other processes for as long as the block lasts.
+
+    Args:
+        joined: the processes where they are joined already, for several runs in a row.
+
+    Raises:
+        HostError: the precision asked for does not exist on this device, or processes are missing.
+    """
+    torch.set_num_threads(threads)
+    with joined_processes(launch) if joined is None else nullcontext(joined) as state:
+        yield Runtime(launch, state.device, _choose_precision(precision, state.device), threads, state)
+
+
+def environment_report(runtime: Runtime) -> dict[str, Any]:
+    """Versions and hardware: what another person needs to repeat the run. No host or user names."""
+    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else processor_name()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.system() + " " + platform.machine(),
+        "packages": {"lora_trainer": __version__} | {name: metadata.version(name) for name in _PACKAGES},
+        "device": device,
+        "num_processes": runtime.launch.num_processes,
+        "precision": runtime.precision,
+        "threads": runtime.threads,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def processor_name() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
+def _choose_precision(asked: str, device: torch.device) -> Precision:
+    on_gpu = device.type == "cuda"
+    if asked == "auto":
+        if not on_gpu:
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if asked == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise HostError(
+            Problem("this GPU has no bf16", "train.precision", torch.cuda.get_device_name(device), "write fp16 or auto")
+        )
+    assert asked in _DTYPES
+    return asked  # type: ignore[return-value]
+
+
+def _die_with_launcher() -> None:
+    """Ask the kernel for SIGTERM when the launcher dies: `accelerate launch` passes no signal on.
+
+    Only under a launcher: a run started from a shell must outlive the shell's end where the user wants that (nohup).
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,256 @@
+"""What a resume needs, written so that a kill at any moment leaves the last whole checkpoint in place.
+
+A checkpoint is a folder `step-00001234`: tensors in safetensors, the rest in JSON, and `manifest.json` with the size
+and sha256 of every file, written last. It is made aside, synced, renamed, read back and verified; only then are older
+ones removed. There is no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_trainer.errors import HostError, NumericStop, Problem
+from lora_trainer.storage import atomic_files, disk_space, safetensors_io
+
+FORMAT = 1
+_FOLDER = re.compile(r"step-(\d{8})")
+_REPLACED = ".replaced"  # the earlier checkpoint of a step while its new one takes the name
+_OVERHEAD = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Counters of a run: `step` completed updates, `attempt` tried ones, and the length of its log."""
+
+    step: int = 0
+    attempt: int = 0
+    metrics_bytes: int = 0
+    owed: bool = False
+    """Whether the exports and samples due after this step were still to come when it was saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint on the disk."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(**self.state["progress"])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.state["identity"]
+
+    def parts(self) -> dict[str, safetensors_io.Tensors]:
+        """All tensors by part and name, as they were given to `save_checkpoint`; files of others are passed over."""
+        names = json.loads((self.folder / "manifest.json").read_text())["files"]
+        files = [self.folder / name for name in sorted(names) if name.endswith(".safetensors")]
+        return {file.stem: safetensors_io.load(file)[0] for file in files}
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    parts: Mapping[str, safetensors_io.Tensors],
+    *,
+    plain: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    scaler: Mapping[str, Any],
+) -> Path:
+    """Write, publish and verify a checkpoint under `folder`; all earlier ones stay (`prune` removes them).
+
+    Args:
+        parts: tensors by part (`adapter`, `optimizer`, `average`) and name.
+        plain: JSON values that belong to the tensors.
+
+    Raises:
+        NumericStop: a tensor holds numbers that are not finite; nothing is written.
+        OSError: the disk has no room, refused a write, or gave back other bytes than were written (EIO).
+    """
+    _require_finite(parts)
+    size = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
+    disk_space.require_room(folder, size + _OVERHEAD)
+    atomic_files.make_folder(folder)
+    final = folder / f"step-{progress.step:08d}"
+    aside = folder / f"{atomic_files.TEMPORARY_PREFIX}{final.name}-{os.getpid()}"
+    state = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "identity": dict(identity),
+        "plain": dict(plain),
+        "scaler": dict(scaler),
+    }
+    try:
+        atomic_files.make_folder(aside)
+        written = {"state.json": _write(aside / "state.json", [atomic_files.to_json(state)])}
+        for part, tensors in parts.items():
+            written[f"{part}.safetensors"] = _write(aside / f"{part}.safetensors", safetensors_io.encode(tensors))
+        manifest = {"format": FORMAT, "files": written, "sha256": _digest_of(written)}
+        atomic_files.write_synced(aside / "manifest.json", atomic_files.to_json(manifest))
+        _publish(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return final
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Remove all checkpoints but the newest `keep_last`.
+
+    Raises:
+        OSError: one could not be removed; those kept are whole.
+    """
+    whole = sorted(c for c in folder.iterdir() if _FOLDER.fullmatch(c.name))
+    for old in whole[:-keep_last]:
+        atomic_files.remove_folder(old)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and what was wrong with newer ones, which are set aside as `*.corrupt`.
+
+    Raises:
+        HostError: there are or were checkpoints, but none of them verifies: never a silent fresh start.
+    """
+    if not folder.is_dir():
+        return None, []
+    atomic_files.clear_temporaries(folder)
+    _finish_replacements(folder)
+    faults: list[str] = []
+    for candidate in sorted((c for c in folder.iterdir() if _FOLDER.fullmatch(c.name)), reverse=True):
+        fault = _fault(candidate)
+        if fault is None:
+            return Checkpoint(candidate, json.loads((candidate / "state.json").read_text())), faults
+        faults.append(f"{candidate.name} is damaged ({fault}) and was set aside")
+        _quarantine(candidate)
+    if damaged := sorted(c.name for c in folder.glob("step-*.corrupt*")):
+        raise HostError(
+            Problem(
+                "no checkpoint of this run can be read",
+                str(folder),
+                "; ".join(faults) or f"all were damaged and set aside: {', '.join(damaged)}",
+                "restore one from a backup, or start anew with --fresh (the old run is kept beside it)",
+            )
+        )
+    return None, []
+
+
+def open_checkpoint(folder: Path, step: int | None) -> Checkpoint:
+    """A verified checkpoint to read from: that of `step`, or the newest. Nothing is changed on the disk.
+
+    Raises:
+        HostError: there is none, or it is damaged.
+    """
+    steps = sorted(int(m[1]) for c in folder.glob("step-*") if (m := _FOLDER.fullmatch(c.name)))
+    if not steps or (step is not None and step not in steps):
+        kept = ", ".join(map(str, steps)) or "none"
+        raise HostError(Problem(f"no checkpoint of step {step or '(any)'}", str(folder), f"steps kept: {kept}"))
+    chosen = folder / f"step-{steps[-1] if step is None else step:08d}"
+    if (fault := _fault(chosen)) is not None:
+        raise HostError(Problem("the checkpoint is damaged", str(chosen), fault, "name another step"))
+    return Checkpoint(chosen, json.loads((chosen / "state.json").read_text()))
+
+
+def _write(file: Path, chunks: Any) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+
+    def counted() -> Any:
+        nonlocal size
+        for chunk in chunks:
+            digest.update(chunk)
+            size += len(chunk)
+            yield chunk
+
+    atomic_files.write_synced(file, counted())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _digest_of(files: Mapping[str, Any]) -> str:
+    """sha256 of the manifest's list, so that an entry cannot vanish from it."""
+    return hashlib.sha256(atomic_files.to_json(dict(files))).hexdigest()
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None if every file is what its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']} is not known to this version"
+        if manifest["sha256"] != _digest_of(manifest["files"]):
+            return "manifest.json is not what was written"
+        for name, expected in manifest["files"].items():
+            with (folder / name).open("rb") as file:
+                if os.fstat(file.fileno()).st_size != expected["bytes"]:
+                    return f"{name} has the wrong size"
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} has other content than was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def _publish(aside: Path, final: Path) -> None:
+    """Give a checkpoint its name and read it back; one that had the name stays until then under another."""
+    earlier = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        atomic_files.rename(final, earlier)
+    atomic_files.publish_folder(aside, final)
+    if (fault := _fault(final)) is not None:
+        _quarantine(final)
+        raise OSError(errno.EIO, f"what was written could not be read back: {fault}", str(final))
+    if earlier.exists():
+        atomic_files.remove_folder(earlier)
+
+
+def _finish_replacements(folder: Path) -> None:
+    """Of two checkpoints of one step, which a kill left side by side, keep the new one if it is whole, else the old."""
+    for earlier in sorted(folder.glob(f"step-*{_REPLACED}")):
+        final = earlier.with_name(earlier.name.removesuffix(_REPLACED))
+        if final.exists() and _fault(final) is not None:
+            _quarantine(final)
+        if final.exists():
+            atomic_files.remove_folder(earlier)
+        else:
+            atomic_files.rename(earlier, final)
+
+
+def _require_finite(parts: Mapping[str, safetensors_io.Tensors]) -> None:
+    faulty = [
+        f"{part}: {name}"
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if faulty:
+        raise NumericStop(
+            Problem(
+                f"{len(faulty)} tensors of the training state are not finite and are never saved",
+                ", ".join(faulty[:3]) + (" ..." if len(faulty) > 3 else ""),
+                "training diverged",
+                "lower optimizer.lr; the same command goes on from the last checkpoint, which is whole",
+            )
+        )
+
+
+def _quarantine(folder: Path) -> None:
+    target = folder.with_name(folder.name + ".corrupt")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.corrupt-{number}")
+    atomic_files.rename(folder, target)

@@ -1,0 +1,105 @@
+"""Room on the disk: asked for before it is needed, and some of it held back for the files a run is made for."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_trainer.errors import HostError, Problem
+from lora_trainer.storage import atomic_files
+
+DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG})
+"""What a full or failing disk answers."""
+PLACE_FAULTS = frozenset({errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE, errno.EMFILE})
+"""What a folder answers that cannot be written as it is."""
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write where `folder` lies or will lie."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def size_of(folder: Path) -> int:
+    """Bytes in all files below a folder; 0 where there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def check_room(folder: Path, needed: int, purpose: str) -> None:
+    """Refuse to go on where there is too little room.
+
+    Raises:
+        HostError: both numbers are named.
+    """
+    if (free := free_bytes(folder)) < needed:
+        raise HostError(
+            Problem(
+                "the disk has too little room for this run",
+                str(folder),
+                f"{purpose} need {mib(needed)}, free are {mib(free)}",
+                "free some space, or set another output_dir",
+            )
+        )
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """What a full disk would answer, asked before anything is written.
+
+    Raises:
+        OSError: ENOSPC, as the write itself would.
+    """
+    if (free := free_bytes(folder)) < needed:
+        raise OSError(errno.ENOSPC, f"{mib(needed)} needed, {mib(free)} free", str(folder))
+
+
+@contextmanager
+def faults_in_words() -> Iterator[None]:
+    """What disk or folders refuse inside the block becomes an error for the user; other faults stay bugs.
+
+    Raises:
+        HostError: naming the place and the refusal.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FAULTS | PLACE_FAULTS:
+            raise
+        raise HostError(
+            Problem(
+                "the disk refused",
+                str(error.filename or "the run directory"),
+                error.strerror,
+                "free some space or mend the folder; the same command goes on from the newest checkpoint",
+            )
+        ) from error
+
+
+class Reserve:
+    """A file that holds space until `release`, so that the final files still fit on a disk that others have filled."""
+
+    def __init__(self, file: Path, num_bytes: int) -> None:
+        """Take the space now, or take over what an earlier start of the run holds.
+
+        Raises:
+            OSError: there is no such space.
+        """
+        self._file = file
+        atomic_files.reserve_space(file, num_bytes)
+
+    def release(self) -> None:
+        """Give the space back; a second call does nothing."""
+        if self._file.exists():
+            atomic_files.remove_file(self._file)
+
+
+def is_disk_fault(error: OSError) -> bool:
+    return error.errno in DISK_FAULTS
+
+
+def mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

@@ -1,0 +1,148 @@
+"""Which trials are trained together: those that share seed, batches and everything but their adapter and optimizer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_trainer.config.identity import difference, identity_fields
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.sweep import PruneConfig, SweepConfig
+from lora_trainer.config.trials import TrialConfig
+from lora_trainer.planning.prepare import Prepared
+from lora_trainer.training.shared_prefixes import Fork, find_forks
+
+OF_A_TRIAL = ("adapter", "optimizer", "lr_scheduler", "train.max_grad_norm", "train.ema_decay")
+"""Settings that trials of one group may have each for themselves; any other would change what they share."""
+SHARED_OUTPUT = ("sample", "checkpoint", "export", "tracking")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A trial of a group."""
+
+    trial: TrialConfig
+    prepared: Prepared
+    fork: Fork | None = None
+
+    @property
+    def name(self) -> str:
+        return self.trial.name
+
+
+@dataclass(frozen=True, slots=True)
+class TrialGroup:
+    """Trials for one call of `fit_group`: the unit of placement on a device and of a checkpoint."""
+
+    name: str
+    folder: Path
+    members: tuple[Member, ...]
+    trials_per_pass: int | Literal["auto"]
+    prune: PruneConfig
+    why: str | None = None
+    """What separates it from the group before it with the same seed."""
+
+    @property
+    def shared(self) -> Prepared:
+        """Any member's: what they share is equal."""
+        return self.members[0].prepared
+
+    @property
+    def num_updates(self) -> int:
+        return self.shared.plan.num_updates
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a group began; from then on its members are fixed."""
+    return any((folder / "checkpoints").glob("step-*"))
+
+
+def group_trials(
+    trials: Sequence[TrialConfig],
+    prepared: Mapping[str, Prepared],
+    sweep_dir: Path,
+    options: SweepConfig,
+    started: Mapping[str, Sequence[str]],
+    *,
+    taken: Collection[str] = (),
+) -> list[TrialGroup]:
+    """The groups of a sweep, in the order of their first trials.
+
+    Args:
+        prepared: by trial; those that differ in the seed and in `OF_A_TRIAL` alone are on one base and data.
+        started: trials of each group that an earlier start began; these stay as they are.
+        taken: names of groups that are finished.
+    """
+    by_name = {trial.name: trial for trial in trials}
+    placed = {name for names in started.values() for name in names}
+    batches: dict[str, list[TrialConfig]] = {}
+    for trial in trials:
+        if trial.name not in placed:
+            batches.setdefault(json.dumps(shared_settings(trial.config), sort_keys=True), []).append(trial)
+    groups = [
+        _group(name, [by_name[each] for each in names], prepared, sweep_dir, options, None)
+        for name, names in started.items()
+    ]
+    for members in batches.values():
+        same_seed = [group for group in groups if group.members[0].trial.seed == members[0].seed]
+        why = _why(same_seed[-1], members[0].config) if same_seed else None
+        name = _free_name(f"seed{members[0].seed}", {*taken, *(group.name for group in groups)})
+        groups.append(_group(name, members, prepared, sweep_dir, options, why))
+    return groups
+
+
+def shared_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting that the trials of a group have in common."""
+    identity = {
+        key: value
+        for key, value in identity_fields(config).items()
+        if not any(key == own or key.startswith(f"{own}.") for own in OF_A_TRIAL)
+    }
+    plain = config.model_dump(mode="json", include={*SHARED_OUTPUT, "model", "data"})
+    return identity | plain
+
+
+def _group(
+    name: str,
+    trials: Sequence[TrialConfig],
+    prepared: Mapping[str, Prepared],
+    sweep_dir: Path,
+    options: SweepConfig,
+    why: str | None,
+) -> TrialGroup:
+    members = _forked([Member(trial, prepared[trial.name]) for trial in trials])
+    folder = sweep_dir / "groups" / name
+    return TrialGroup(name, folder, members, options.trials_per_pass, options.prune, why)
+
+
+def trials_of(group: TrialGroup, reasons: Mapping[str, str]) -> dict[str, str]:
+    """The trials of some arms, each with its arm's reason; none of a group that has begun, which stays as it is."""
+    if has_checkpoint(group.folder):
+        return {}
+    return {member.name: reasons[member.trial.arm] for member in group.members if member.trial.arm in reasons}
+
+
+def without(group: TrialGroup, names: Collection[str]) -> TrialGroup | None:
+    """The group without some of its trials; None where none is left."""
+    kept = [member for member in group.members if member.name not in names]
+    return replace(group, members=_forked(kept)) if kept else None
+
+
+def _forked(members: Sequence[Member]) -> tuple[Member, ...]:
+    """The same members, each with the other whose first updates it shares."""
+    forks = find_forks([member.prepared for member in members])
+    return tuple(replace(member, fork=fork) for member, fork in zip(members, forks, strict=True))
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(each for each in numbered if each not in taken)
+
+
+def _why(before: TrialGroup, config: RunConfig) -> str:
+    changes = difference(shared_settings(before.members[0].trial.config), shared_settings(config))
+    return f"other than {before.name}: {'; '.join(changes)}" if changes else f"added after {before.name} began"

@@ -1,0 +1,244 @@
+"""One trial: an adapter, its optimizer and its LR schedule. `train` runs one of them, a sweep runs many."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.models.adapters.bank import AdapterBank
+from lora_trainer.models.adapters.packing import can_pack
+from lora_trainer.models.adapters.targets import assign_groups
+from lora_trainer.planning.run_plan import DENOISER_GROUP, LRGroup, RunPlan, lay_groups
+from lora_trainer.training.optimizers import build_optimizer, evaluated_weights
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSpec:
+    """What makes a trial: a name and the configuration it runs with."""
+
+    name: str
+    config: RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class BestProbe:
+    """The smallest held-out loss so far, relative to the base, and the update after which it was measured."""
+
+    step: int
+    relative: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a trial ended before the others of its group, after `step` completed updates."""
+
+    step: int
+    status: Literal["failed", "stopped"]
+    """`failed`: its numbers were not finite. `stopped`: a rule of `sweep.prune` said so."""
+    reason: str
+
+
+class Trial:
+    """Adapter, optimizer, schedule and average of one trial, moved on one update at a time."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        adapter: str,
+        parameters: Mapping[str, nn.Parameter],
+        groups: Sequence[LRGroup],
+    ) -> None:
+        self.name, self.config, self.adapter = spec.name, spec.config, adapter
+        self.parameters = dict(parameters)
+        self.groups = tuple(groups)
+        self.best: BestProbe | None = None
+        self.ending: Ending | None = None
+        self.trunk: Trial | None = None
+        self._fork_step = 0
+        options, ema_decay = spec.config.optimizer, spec.config.train.ema_decay
+        patterns = {group.name: group.match for group in options.groups}
+        members = assign_groups(list(self.parameters), patterns, DENOISER_GROUP)
+        self._order = [name for group in self.groups for name in members[group.name]]
+        self._group_of = {name: group for group in self.groups for name in members[group.name]}
+        grouped = [[self.parameters[name] for name in members[group.name]] for group in self.groups]
+        self.optimizer = build_optimizer(options, grouped, self.groups[0].schedule.horizon)
+        self.average = None if ema_decay is None else Average(self.parameters, ema_decay)
+
+    @classmethod
+    def build(cls, spec: TrialSpec, bank: AdapterBank, adapter: str, plan: RunPlan) -> Trial:
+        """The trial over its adapter in the bank, with its schedules laid over the plan."""
+        return cls(spec, adapter, bank.parameters(adapter), lay_groups(spec.config, plan.lr_horizon))
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is still trained."""
+        return self.ending is None
+
+    def end(self, ending: Ending) -> None:
+        """End here; the weights stay those after its last update."""
+        self.ending = ending
+
+    @property
+    def source(self) -> Trial:
+        """The trial that is computed for this one: itself, or the trunk whose first updates it shares."""
+        return self if self.trunk is None else self.trunk.source
+
+    def share(self, trunk: Trial, fork_step: int) -> None:
+        """Take the first `fork_step` updates from a trial that makes the same ones."""
+        self.trunk, self._fork_step = trunk, fork_step
+
+    def fork_if_due(self, step: int) -> None:
+        """Before update `step`: leave the trunk with a copy of all its state, where the shared updates end."""
+        if self.trunk is not None and step >= self._fork_step:
+            parts, plain = self.state()
+            copied = {part: {key: value.clone() for key, value in own.items()} for part, own in parts.items()}
+            self.trunk = None
+            self.load_state(copied, copy.deepcopy(plain))
+
+    def clip(self) -> torch.Tensor:
+        """Scale the gradients down to the norm allowed; the norm before that, on the device."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        limit = self.config.train.max_grad_norm
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, norm)
+        return norm
+
+    def apply_update(self, step: int) -> dict[str, float]:
+        """One optimizer update with the LRs of `step`, which are returned by group; then the average follows."""
+        lrs = {group.name: group.lr(step) for group in self.groups}
+        for own, lr in zip(self.optimizer.param_groups, lrs.values(), strict=True):
+            own["lr"] = lr
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.follow(self.parameters, step)
+        return lrs
+
+    def weights(self) -> Tensors:
+        """What is exported, sampled and validated: the average where one is kept, else the adapter itself."""
+        if self.trunk is not None:
+            return self.source.weights()
+        if self.average is not None:
+            return self.average.tensors
+        evaluated = evaluated_weights(self.optimizer)
+        if evaluated is not None:
+            return dict(zip(self._order, evaluated, strict=True))
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def group_of(self, parameter: str) -> LRGroup:
+        """The LR group of a parameter."""
+        return self._group_of[parameter]
+
+    def remember_best(self, step: int, relative: float) -> None:
+        self.best = BestProbe(step, relative)
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
+        """All that a resume needs: tensors by part and `<trial>/<name>`, and plain values."""
+        source = self.source
+        tensors, optimizer = source._optimizer_state()
+        parts: dict[str, Tensors] = {
+            "adapter": {name: p.detach() for name, p in source.parameters.items()},
+            "optimizer": tensors,
+        }
+        if source.average is not None:
+            parts["average"] = source.average.tensors
+        named = {part: {f"{self.name}/{k}": v for k, v in own.items()} for part, own in parts.items()}
+        feedback = [None if g.schedule.feedback is None else g.schedule.feedback.state() for g in self.groups]
+        best = None if self.best is None else asdict(self.best)
+        ending = None if self.ending is None else asdict(self.ending)
+        return named, {"optimizer": optimizer, "feedback": feedback, "best": best, "ending": ending}
+
+    @torch.no_grad()
+    def load_state(self, parts: Mapping[str, Tensors], plain: Mapping[str, Any]) -> None:
+        """The inverse of `state`; `parts` may hold other trials too."""
+        prefix = f"{self.name}/"
+        own = {
+            part: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            for part, tensors in parts.items()
+        }
+        for name, parameter in self.parameters.items():
+            parameter.copy_(own["adapter"][name])
+        self._load_optimizer_state(own["optimizer"], plain["optimizer"])
+        self.best = None if plain["best"] is None else BestProbe(**plain["best"])
+        self.ending = None if plain["ending"] is None else Ending(**plain["ending"])
+        for group, state in zip(self.groups, plain["feedback"], strict=True):
+            if group.schedule.feedback is not None and state is not None:
+                group.schedule.feedback.load(state)
+        if self.average is not None:
+            self.average.load(own["average"])
+
+    def _optimizer_state(self) -> tuple[Tensors, dict[str, Any]]:
+        """The optimizer's tensors by `<parameter>/<key>`, and its plain values."""
+        state = self.optimizer.state_dict()
+        tensors: Tensors = {}
+        values: dict[str, Any] = {}
+        for index, entries in state["state"].items():
+            for key, value in entries.items():
+                (tensors if isinstance(value, torch.Tensor) else values)[f"{self._order[index]}/{key}"] = value
+        groups = [{k: _to_json(v) for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+        return tensors, {"values": values, "groups": groups}
+
+    def _load_optimizer_state(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+        indices = {name: index for index, name in enumerate(self._order)}
+        entries: dict[int, dict[str, Any]] = {}
+        for place, value in [*tensors.items(), *plain["values"].items()]:
+            name, _, key = place.rpartition("/")
+            entries.setdefault(indices[name], {})[key] = value
+        written = {"params", *type(self.config.optimizer).model_fields}  # the config decides, not the checkpoint
+        groups = [
+            {k: _from_json(v) for k, v in saved.items()} | {k: v for k, v in own.items() if k in written}
+            for saved, own in zip(plain["groups"], self.optimizer.state_dict()["param_groups"], strict=True)
+        ]
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def passes_of(trials: Sequence[Trial], trials_per_pass: int) -> tuple[tuple[Trial, ...], ...]:
+    """The trials of each forward: in their order, `trials_per_pass` at a time; those that cannot be packed alone."""
+    packable = [trial for trial in trials if trials_per_pass > 1 and can_pack(trial.config.adapter)]
+    alone = [(trial,) for trial in trials if trial not in packable]
+    packed = [tuple(packable[first : first + trials_per_pass]) for first in range(0, len(packable), trials_per_pass)]
+    return (*packed, *alone)
+
+
+def _to_json(value: Any) -> Any:
+    """A group's value for JSON, which has no infinities."""
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(value: Any) -> Any:
+    return float(value["float"]) if isinstance(value, dict) else value
+
+
+class Average:
+    """Exponential moving average of a trial's parameters, in fp32.
+
+    Update k (0-based) moves it by 1 - min(decay, (1 + k) / (10 + k)): the short start of TensorFlow's and diffusers'
+    EMA, so that the random start is forgotten soon.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.tensors: Tensors = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def follow(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
+        """Move towards the parameters after update `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, own in self.tensors.items():
+            own.copy_(tensors[name])

@@ -1,0 +1,171 @@
+"""The probe: the same images, timesteps and noise measured again and again, so that a small change can be seen.
+
+Each image is noised at the midpoints of 16 timestep strata with noise of its own, keyed by (image, stratum, seed). The
+grid removes the variance that single training losses drown in, and two measurements are paired image by image. Values
+are told relative to the frozen base, stratum by stratum, so that no end of the timestep range outweighs the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_trainer.data.batches import PromptStore
+from lora_trainer.diffusion import random_streams
+from lora_trainer.diffusion.batch import Conditioning, Draw, ProbeItems, tile
+from lora_trainer.diffusion.objective import Objective, squared_error
+from lora_trainer.models.adapters.bank import AdapterBank
+from lora_trainer.models.stable_diffusion import StableDiffusion
+from lora_trainer.planning.run_plan import PROBE_STRATA
+from lora_trainer.runtime.runtime import Runtime
+from lora_trainer.schedules.plateau import standard_error
+
+NUM_BANDS = 4
+Losses = np.ndarray  # [N images, S strata] of one trial, or [P, N, S], float64
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReading:
+    """One measurement of one probe."""
+
+    losses_NS: Losses
+    base_NS: Losses
+
+    @property
+    def items(self) -> list[float]:
+        """Each image's loss relative to the base's mean of its stratum, averaged over strata; the base's mean is 1."""
+        return (self.losses_NS / self.base_NS.mean(axis=0)).mean(axis=1).tolist()
+
+    @property
+    def relative(self) -> float:
+        """Mean loss relative to the base: under 1 is better than the base."""
+        return float(np.mean(self.items))
+
+    @property
+    def gain_se(self) -> float:
+        """Standard error of the gain over the base, paired over images: the precision of this run, not of its seed."""
+        base = (self.base_NS / self.base_NS.mean(axis=0)).mean(axis=1)
+        return standard_error((np.asarray(self.items) - base).tolist())
+
+    @property
+    def bands(self) -> list[float]:
+        """The relative loss in four bands of timesteps, from little noise to much."""
+        relative_S = self.losses_NS.mean(axis=0) / self.base_NS.mean(axis=0)
+        return [float(band.mean()) for band in np.array_split(relative_S, NUM_BANDS)]
+
+    def as_event(self) -> dict[str, Any]:
+        """The fields of a `validation` event."""
+        return {
+            "loss": float(self.losses_NS.mean()),
+            "base_loss": float(self.base_NS.mean()),
+            "relative": self.relative,
+            "gain": 1 - self.relative,
+            "se": self.gain_se,
+            "bands": self.bands,
+            "items": [round(value, 9) for value in self.items],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """The M = N x S noised images of a probe, ready for the denoiser."""
+
+    noisy_MChw: torch.Tensor
+    target_MChw: torch.Tensor
+    timesteps_M: torch.Tensor
+    prompts: tuple[str, ...]
+
+
+class Validator:
+    """Measures every probe with any adapter; the noised images are made once and kept on the device."""
+
+    def __init__(
+        self,
+        family: StableDiffusion,
+        bank: AdapterBank,
+        probes: Mapping[str, ProbeItems],
+        prompts: PromptStore,
+        objective: Objective,
+        runtime: Runtime,
+        *,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        self._family, self._bank, self._prompts = family, bank, prompts
+        self._runtime, self._batch_size = runtime, batch_size
+        self._grids = {name: _noised(items, objective, seed) for name, items in probes.items()}
+        self._base: dict[str, Losses] = {}
+
+    def measure(self, adapter: str, weights: Mapping[str, torch.Tensor]) -> dict[str, ProbeReading]:
+        """Each probe with these weights in an adapter. The training's state and randomness stay untouched."""
+        return self.measure_packed({adapter: weights})[0]
+
+    def measure_packed(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> list[dict[str, ProbeReading]]:
+        """The same for several adapters in one forward: the readings of each, in the order given."""
+        base = self.base()
+        with ExitStack() as stack:
+            stack.enter_context(self._bank.active(list(weights)))
+            for adapter, own in weights.items():
+                stack.enter_context(self._bank.swapped(adapter, own))
+            losses = {name: self._losses(grid, len(weights)) for name, grid in self._grids.items()}
+        return [
+            {name: ProbeReading(losses_PNS[place], base[name]) for name, losses_PNS in losses.items()}
+            for place in range(len(weights))
+        ]
+
+    def base(self) -> dict[str, Losses]:
+        """Each probe with the frozen base alone; measured once."""
+        if not self._base:
+            with self._bank.disabled():
+                self._base = {name: self._losses(grid, 1)[0] for name, grid in self._grids.items()}
+        return self._base
+
+    @torch.no_grad()
+    def _losses(self, grid: _Grid, num_trials: int) -> Losses:
+        """Losses [P, N, S] of the trials that act; with several processes each measures its share."""
+        launch, denoiser = self._runtime.launch, self._bank.denoiser
+        losses_PM = torch.zeros(num_trials, len(grid.prompts), dtype=torch.float64, device=self._runtime.device)
+        own = torch.arange(launch.rank, len(grid.prompts), launch.num_processes)
+        was_training = denoiser.training
+        denoiser.eval()
+        try:
+            for rows in own.split(self._batch_size):
+                said = self._prompts.conditioning([grid.prompts[row] for row in rows.tolist()], self._runtime.device)
+                rows = rows.to(self._runtime.device)
+                losses_PM[:, rows] = self._losses_of(grid, rows, said.tiled(num_trials), num_trials)
+        finally:
+            denoiser.train(was_training)
+        return self._runtime.sum_over_processes(losses_PM).unflatten(1, (-1, PROBE_STRATA)).cpu().numpy()
+
+    def _losses_of(self, grid: _Grid, rows: torch.Tensor, said: Conditioning, num_trials: int) -> torch.Tensor:
+        """Losses [P, rows] of one forward."""
+        noisy, timesteps = tile(grid.noisy_MChw[rows], num_trials), tile(grid.timesteps_M[rows], num_trials)
+        with self._runtime.autocast():
+            prediction = self._family.predict(self._bank.denoiser, noisy, timesteps, said)
+        losses = squared_error(prediction, tile(grid.target_MChw[rows], num_trials))
+        return losses.double().unflatten(0, (num_trials, -1))
+
+
+def strata_midpoints(num_timesteps: int) -> list[int]:
+    """The timestep in the middle of each of 16 equal parts of the schedule."""
+    return [int((stratum + 0.5) * num_timesteps / PROBE_STRATA) for stratum in range(PROBE_STRATA)]
+
+
+def _noised(items: ProbeItems, objective: Objective, seed: int) -> _Grid:
+    """Every image at every stratum with its own noise."""
+    shape, device = items.latents_NChw.shape[1:], items.latents_NChw.device
+    midpoints = strata_midpoints(objective.num_timesteps)
+    noise = [
+        random_streams.normal(shape, seed, "probe", key, stratum)
+        for key in items.keys
+        for stratum in range(PROBE_STRATA)
+    ]
+    draw = Draw(torch.stack(noise).to(device), torch.tensor(midpoints * len(items.keys), device=device))
+    latents_MChw = items.latents_NChw.repeat_interleave(PROBE_STRATA, dim=0)
+    prompts = tuple(prompt for prompt in items.prompts for _ in range(PROBE_STRATA))
+    return _Grid(objective.noisy(latents_MChw, draw), objective.target(latents_MChw, draw), draw.timesteps_B, prompts)
