@@ -19,10 +19,6 @@ class Section(BaseModel):
     )
 
 
-class Observational:
-    """Marks a field that does not change what is learned: a resumed run may change it."""
-
-
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a number is expected here, not true or false")

@@ -6,20 +6,20 @@ import json
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from lora_trainer.cli.sample import find_base
 from lora_trainer.config.load import load_config
-from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.places import CHECKPOINTS, CONFIG_FILE, PLAN_FILE
 from lora_trainer.errors import ConfigError, ModelError, Problem
 from lora_trainer.lora_files.files import Layout, base_facts, is_kohya, read_lora, write_lora
-from lora_trainer.lora_files.layouts import from_diffusers, from_kohya, kohya_names
-from lora_trainer.lora_files.recipe import read_recipe, recipe_of
+from lora_trainer.lora_files.layouts import from_kohya, kohya_names
+from lora_trainer.lora_files.recipe import read_recipe
 from lora_trainer.models.folder import inspect_base, locate_base
 from lora_trainer.models.registry import open_family
 from lora_trainer.planning.prepare import prediction_type
 from lora_trainer.planning.run_plan import RunPlan
-from lora_trainer.storage.checkpoint import Checkpoint, open_checkpoint
+from lora_trainer.storage.checkpoint import open_checkpoint
+from lora_trainer.training.lora_recipe import recipe_of
+from lora_trainer.training.resume import stored_trial
 
 Weights = Literal["exported", "raw"]
 
@@ -34,15 +34,17 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
         ConfigError: the folder holds no run.
         HostError: it holds no whole checkpoint of that step.
     """
-    if not (run_dir / "config.yaml").is_file():
+    if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError(Problem("no run here: config.yaml is missing", str(run_dir), fix="name a run directory"))
-    config = load_config(run_dir / "config.yaml")
-    plan = RunPlan.from_json(json.loads((run_dir / "plan.json").read_text()))
-    checkpoint = open_checkpoint(run_dir / "checkpoints", step)
+    config = load_config(run_dir / CONFIG_FILE)
+    plan = RunPlan.from_json(json.loads((run_dir / PLAN_FILE).read_text()))
+    checkpoint = open_checkpoint(run_dir / CHECKPOINTS, step)
     base = inspect_base(locate_base(config.model.path, config.model.revision), config.model.family)
     family = open_family(base)
-    recipe = recipe_of(config, plan, base_facts(family, prediction_type(config, base)), checkpoint.progress.step)
-    write_lora(output, _adapter_of(checkpoint, config, weights), recipe, family, layout, dtype)
+    step, parts = stored_trial(checkpoint)
+    adapter = parts.get("average", parts["adapter"]) if weights == "exported" else parts["adapter"]
+    recipe = recipe_of(config, plan, base_facts(family, prediction_type(config, base)), step)
+    write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype)
 
 
 def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, output: Path) -> None:
@@ -59,13 +61,6 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
         )
     base = find_base(lora, model, None)
     family = open_family(base)
-    layers = kohya_names(list(base.denoiser_shapes()), family.kohya_prefix)
-    adapter = from_kohya(tensors, layers) if is_kohya(tensors) else from_diffusers(tensors, family.diffusers_prefix)
-    write_lora(output, adapter, recipe, family, layout, dtype)
-
-
-def _adapter_of(checkpoint: Checkpoint, config: RunConfig, weights: Weights) -> dict[str, torch.Tensor]:
-    parts = checkpoint.parts()
-    part = parts["average"] if weights == "exported" and "average" in parts else parts["adapter"]
-    prefix = f"{config.name}/"
-    return {name.removeprefix(prefix): tensor for name, tensor in part.items() if name.startswith(prefix)}
+    layers = kohya_names([f"unet.{layer}" for layer in base.denoiser_shapes()], family.kohya_prefixes)
+    adapter = from_kohya(tensors, layers) if is_kohya(tensors) else tensors
+    write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype)

@@ -17,6 +17,7 @@ from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.errors import ExitCode, TrainerError
 from lora_trainer.experiments.sweep.fewer_seeds import trials_to_drop
+from lora_trainer.experiments.sweep.groups import trials_of, without
 from lora_trainer.experiments.sweep.placement import Local
 from lora_trainer.experiments.sweep.prepare import PreparedSweep, prepare_sweep, sweep_rows
 from lora_trainer.experiments.sweep.record import Json, describe_sweep, refreshed, without_dropped, write_sweep
@@ -26,7 +27,7 @@ from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_pl
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import Screen
-from lora_trainer.training.groups import TrialGroup, trials_of, without
+from lora_trainer.training.group import TrialGroup
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -94,7 +95,7 @@ class SweepStart:
 
     def _measured_rows(self, prepared: PreparedSweep) -> Iterator[tuple[str, str]]:
         """Time and memory of each group, by a few updates of it."""
-        from lora_trainer.training.fit_group import estimate
+        from lora_trainer.training.fit import estimate
 
         with nullcontext(self.joined) if self.joined else join(self.launch) as joined:
             measured = [(group, estimate(group, screen=self.screen, joined=joined)) for group in prepared.groups]
@@ -108,7 +109,7 @@ class SweepStart:
 
     def _train(self, prepared: PreparedSweep, record: Json) -> None:
         from lora_trainer.runtime.runtime import from_main
-        from lora_trainer.training.fit_group import fit_group
+        from lora_trainer.training.fit import fit
 
         sweep_dir, finished = prepared.sweep_dir, list[str]()
 
@@ -126,7 +127,7 @@ class SweepStart:
                 self.screen.say(f"{name} is not trained: {reason}")
             save()
             if (group := without(planned, dropped)) is not None:
-                fit_group(group, screen=self.screen, should_stop=self.stop, on_save=save, joined=joined)
+                fit(group, screen=self.screen, should_stop=self.stop, on_save=save, joined=joined)
 
         if self.launch.is_main:
             atomic_files.write_file(sweep_dir / "config.yaml", to_yaml(prepared.config).encode())

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from lora_trainer.config.identity import level_of
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.structure import section_models, type_name
-from lora_trainer.strict_model import Observational
 
 _HEAD = """\
 # Configuration
@@ -19,7 +19,8 @@ One YAML 1.2 file, and `key.path=value` on the command line (applied from left t
 section). Unknown keys, wrong types and settings without effect are refused before anything is loaded.
 
 Lengths and periods are optimizer updates (`100`), epochs (`"2ep"`) or a share of the run (`"5%"`).
-Keys marked *may change* can differ between a run and its resume; all others are the run's identity.
+Keys marked *may change* can differ between a run and its resume, *said* where that may move the last bits; all others
+are the run's identity.
 
 This page is written by `scripts/make_docs.py` from the schema.
 """
@@ -35,7 +36,7 @@ _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 def describe() -> str:
     """The whole page in Markdown."""
-    parts = [_HEAD, "## Top level\n", _table(RunConfig)]
+    parts = [_HEAD, "## Top level\n", _table(RunConfig, "")]
     sections = section_models(RunConfig)
     told: dict[frozenset[type[BaseModel]], str] = {}
     for names in sorted(sections, key=len):
@@ -46,12 +47,12 @@ def describe() -> str:
             parts.append(f"## {title}\n\nAs [{same}](#{same}).\n")
             continue
         if len(models) == 1:
-            parts += [f"## {title}\n", f"{_summary(models[0])}\n", _table(models[0])]
+            parts += [f"## {title}\n", f"{_summary(models[0])}\n", _table(models[0], title)]
             continue
         parts.append(f"## {title}\n\n`type` says which; each type has its own keys.\n")
         for model in models:
             parts += [f"### {title}.type: {type_name(model)}\n", f"{_summary(model)}\n"]
-            parts.append(_table(model, skip=("type",)))
+            parts.append(_table(model, title, skip=("type",)))
     return "\n".join(parts)
 
 
@@ -59,10 +60,10 @@ def _summary(model: type[BaseModel]) -> str:
     return " ".join((model.__doc__ or "").split())
 
 
-def _table(model: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
+def _table(model: type[BaseModel], section: str, skip: tuple[str, ...] = ()) -> str:
     sections = {names[0] for names in section_models(model)}
     rows = [
-        f"| `{name}` | {values} | {default} | {text} |"
+        f"| `{name}` | {values} | {default} | {text}{_marked(section, name)} |"
         for name, values, default, text in option_rows(model)
         if name not in sections and name not in skip
     ]
@@ -80,9 +81,15 @@ def option_rows(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     for name, field in model.model_fields.items():
         entry = schema["properties"][name]
         default = "**required**" if field.is_required() else f"`{json.dumps(entry.get('default'), ensure_ascii=False)}`"
-        free = " *May change.*" if any(isinstance(mark, Observational) for mark in field.metadata) else ""
         text = " ".join((field.description or "").split())
-        yield name, _type(entry, definitions), default, text + free
+        yield name, _type(entry, definitions), default, text
+
+
+def _marked(section: str, name: str) -> str:
+    """Whether a key may differ between a run and its resume."""
+    key = f"{section}.{name}" if section else name
+    level = level_of(key) or level_of(section)
+    return {"free": " *May change.*", "say": " *May change, said.*"}.get(str(level), "")
 
 
 def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -1,42 +1,222 @@
-"""Which settings decide what is learned. A resume must agree on them; observational ones may change."""
+"""What may differ between a run and its resume: one table of all settings and facts, each at exactly one level.
+
+`refuse`: it decides what is learned, so a resume with another value is refused unless `resume.allow_changes` names it.
+`say`: it may change the last bits or the speed; the change is told and the run goes on. `free`: it changes neither.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
-from lora_trainer.config.schema import RunConfig
-from lora_trainer.strict_model import Observational
+from lora_trainer.config.schema import ResumeConfig, RunConfig
+from lora_trainer.config.structure import section_models, type_name
+from lora_trainer.errors import ConfigError, Problem
 
+Level = Literal["refuse", "say", "free"]
+Identity = dict[str, Any]
 CURVE_LENGTH = "lr curve length"
-"""Identity key: the number of updates that the LR curves are laid over."""
-_MISSING = "(not set)"
+"""The number of updates that the LR curves are laid over."""
+
+SETTINGS: dict[str, Level] = {
+    "name": "free",
+    "output_dir": "free",
+    "seed": "refuse",
+    "model.path": "free",
+    "model.family": "free",
+    "model.revision": "free",
+    "model.prediction_type": "refuse",
+    "data.dir": "free",
+    "data.sources": "free",
+    "data.resolution": "refuse",
+    "data.crop": "refuse",
+    "data.crops_per_image": "refuse",
+    "data.flip": "refuse",
+    "data.captions.extension": "free",
+    "data.captions.missing": "free",
+    "data.captions.lines": "free",
+    "data.captions.too_long": "free",
+    "data.captions.dropout": "refuse",
+    "data.cache_dir": "free",
+    "adapter.type": "refuse",
+    "adapter.rank": "refuse",
+    "adapter.alpha": "refuse",
+    "adapter.targets": "refuse",
+    "adapter.dropout": "refuse",
+    "adapter.use_rslora": "refuse",
+    "adapter.use_dora": "refuse",
+    "objective.min_snr_gamma": "refuse",
+    "optimizer.*": "refuse",
+    "lr_scheduler.*": "refuse",
+    "train.max_steps": "refuse",
+    "train.epochs": "refuse",
+    "train.batch_size": "say",
+    "train.gradient_accumulation_steps": "say",
+    "train.gradient_checkpointing": "say",
+    "train.max_grad_norm": "refuse",
+    "train.ema_decay": "refuse",
+    "train.precision": "refuse",
+    "train.threads": "say",
+    "validation.dir": "free",
+    "validation.fraction": "refuse",
+    "validation.prior_dir": "free",
+    "validation.seed": "refuse",
+    "validation.every_steps": "refuse",
+    "validation.batch_size": "say",
+    "validation.max_cost": "refuse",
+    "validation.keep_best": "free",
+    "sample.*": "free",
+    "checkpoint.*": "free",
+    "resume.*": "free",
+    "export.*": "free",
+    "tracking.*": "free",
+    "sweep.*": "free",
+}
+"""Every key of the configuration; `section.*` stands for all keys of a section."""
+
+FACTS: dict[str, Level] = {
+    "base content": "refuse",
+    "data content": "refuse",
+    "data order": "refuse",
+    "validation content": "refuse",
+    "global batch": "refuse",
+    CURVE_LENGTH: "refuse",
+    "num_processes": "say",
+    "device": "say",
+    "torch": "say",
+    "diffusers": "say",
+    "peft": "say",
+    "accelerate": "say",
+}
+"""What no setting says. Files count by content: their names and places are free."""
+
+RESOLVED = ("model.prediction_type", "train.precision", "train.threads")
+"""Settings that are compared as what their `auto` became, once that is known."""
+
+SHAPES_THE_STATE = (
+    "adapter.type",
+    "adapter.rank",
+    "adapter.targets",
+    "adapter.use_dora",
+    "optimizer.type",
+    "optimizer.groups",
+    "train.ema_decay",
+)
+"""Settings whose change would leave saved tensors without a place, or places without a tensor."""
 
 
-def identity_fields(config: RunConfig) -> dict[str, Any]:
-    """Every identity setting by its dotted key, as JSON values."""
-    return dict(sorted(_fields(config, "")))
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """How a run differs from the one it continues, by key."""
+
+    refused: tuple[str, ...]
+    accepted: tuple[str, ...]
+    """Would be refused, but `resume` allows them."""
+    said: tuple[str, ...]
+    unknown: tuple[str, ...]
+    """What the earlier version did not record: taken as unchanged."""
 
 
-def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys whose value differs, or that only one of both has."""
-    return [key for key in sorted({*before, *now}) if before.get(key, _MISSING) != now.get(key, _MISSING)]
+def level_of(key: str) -> Level | None:
+    """The level of a setting or fact; None where the table has no row for it."""
+    table = SETTINGS | FACTS
+    return table.get(key) or table.get(f"{key.partition('.')[0]}.*")
 
 
-def difference(before: dict[str, Any], now: dict[str, Any], keys: Sequence[str] | None = None) -> list[str]:
+def identity_fields(config: RunConfig) -> Identity:
+    """Every setting that is not free, by its dotted key, as JSON values."""
+    return {key: value for key, value in sorted(_fields(config, "")) if level_of(key) != "free"}
+
+
+def compare(before: Identity, now: Identity, allowed: ResumeConfig, where: str) -> Changes:
+    """Sort what differs by its level. A setting that an older version lacked counts as its default.
+
+    Raises:
+        ConfigError: what `resume` allows is no setting, or cannot change.
+    """
+    _check_allowed(allowed, {*before, *now}, where)
+    accepting = [*allowed.allow_changes, *([CURVE_LENGTH] if allowed.schedule == "stretch" else [])]
+    late = {*FACTS, *RESOLVED}  # not known to every version, or not before the run starts
+    unknown = [key for key in now if key in late and before.get(key, "auto") == "auto"]
+    levels = {key: level_of(key) for key in changed_keys(before, now) if key not in unknown and now.get(key) != "auto"}
+    refusable = [key for key, level in levels.items() if level == "refuse"]
+    accepted = [key for key in refusable if any(_covers(own, key) for own in accepting)]
+    refused = [key for key in refusable if key not in accepted]
+    said = [key for key, level in levels.items() if level not in ("refuse", "free")]
+    return Changes(tuple(refused), tuple(accepted), tuple(said), tuple(unknown))
+
+
+def refusal(name: str, before: Identity, now: Identity, refused: Sequence[str], where: str) -> Problem:
+    """That a run, or a trial of a sweep, began otherwise."""
+    listed = "\n         ".join(difference(before, now, refused))
+    return Problem(
+        f"`{name}` began with other settings or contents",
+        where,
+        f"changed since:\n         {listed}",
+        "set the old values to resume it, accept the change with "
+        f"'resume.allow_changes=[{', '.join(refused)}]', give the new one another name, or start anew with --fresh",
+    )
+
+
+def changed_keys(before: Identity, now: Identity) -> list[str]:
+    """The keys whose value differs; a setting that one of both lacks counts as its default there."""
+    return [key for key in sorted({*before, *now}) if _value(before, key) != _value(now, key)]
+
+
+def difference(before: Identity, now: Identity, keys: Sequence[str] | None = None) -> list[str]:
     """One line per key whose value differs (of these keys only): `key: old -> new`."""
     chosen = changed_keys(before, now) if keys is None else keys
-    return [f"{key}: {before.get(key, _MISSING)} -> {now.get(key, _MISSING)}" for key in chosen]
+    return [f"{key}: {_value(before, key)} -> {_value(now, key)}" for key in chosen]
+
+
+def _value(identity: Mapping[str, Any], key: str) -> Any:
+    """The value of a key, or its default in the schema; None for a fact or a setting without one."""
+    if key in identity:
+        return identity[key]
+    section, _, name = key.rpartition(".")
+    models = section_models(RunConfig).get(tuple(section.split(".")), []) if section else [RunConfig]
+    kind = identity.get(f"{section}.type")
+    for model in models:
+        if name in model.model_fields and (len(models) == 1 or type_name(model) == kind):
+            field = model.model_fields[name]
+            return None if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
+    return None
+
+
+def _check_allowed(allowed: ResumeConfig, keys: set[str], where: str) -> None:
+    problems = []
+    for own in allowed.allow_changes:
+        if any(_covers(own, fixed) or _covers(fixed, own) for fixed in SHAPES_THE_STATE):
+            problems.append(
+                Problem(
+                    f"`{own}` cannot change in a run",
+                    where,
+                    "the saved adapter, optimizer or average would not fit",
+                    "take it out of resume.allow_changes and start a run with another `name`",
+                )
+            )
+        elif not any(_covers(own, key) for key in keys):
+            near = difflib.get_close_matches(own, sorted(keys), n=1)
+            guess = f"; did you mean `{near[0]}`?" if near else ""
+            problems.append(Problem(f"`{own}` in resume.allow_changes is no setting of a run's identity{guess}", where))
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _covers(allowed: str, key: str) -> bool:
+    """A section's name covers all its keys."""
+    return key == allowed or key.startswith(allowed + ".")
 
 
 def _fields(section: BaseModel, prefix: str) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     plain = section.model_dump(mode="json")
-    for name, field in type(section).model_fields.items():
-        if any(isinstance(mark, Observational) for mark in field.metadata):
-            continue
+    for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             found += _fields(value, f"{prefix}{name}.")

@@ -1,10 +1,17 @@
-"""Where a run writes."""
+"""Where a run writes, and what its files are called."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lora_trainer.config.schema import RunConfig
+
+CONFIG_FILE, PLAN_FILE, ENVIRONMENT_FILE, EXIT_FILE = "config.yaml", "plan.json", "environment.json", "exit.json"
+METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.json"
+CURVES_FILE, REPORT_FILE, GRID_FILE = "curves.png", "report.html", "grid.png"
+CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+TRIALS, GROUPS = "trials", "groups"
+"""Folders of a sweep: one folder a trial, one with the checkpoints of each group."""
 
 
 def run_directory(config: RunConfig) -> Path:
@@ -35,4 +42,4 @@ def diffusers_lora_file(config: RunConfig) -> Path:
 
 def report_file(config: RunConfig) -> Path:
     """The page about the run."""
-    return run_directory(config) / "report.html"
+    return run_directory(config) / REPORT_FILE

@@ -1,6 +1,6 @@
 """The whole configuration, section by section. What is written here is what `docs/config.md` says.
 
-A field marked `Observational` may change between a run and its resume; any other is part of the run's identity.
+`identity.py` says of each field whether it may change between a run and its resume.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_trainer.config.sweep import SweepConfig
 from lora_trainer.schedules.classic import Constant
 from lora_trainer.schedules.durations import Duration, check_period
 from lora_trainer.schedules.registry import LRSchedulerOptions
-from lora_trainer.strict_model import Count, NotBool, Observational, Ratio, Section
+from lora_trainer.strict_model import Count, NotBool, Ratio, Section
 
 
 def _check_name(value: str) -> str:
@@ -38,11 +38,11 @@ Period = Annotated[Duration | None, AfterValidator(check_period)]
 class ModelConfig(Section):
     """The base checkpoint, which stays frozen."""
 
-    path: Annotated[str, Field(min_length=1), Observational()]
+    path: Annotated[str, Field(min_length=1)]
     """A diffusers folder (with model_index.json), or a Hub id such as `org/name` together with `revision`."""
     family: Literal["auto", "sd"] = "auto"
     """Model family; `auto` reads it from the folder. `sd` is Stable Diffusion 1.x and 2.x."""
-    revision: Annotated[str | None, Observational()] = None
+    revision: str | None = None
     """Commit, tag or branch of a Hub id; required there, so that a run means one set of weights."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What the denoiser predicts; `auto` takes it from the base's noise scheduler."""
@@ -51,22 +51,22 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One folder of images."""
 
-    dir: Annotated[str, Field(min_length=1), Observational()]
+    dir: Annotated[str, Field(min_length=1)]
     """Folder of images with captions beside them; subfolders count too."""
-    repeats: Annotated[Count, Observational()] = 1
+    repeats: Count = 1
     """How often each image is seen per epoch, on top of any `N_name` folder's own N."""
 
 
 class CaptionConfig(Section):
     """Text beside each image."""
 
-    extension: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9]+$"), Observational()] = ".txt"
+    extension: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9]+$")] = ".txt"
     """Ending of the caption files, in the image's place and under its name."""
-    missing: Annotated[Literal["error", "filename", "empty"], Observational()] = "error"
+    missing: Literal["error", "filename", "empty"] = "error"
     """An image without a caption: refuse, use its file name's words (or its folder's), or the empty prompt."""
-    lines: Annotated[Literal["first", "all"], Observational()] = "first"
+    lines: Literal["first", "all"] = "first"
     """`first` line only, or `all` lines as variants of which one is drawn each time."""
-    too_long: Annotated[Literal["error", "cut"], Observational()] = "error"
+    too_long: Literal["error", "cut"] = "error"
     """A caption of more tokens than the text encoder reads: refuse, or cut and count."""
     dropout: Ratio = 0.0
     """Probability of training a sample on the empty prompt (0.05-0.1 keeps classifier-free guidance strong)."""
@@ -75,9 +75,9 @@ class CaptionConfig(Section):
 class DataConfig(Section):
     """The images and how they are framed. They are only ever read."""
 
-    dir: Annotated[str | None, Field(min_length=1), Observational()] = None
+    dir: Annotated[str | None, Field(min_length=1)] = None
     """Folder of images; exactly one of `dir` and `sources`."""
-    sources: Annotated[tuple[SourceConfig, ...] | None, Field(min_length=1), Observational()] = None
+    sources: Annotated[tuple[SourceConfig, ...] | None, Field(min_length=1)] = None
     """Several folders with repeats."""
     resolution: Annotated[int, Field(ge=32, le=4096), NotBool] = 512
     """Side of the square that each image is scaled and cropped to, px."""
@@ -88,7 +88,7 @@ class DataConfig(Section):
     flip: bool = False
     """Mirror left-right half of the time; not for text, logos or asymmetric subjects."""
     captions: CaptionConfig = CaptionConfig()
-    cache_dir: Annotated[str | None, Observational()] = None
+    cache_dir: str | None = None
     """Where latents and prompt embeddings are kept; default `<output_dir>/.cache`."""
 
 
@@ -146,11 +146,11 @@ class TrainConfig(Section):
 class ValidationConfig(Section):
     """A probe: fixed images, timesteps and noise on which the loss is measured again and again. Off unless present."""
 
-    dir: Annotated[str | None, Field(min_length=1), Observational()] = None
+    dir: Annotated[str | None, Field(min_length=1)] = None
     """Folder of held-out images with captions; exactly one of `dir` and `fraction`."""
     fraction: Annotated[float, Field(gt=0, le=0.5), NotBool] | None = None
     """Share of the training images to hold out (at least 2), chosen by content, so that adding files moves none."""
-    prior_dir: Annotated[str | None, Field(min_length=1), Observational()] = None
+    prior_dir: Annotated[str | None, Field(min_length=1)] = None
     """Folder of images with captions that the LoRA should leave alone: shows forgetting."""
     seed: Annotated[int, Field(ge=0, lt=2**63), NotBool] = 0
     """Of the choice and of the probe's noise; its own, so that runs with other training seeds can be compared."""
@@ -235,9 +235,9 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """One training run."""
 
-    name: Annotated[str, AfterValidator(_check_name), Observational()]
+    name: Annotated[str, AfterValidator(_check_name)]
     """Name of the run directory and of the LoRA file."""
-    output_dir: Annotated[str, Field(min_length=1), Observational()] = "runs"
+    output_dir: Annotated[str, Field(min_length=1)] = "runs"
     """The run directory is `<output_dir>/<name>`."""
     seed: Annotated[int, Field(ge=0, lt=2**63), NotBool] = 42
     """Of everything random: adapter init, order, crops, flips, captions, timesteps, noise."""
@@ -249,9 +249,9 @@ class RunConfig(Section):
     lr_scheduler: LRSchedulerOptions = Constant()
     train: TrainConfig
     validation: ValidationConfig | None = None
-    sample: Annotated[SampleConfig, Observational()] = SampleConfig()
-    checkpoint: Annotated[CheckpointConfig, Observational()] = CheckpointConfig()
-    resume: Annotated[ResumeConfig, Observational()] = ResumeConfig()
-    export: Annotated[ExportConfig, Observational()] = ExportConfig()
-    tracking: Annotated[TrackingConfig, Observational()] = TrackingConfig()
-    sweep: Annotated[SweepConfig | None, Observational()] = None
+    sample: SampleConfig = SampleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: ResumeConfig = ResumeConfig()
+    export: ExportConfig = ExportConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    sweep: SweepConfig | None = None

@@ -1,6 +1,6 @@
 """Which sample stands in which slot, and what it looks like this time: all of it a function of the counters.
 
-Attempt u of a run takes the global slots [uG, uG + G) of its epoch; process r takes, in micro-step a, the B slots from
+Update u of a run takes the global slots [uG, uG + G) of its epoch; process r takes, in micro-step a, the B slots from
 (a P + r) B on. Order, crop, flip, caption and caption dropout are keyed by (seed, purpose, epoch, slot).
 """
 
@@ -50,7 +50,7 @@ class _Choice:
 
 
 class BatchSource:
-    """Micro-batches by (attempt, micro-step, process), read from the caches."""
+    """Micro-batches by (update, micro-step, process), read from the caches."""
 
     def __init__(
         self,
@@ -69,25 +69,25 @@ class BatchSource:
         self._records, self._samples = records, samples
         self._latents, self._prompts = latents, prompts
         self._seed, self._dropout, self._device = seed, caption_dropout, device
-        self._batch, self._accumulation, self._processes = batch_size, accumulation, num_processes
+        self._batch, self.accumulation, self._processes = batch_size, accumulation, num_processes
         self._order: tuple[int, list[int]] | None = None
 
     @property
     def global_batch(self) -> int:
-        return self._batch * self._accumulation * self._processes
+        return self._batch * self.accumulation * self._processes
 
     @property
     def updates_per_epoch(self) -> int:
         return -(-len(self._samples) // self.global_batch)
 
-    def num_samples_of(self, attempt: int) -> int:
-        """Real samples of an attempt over all processes: the last of an epoch may have fewer than G."""
-        position = attempt % self.updates_per_epoch
+    def num_samples_of(self, k: int) -> int:
+        """Real samples of update k over all processes: the last of an epoch may have fewer than G."""
+        position = k % self.updates_per_epoch
         return min(self.global_batch, len(self._samples) - position * self.global_batch)
 
-    def slots_of(self, attempt: int, micro_step: int, rank: int) -> list[Slot]:
+    def slots_of(self, k: int, micro_step: int, rank: int) -> list[Slot]:
         """The slots of one micro-batch; empty where the epoch's last update has no sample for it."""
-        epoch, position = divmod(attempt, self.updates_per_epoch)
+        epoch, position = divmod(k, self.updates_per_epoch)
         first = position * self.global_batch + (micro_step * self._processes + rank) * self._batch
         return [Slot(epoch, index) for index in range(first, min(first + self._batch, len(self._samples)))]
 

@@ -64,6 +64,11 @@ def content_digest(records: Iterable[Record]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+def order_digest(records: Iterable[Record]) -> str:
+    """One hash of the images in their order, which decides what each slot draws."""
+    return hashlib.sha256(json.dumps([record.sha256 for record in records]).encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     path: Path

@@ -52,20 +52,6 @@ class ProbeItems:
     prompts: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """The random side of a micro-step, on the device."""
-
-    noise_BChw: torch.Tensor
-    timesteps_B: torch.Tensor
-    digest: str = ""
-    """Hash of both: equal for runs that drew the same."""
-
-    def tiled(self, copies: int) -> Draw:
-        """The same, once for each of so many trials."""
-        return Draw(tile(self.noise_BChw, copies), tile(self.timesteps_B, copies))
-
-
 def tile(values: torch.Tensor, copies: int) -> torch.Tensor:
     """[B, ...] -> [P*B, ...], one copy after the other; the tensor itself for one."""
     return values if copies == 1 else values.repeat(copies, *[1] * (values.dim() - 1))

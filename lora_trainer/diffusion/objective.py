@@ -8,6 +8,7 @@ SNR + 1 for v) is that of Hang et al. 2023.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,9 +16,22 @@ from diffusers import DDPMScheduler
 
 from lora_trainer.config.schema import ObjectiveConfig
 from lora_trainer.diffusion import random_streams
-from lora_trainer.diffusion.batch import Batch, Draw, Slot
+from lora_trainer.diffusion.batch import Batch, Slot
 
 PredictionType = Literal["epsilon", "v_prediction"]
+
+
+@dataclass(frozen=True, slots=True)
+class NoisedLatents:
+    """What the denoiser sees and should say of B images, on the device."""
+
+    noisy_BChw: torch.Tensor
+    target_BChw: torch.Tensor
+    timesteps_B: torch.Tensor
+    weight_B: torch.Tensor
+    """Of each image in the loss."""
+    digest: str = ""
+    """Hash of noise and timesteps: equal for runs that drew the same."""
 
 
 class Objective:
@@ -37,31 +51,25 @@ class Objective:
         self._noise_T = (1 - alphas).sqrt().to(device)
         self._weight_T = _snr_weights(alphas, config.min_snr_gamma, prediction_type).to(device)
 
-    def draw(self, batch: Batch, seed: int) -> Draw:
-        """Noise [B, C, h, w] and timesteps [B], each sample's own by its slot."""
-        shape = batch.latents_BChw.shape[1:]
-        device = batch.latents_BChw.device
+    def draw(self, batch: Batch, seed: int) -> NoisedLatents:
+        """The batch's latents with noise and timesteps of their own, each sample's by its slot."""
+        shape, device = batch.latents_BChw.shape[1:], batch.latents_BChw.device
         noise = torch.stack([random_streams.normal(shape, seed, "noise", *slot) for slot in batch.slots])
         timesteps = torch.tensor([self._timestep(slot, seed) for slot in batch.slots])
         digest = hashlib.blake2b(timesteps.numpy().tobytes() + noise.numpy().tobytes(), digest_size=8).hexdigest()
-        return Draw(noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True), digest)
+        noised = self.noised(
+            batch.latents_BChw, noise.to(device, non_blocking=True), timesteps.to(device, non_blocking=True)
+        )
+        return replace(noised, weight_B=noised.weight_B * batch.weight_B, digest=digest)
 
-    def noisy(self, latents_BChw: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Noisy latents [B, C, h, w] at the drawn timesteps."""
-        signal, noise = self._signal_T[draw.timesteps_B], self._noise_T[draw.timesteps_B]
-        return _scale(signal, latents_BChw) + _scale(noise, draw.noise_BChw)
-
-    def target(self, latents_BChw: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """What the denoiser should predict [B, C, h, w]."""
-        if self.prediction_type == "epsilon":
-            return draw.noise_BChw
-        signal, noise = self._signal_T[draw.timesteps_B], self._noise_T[draw.timesteps_B]
-        return _scale(signal, draw.noise_BChw) - _scale(noise, latents_BChw)
-
-    def loss(self, prediction_BChw: torch.Tensor, latents_BChw: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Weighted mean squared error of each sample [B], in fp32."""
-        error_B = squared_error(prediction_BChw, self.target(latents_BChw, draw))
-        return error_B * self._weight_T[draw.timesteps_B]
+    def noised(self, latents_BChw: torch.Tensor, noise_BChw: torch.Tensor, timesteps_B: torch.Tensor) -> NoisedLatents:
+        """Latents with this noise at these timesteps, what is to be predicted, and the loss weight."""
+        signal, strength = self._signal_T[timesteps_B], self._noise_T[timesteps_B]
+        noisy_BChw = _scale(signal, latents_BChw) + _scale(strength, noise_BChw)
+        target_BChw = noise_BChw
+        if self.prediction_type == "v_prediction":
+            target_BChw = _scale(signal, noise_BChw) - _scale(strength, latents_BChw)
+        return NoisedLatents(noisy_BChw, target_BChw, timesteps_B, self._weight_T[timesteps_B])
 
     def _timestep(self, slot: Slot, seed: int) -> int:
         return int(random_streams.stream(seed, "timestep", *slot).integers(self.num_timesteps))

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from lora_trainer.errors import HostError, ModelError, NumericStop, Problem
-from lora_trainer.lora_files.layouts import to_diffusers, to_kohya
+from lora_trainer.lora_files.layouts import to_kohya
 from lora_trainer.lora_files.metadata import diffusers_metadata, kohya_metadata
 from lora_trainer.lora_files.recipe import BaseFacts, Recipe
 from lora_trainer.models.stable_diffusion import StableDiffusion
@@ -22,12 +22,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_lora(
-    file: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe, family: StableDiffusion, layout: Layout, dtype: str
+    file: Path,
+    adapter: Mapping[str, torch.Tensor],
+    recipe: Recipe,
+    family: StableDiffusion,
+    *,
+    layout: Layout,
+    dtype: str,
 ) -> None:
     """Write a LoRA file in one of the two layouts, read it back and compare.
 
     Args:
-        adapter: tensors by peft's names (`<layer>.lora_A.weight`).
+        adapter: tensors by `<component>.<layer>.lora_A.weight`.
 
     Raises:
         NumericStop: a value is not finite; nothing is written.
@@ -35,13 +41,12 @@ def write_lora(
     """
     if layout == "kohya":
         options = recipe.adapter
-        named = to_kohya(adapter, prefix=family.kohya_prefix, alpha=options.alpha, use_rslora=options.use_rslora)
+        named = to_kohya(adapter, prefixes=family.kohya_prefixes, alpha=options.alpha, use_rslora=options.use_rslora)
         tensors = _converted(named, dtype, file)
         metadata = kohya_metadata(recipe, safetensors_io.payload_sha256(tensors))
     else:
-        tensors = _converted(to_diffusers(adapter, prefix=family.diffusers_prefix), dtype, file)
-        layers = sorted({key.rpartition(".lora_")[0] for key in adapter})
-        metadata = diffusers_metadata(recipe, layers, family.diffusers_prefix)
+        tensors = _converted(adapter, dtype, file)
+        metadata = diffusers_metadata(recipe, sorted({key.rpartition(".lora_")[0] for key in adapter}))
     _write_verified(file, tensors, metadata)
 
 
@@ -75,7 +80,7 @@ def is_kohya(tensors: Mapping[str, torch.Tensor]) -> bool:
     return any(key.endswith(".lora_down.weight") for key in tensors)
 
 
-def _converted(tensors: Tensors, dtype: str, file: Path) -> Tensors:
+def _converted(tensors: Mapping[str, torch.Tensor], dtype: str, file: Path) -> Tensors:
     """The tensors in the export's dtype, on the CPU; alphas stay fp32, which holds them exactly."""
     converted = {}
     for name, tensor in tensors.items():

@@ -1,7 +1,8 @@
 """The two layouts of a LoRA file: kohya's, read by A1111 and ComfyUI, and diffusers'.
 
-In both, an adapter is named by peft: `<layer>.lora_A.weight`, `<layer>.lora_B.weight` and, with DoRA,
-`<layer>.lora_magnitude_vector`. kohya's file carries the scale as a tensor: alpha / rank is what a reader multiplies
+An adapter's tensors are named `<component>.<layer>.lora_A.weight`, `... .lora_B.weight` and, with DoRA,
+`... .lora_magnitude_vector`; diffusers' layout has these very names.
+kohya's file carries the scale as a tensor: alpha / rank is what a reader multiplies
 with, so rank stabilisation writes alpha x sqrt(rank) there.
 """
 
@@ -16,12 +17,18 @@ Tensors = dict[str, torch.Tensor]
 _KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
-def to_kohya(adapter: Mapping[str, torch.Tensor], *, prefix: str, alpha: float, use_rslora: bool) -> Tensors:
-    """kohya's layout: `lora_unet_<layer with _>.lora_down.weight / lora_up.weight / alpha / dora_scale`."""
+def to_kohya(
+    adapter: Mapping[str, torch.Tensor], *, prefixes: Mapping[str, str], alpha: float, use_rslora: bool
+) -> Tensors:
+    """kohya's layout: `lora_unet_<layer with _>.lora_down.weight / lora_up.weight / alpha / dora_scale`.
+
+    Args:
+        prefixes: what stands for each component.
+    """
     tensors: Tensors = {}
     for key, tensor in adapter.items():
         layer, kind = _split(key)
-        name = f"{prefix}_{layer.replace('.', '_')}"
+        name = kohya_name(layer, prefixes)
         if kind == "lora_magnitude_vector":
             tensors[f"{name}.dora_scale"] = _dora_scale(tensor)
             continue
@@ -31,16 +38,6 @@ def to_kohya(adapter: Mapping[str, torch.Tensor], *, prefix: str, alpha: float, 
             written = alpha * math.sqrt(rank) if use_rslora else alpha
             tensors[f"{name}.alpha"] = torch.tensor(written, dtype=torch.float32)
     return tensors
-
-
-def to_diffusers(adapter: Mapping[str, torch.Tensor], *, prefix: str) -> Tensors:
-    """diffusers' layout: `unet.<layer>.lora_A.weight`, with peft's own names."""
-    return {f"{prefix}.{key}": tensor for key, tensor in adapter.items()}
-
-
-def from_diffusers(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
-    """The adapter of a file in diffusers' layout."""
-    return {key.removeprefix(f"{prefix}."): tensor for key, tensor in tensors.items()}
 
 
 def from_kohya(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, str]) -> Tensors:
@@ -63,9 +60,15 @@ def from_kohya(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, str]) -
     return adapter
 
 
-def kohya_names(layers: Iterable[str], prefix: str) -> dict[str, str]:
+def kohya_name(layer: str, prefixes: Mapping[str, str]) -> str:
+    """`lora_unet_down_blocks_0_...` of a layer named with its component."""
+    component, _, rest = layer.partition(".")
+    return f"{prefixes[component]}_{rest.replace('.', '_')}"
+
+
+def kohya_names(layers: Iterable[str], prefixes: Mapping[str, str]) -> dict[str, str]:
     """The layer of each kohya name: the dots that became underscores cannot be told back otherwise."""
-    return {f"{prefix}_{layer.replace('.', '_')}": layer for layer in layers}
+    return {kohya_name(layer, prefixes): layer for layer in layers}
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -58,10 +58,17 @@ def kohya_metadata(recipe: Recipe, payload_sha256: str) -> dict[str, str]:
     return {key: str(value) for key, value in fields.items() if value is not None}
 
 
-def diffusers_metadata(recipe: Recipe, layers: Sequence[str], prefix: str) -> dict[str, str]:
-    """The header of a file in diffusers' layout, with peft's configuration of these layers."""
-    peft = peft_config(recipe.adapter, layers).to_dict()
-    fields = {f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value for key, value in peft.items()}
+def diffusers_metadata(recipe: Recipe, layers: Sequence[str]) -> dict[str, str]:
+    """The header of a file in diffusers' layout, with peft's configuration of these layers of each component."""
+    own: dict[str, list[str]] = {}
+    for layer in layers:
+        component, _, name = layer.partition(".")
+        own.setdefault(component, []).append(name)
+    fields = {
+        f"{component}.{key}": sorted(value) if isinstance(value, set) else value
+        for component, names in own.items()
+        for key, value in peft_config(recipe.adapter, names).to_dict().items()
+    }
     return {"format": "pt", ADAPTER_KEY: json.dumps(fields, sort_keys=True), OWN_KEY: recipe.to_metadata()}
 
 

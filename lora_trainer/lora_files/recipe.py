@@ -11,10 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_trainer import __version__
 from lora_trainer.config.optimizers import AnyOptimizerOptions
-from lora_trainer.config.schema import LoraConfig, ObjectiveConfig, RunConfig
-from lora_trainer.planning.run_plan import RunPlan
+from lora_trainer.config.schema import LoraConfig, ObjectiveConfig
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.strict_model import Section
 
@@ -71,41 +69,6 @@ class Recipe(Section):
 
     def to_metadata(self) -> str:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True)
-
-
-def recipe_of(config: RunConfig, plan: RunPlan, base: BaseFacts, step: int) -> Recipe:
-    """The recipe of a run after `step` updates."""
-    train, data = config.train, config.data
-    return Recipe(
-        version=__version__,
-        name=config.name,
-        step=step,
-        seed=config.seed,
-        base=base,
-        adapter=config.adapter,
-        objective=config.objective,
-        optimizer=config.optimizer,
-        lr_scheduler=config.lr_scheduler,
-        loop=LoopFacts(
-            num_images=plan.num_images,
-            num_samples=plan.num_samples,
-            num_updates=plan.num_updates,
-            updates_per_epoch=plan.updates_per_epoch,
-            warmup_updates=plan.lr_groups[0].warmup_updates,
-            batch_size=plan.batch_size,
-            accumulation=plan.accumulation,
-            global_batch=plan.global_batch,
-            max_grad_norm=train.max_grad_norm,
-            ema_decay=train.ema_decay,
-            gradient_checkpointing=train.gradient_checkpointing,
-        ),
-        data=DataFacts(
-            resolution=data.resolution,
-            random_crop=data.crop == "random",
-            flip=data.flip,
-            caption_dropout=data.captions.dropout,
-        ),
-    )
 
 
 def read_recipe(metadata: Mapping[str, Any]) -> Recipe | None:

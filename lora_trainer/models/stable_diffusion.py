@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -26,8 +26,7 @@ class StableDiffusion:
     """Loads, encodes and predicts; holds no component longer than its caller does."""
 
     name = "sd"
-    kohya_prefix = "lora_unet"
-    diffusers_prefix = "unet"
+    kohya_prefixes: ClassVar[dict[str, str]] = {"unet": "lora_unet"}
 
     def __init__(self, base: BaseFolder) -> None:
         self.base = base

@@ -10,10 +10,23 @@ from typing import Any, Literal, cast
 
 from lora_trainer.config.identity import CURVE_LENGTH, identity_fields
 from lora_trainer.config.lr_notes import unusual_rates
-from lora_trainer.config.places import cache_folder, diffusers_lora_file, lora_file, report_file, run_directory
+from lora_trainer.config.places import (
+    CHECKPOINTS,
+    CURVES_FILE,
+    GRID_FILE,
+    METRICS_FILE,
+    PLAN_FILE,
+    SAMPLES,
+    VALIDATION_FILE,
+    cache_folder,
+    diffusers_lora_file,
+    lora_file,
+    report_file,
+    run_directory,
+)
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.data.holdout import Split, no_split, split_by_folder, split_by_fraction, with_watched
-from lora_trainer.data.records import Dataset, Progress, content_digest, discover
+from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
 from lora_trainer.errors import ConfigError, HostError, ModelError, Problem
 from lora_trainer.models.adapters.targets import assign_groups, select_targets
 from lora_trainer.models.folder import BaseFolder, inspect_base, locate_base
@@ -21,16 +34,14 @@ from lora_trainer.planning.run_plan import DENOISER_GROUP, RunPlan, plan_run
 from lora_trainer.runtime.launch import Launch, default_threads
 from lora_trainer.storage import disk_space
 
-VALIDATION_FILE, PLAN_FILE = "validation.json", "plan.json"
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is checked and planned."""
+    """A run that is checked and planned: plain data."""
 
     config: RunConfig
-    launch: Launch
     base: BaseFolder
     base_digests: dict[str, str]
     prediction_type: PredictionType
@@ -53,9 +64,11 @@ class Prepared:
         return identity_fields(self.config) | {
             "base content": "-".join(digest[:12] for digest in self.base_digests.values()),
             "data content": self.dataset.digest()[:16],
+            "data order": order_digest(self.dataset.records)[:16],
             "validation content": content_digest(self.split.held_out)[:16],
             "model.prediction_type": self.prediction_type,
-            "num_processes": self.launch.num_processes,
+            "global batch": self.plan.global_batch,
+            "num_processes": self.plan.num_processes,
             "train.threads": self.threads,
             CURVE_LENGTH: self.plan.lr_horizon.num_updates,
         }
@@ -75,14 +88,13 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     checked = cache_folder(config) / "checked-images.json"
     split, prior = _split(config, checked, progress)
     targets = _targets(config, base)
-    plan = _plan(config, launch, split, targets, 2 + (prior is not None), _fixed_before(config, continues))
+    fixed = _fixed_before(config, continues)
+    plan = _plan(config, launch.num_processes, split, targets, num_probes=2 + (prior is not None), fixed=fixed)
     _check_room(config, plan)
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
-    threads = default_threads(launch) if config.train.threads == "auto" else config.train.threads
-    return Prepared(
-        config, launch, base, base.digests(), prediction_type(config, base), split, dict(targets), plan, threads
-    )
+    threads = _threads(config, fixed, default_threads(launch))
+    return Prepared(config, base, base.digests(), prediction_type(config, base), split, dict(targets), plan, threads)
 
 
 def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | None = None) -> Prepared:
@@ -96,26 +108,33 @@ def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | Non
     """
     targets = _targets(config, prepared.base)
     fixed = _fixed_before(config, continues)
-    plan = _plan(config, prepared.launch, prepared.split, targets, len(prepared.split.probes), fixed)
-    return replace(prepared, config=config, target_shapes=dict(targets), plan=plan)
+    num_probes = len(prepared.split.probes)
+    plan = _plan(config, prepared.plan.num_processes, prepared.split, targets, num_probes=num_probes, fixed=fixed)
+    threads = _threads(config, fixed, prepared.threads)
+    return replace(prepared, config=config, target_shapes=dict(targets), plan=plan, threads=threads)
+
+
+def _threads(config: RunConfig, fixed: _Fixed, default: int) -> int:
+    """As the config says; `auto` is what an earlier start of the run had, so that another machine gives its bytes."""
+    return (fixed.threads or default) if config.train.threads == "auto" else config.train.threads
 
 
 def _targets(config: RunConfig, base: BaseFolder) -> Mapping[str, Any]:
     """The layers to adapt; the groups of weights are checked against them."""
     targets = select_targets(base.denoiser_shapes(), config.adapter.targets)
-    weights = [f"{layer}.lora_{kind}.weight" for layer in targets for kind in "AB"]
+    weights = [f"{DENOISER_GROUP}.{layer}.lora_{kind}.weight" for layer in targets for kind in "AB"]
     assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, DENOISER_GROUP)
     return targets
 
 
 def _plan(
-    config: RunConfig, launch: Launch, split: Split, targets: Mapping[str, Any], num_probes: int, fixed: _Fixed
+    config: RunConfig, num_processes: int, split: Split, targets: Mapping[str, Any], *, num_probes: int, fixed: _Fixed
 ) -> RunPlan:
     return plan_run(
         config,
         num_images=len(split.training.records),
         bucket_sizes=[split.training.num_samples],
-        num_processes=launch.num_processes,
+        num_processes=num_processes,
         target_shapes=targets,
         num_held_out=len(split.held_out),
         num_probes=num_probes,
@@ -132,27 +151,29 @@ class _Fixed:
     """Length that its LR curves are laid over."""
     num_watched: int | None = None
     """Images of each probe."""
+    threads: int | None = None
 
 
 def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
     run_dir = run_directory(config)
     if continues is None:
-        continues = any((run_dir / "checkpoints").glob("step-*"))
+        continues = any((run_dir / CHECKPOINTS).glob("step-*"))
     if not continues:
         return _Fixed()
     try:
         before = json.loads((run_dir / PLAN_FILE).read_text())
-    except (OSError, ValueError):
+        length = None if config.resume.schedule == "stretch" else before.get("lr_updates") or before.get("num_updates")
+        num_watched = (before.get("validation") or {}).get("num_items")
+        return _Fixed(length, num_watched, before.get("identity", {}).get("train.threads"))
+    except (OSError, ValueError, AttributeError):
         return _Fixed()
-    length = None if config.resume.schedule == "stretch" else before.get("lr_updates") or before.get("num_updates")
-    return _Fixed(length, (before.get("validation") or {}).get("num_items"))
 
 
 def _check_room(config: RunConfig, plan: RunPlan) -> None:
     """The checkpoints kept, one more while it is written, and what is reserved for the LoRA files must fit."""
     run_dir, kept = run_directory(config), config.checkpoint.keep_last
     one = plan.checkpoint_bytes(with_average=config.train.ema_decay is not None)
-    there = disk_space.size_of(run_dir / "checkpoints")
+    there = disk_space.size_of(run_dir / CHECKPOINTS)
     purpose = f"{kept + 1} checkpoints of about {disk_space.mib(one)} and the LoRA files"
     disk_space.check_room(run_dir, max(one, (kept + 1) * one - there) + plan.export_bytes(config.export.dtype), purpose)
 
@@ -243,14 +264,14 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 def files_to_come(config: RunConfig) -> list[Path]:
     """What lies in the run directory in the end."""
-    return [*results_to_come(config), run_directory(config) / "curves.png", report_file(config)]
+    return [*results_to_come(config), run_directory(config) / CURVES_FILE, report_file(config)]
 
 
 def results_to_come(config: RunConfig) -> list[Path]:
     """The same without the pictures that can be drawn from it at any time: what a trial of a sweep leaves."""
     run_dir = run_directory(config)
-    samples = [run_dir / "samples" / "grid.png"] if config.sample.prompts else []
-    return [lora_file(config), diffusers_lora_file(config), run_dir / "metrics.jsonl", *samples]
+    samples = [run_dir / SAMPLES / GRID_FILE] if config.sample.prompts else []
+    return [lora_file(config), diffusers_lora_file(config), run_dir / METRICS_FILE, *samples]
 
 
 def _saves(plan: RunPlan) -> str:

@@ -65,6 +65,14 @@ class Runtime:
         """The lists of all processes, one after the other."""
         return values if self.launch.num_processes == 1 else gather_object(values)
 
+    def facts(self) -> dict[str, str]:
+        """What may move the last bits of a run: device, precision as it became, versions (`config/identity.py`)."""
+        packages = {name: metadata.version(name) for name in ("torch", "diffusers", "peft", "accelerate")}
+        return {"device": self._device_name(), "train.precision": self.precision, **packages}
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
     def wait_for_everyone(self) -> None:
         self.state.wait_for_everyone()
 

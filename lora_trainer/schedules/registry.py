@@ -107,6 +107,24 @@ class Phases(ScheduleOptions):
         return laid
 
 
+class Ramp(ScheduleOptions):
+    """m = geometric from start_ratio to end_ratio."""
+
+    type: Literal["ramp"] = "ramp"
+    start_ratio: Annotated[float, Field(gt=0), NotBool]
+    end_ratio: Annotated[float, Field(gt=0), NotBool]
+    summary: ClassVar[str] = "r"
+    limits: ClassVar[str] = "l"
+    example: ClassVar[dict[str, Any]] = {"start_ratio": 1, "end_ratio": 2}
+
+    def core(self, horizon: Horizon, warmup: int) -> Core:
+        import math
+
+        low, high = math.log(self.start_ratio), math.log(self.end_ratio)
+        n = max(1, horizon.num_updates - 1)
+        return lambda k, _: math.exp((1 - k / n) * low + k / n * high)
+
+
 SCHEDULES: dict[str, type[ScheduleOptions]] = {
     "constant": Constant,
     "constant_with_warmup": ConstantWithWarmup,
@@ -128,6 +146,7 @@ SCHEDULES: dict[str, type[ScheduleOptions]] = {
     "plateau": Plateau,
     "phases": Phases,
     "torch": TorchSchedule,
+    "ramp": Ramp,
 }
 CLASSIC = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -152,6 +171,7 @@ LRSchedulerOptions = Annotated[
     | Annotated[Plateau, Tag("plateau")]
     | Annotated[Phases, Tag("phases")]
     | Annotated[TorchSchedule, Tag("torch")]
+    | Annotated[Ramp, Tag("ramp")]
     | Annotated[PluginSchedule, Tag("plugin")],
     Discriminator(_tag),
 ]

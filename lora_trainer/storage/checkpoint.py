@@ -13,8 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,11 @@ import torch
 from lora_trainer.errors import HostError, NumericStop, Problem
 from lora_trainer.storage import atomic_files, disk_space, safetensors_io
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 _FOLDER = re.compile(r"step-(\d{8})")
 _REPLACED = ".replaced"  # the earlier checkpoint of a step while its new one takes the name
 _OVERHEAD = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Counters of a run: `step` completed updates, `attempt` tried ones, and the length of its log."""
-
-    step: int = 0
-    attempt: int = 0
-    metrics_bytes: int = 0
-    owed: bool = False
-    """Whether the exports and samples due after this step were still to come when it was saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +37,9 @@ class Checkpoint:
 
     folder: Path
     state: dict[str, Any]
+    """The JSON values, `format` among them."""
 
-    @property
-    def progress(self) -> Progress:
-        return Progress(**self.state["progress"])
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return self.state["identity"]
-
-    def parts(self) -> dict[str, safetensors_io.Tensors]:
+    def tensors(self) -> dict[str, safetensors_io.Tensors]:
         """All tensors by part and name, as they were given to `save_checkpoint`; files of others are passed over."""
         names = json.loads((self.folder / "manifest.json").read_text())["files"]
         files = [self.folder / name for name in sorted(names) if name.endswith(".safetensors")]
@@ -63,42 +47,30 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path,
-    progress: Progress,
-    parts: Mapping[str, safetensors_io.Tensors],
-    *,
-    plain: Mapping[str, Any],
-    identity: Mapping[str, Any],
-    scaler: Mapping[str, Any],
+    folder: Path, step: int, tensors: Mapping[str, safetensors_io.Tensors], state: Mapping[str, Any]
 ) -> Path:
     """Write, publish and verify a checkpoint under `folder`; all earlier ones stay (`prune` removes them).
 
     Args:
-        parts: tensors by part (`adapter`, `optimizer`, `average`) and name.
-        plain: JSON values that belong to the tensors.
+        tensors: by part (`adapter`, `optimizer`, `average`) and name.
+        state: JSON values that belong to the tensors.
 
     Raises:
         NumericStop: a tensor holds numbers that are not finite; nothing is written.
         OSError: the disk has no room, refused a write, or gave back other bytes than were written (EIO).
     """
-    _require_finite(parts)
-    size = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
+    _require_finite(tensors)
+    size = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
     disk_space.require_room(folder, size + _OVERHEAD)
     atomic_files.make_folder(folder)
-    final = folder / f"step-{progress.step:08d}"
+    final = folder / f"step-{step:08d}"
     aside = folder / f"{atomic_files.TEMPORARY_PREFIX}{final.name}-{os.getpid()}"
-    state = {
-        "format": FORMAT,
-        "progress": asdict(progress),
-        "identity": dict(identity),
-        "plain": dict(plain),
-        "scaler": dict(scaler),
-    }
     try:
         atomic_files.make_folder(aside)
-        written = {"state.json": _write(aside / "state.json", [atomic_files.to_json(state)])}
-        for part, tensors in parts.items():
-            written[f"{part}.safetensors"] = _write(aside / f"{part}.safetensors", safetensors_io.encode(tensors))
+        content = atomic_files.to_json({**state, "format": FORMAT})
+        written = {"state.json": _write(aside / "state.json", [content])}
+        for part, named in tensors.items():
+            written[f"{part}.safetensors"] = _write(aside / f"{part}.safetensors", safetensors_io.encode(named))
         manifest = {"format": FORMAT, "files": written, "sha256": _digest_of(written)}
         atomic_files.write_synced(aside / "manifest.json", atomic_files.to_json(manifest))
         _publish(aside, final)
@@ -123,19 +95,21 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and what was wrong with newer ones, which are set aside as `*.corrupt`.
 
     Raises:
-        HostError: there are or were checkpoints, but none of them verifies: never a silent fresh start.
+        HostError: there are or were checkpoints, but none of them verifies: never a silent fresh start. Or one cannot
+            be read now, or a newer version wrote it: then nothing is touched.
     """
     if not folder.is_dir():
         return None, []
     atomic_files.clear_temporaries(folder)
-    _finish_replacements(folder)
     faults: list[str] = []
-    for candidate in sorted((c for c in folder.iterdir() if _FOLDER.fullmatch(c.name)), reverse=True):
-        fault = _fault(candidate)
-        if fault is None:
-            return Checkpoint(candidate, json.loads((candidate / "state.json").read_text())), faults
-        faults.append(f"{candidate.name} is damaged ({fault}) and was set aside")
-        _quarantine(candidate)
+    with _unreadable_in_words():
+        _finish_replacements(folder)
+        for candidate in sorted((c for c in folder.iterdir() if _FOLDER.fullmatch(c.name)), reverse=True):
+            fault = _fault(candidate)
+            if fault is None:
+                return _opened(candidate), faults
+            faults.append(f"{candidate.name} is damaged ({fault}) and was set aside")
+            _quarantine(candidate)
     if damaged := sorted(c.name for c in folder.glob("step-*.corrupt*")):
         raise HostError(
             Problem(
@@ -152,16 +126,37 @@ def open_checkpoint(folder: Path, step: int | None) -> Checkpoint:
     """A verified checkpoint to read from: that of `step`, or the newest. Nothing is changed on the disk.
 
     Raises:
-        HostError: there is none, or it is damaged.
+        HostError: there is none, it is damaged, or it cannot be read.
     """
     steps = sorted(int(m[1]) for c in folder.glob("step-*") if (m := _FOLDER.fullmatch(c.name)))
     if not steps or (step is not None and step not in steps):
         kept = ", ".join(map(str, steps)) or "none"
         raise HostError(Problem(f"no checkpoint of step {step or '(any)'}", str(folder), f"steps kept: {kept}"))
     chosen = folder / f"step-{steps[-1] if step is None else step:08d}"
-    if (fault := _fault(chosen)) is not None:
-        raise HostError(Problem("the checkpoint is damaged", str(chosen), fault, "name another step"))
-    return Checkpoint(chosen, json.loads((chosen / "state.json").read_text()))
+    with _unreadable_in_words():
+        if (fault := _fault(chosen)) is not None:
+            raise HostError(Problem("the checkpoint is damaged", str(chosen), fault, "name another step"))
+        return _opened(chosen)
+
+
+def _opened(folder: Path) -> Checkpoint:
+    return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+
+
+@contextmanager
+def _unreadable_in_words() -> Iterator[None]:
+    """A disk or share that does not answer now says nothing about what it holds."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError(
+            Problem(
+                "a checkpoint cannot be read now",
+                str(error.filename or "checkpoints"),
+                error.strerror,
+                "try again once the disk answers; if it never will, move that checkpoint away to go on from an older",
+            )
+        ) from error
 
 
 def _write(file: Path, chunks: Any) -> dict[str, Any]:
@@ -184,11 +179,18 @@ def _digest_of(files: Mapping[str, Any]) -> str:
 
 
 def _fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None if every file is what its manifest says."""
+    """What is wrong with a checkpoint folder; None if every file is what its manifest says.
+
+    Raises:
+        HostError: a newer version of this program wrote it.
+        OSError: it cannot be read now.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']} is not known to this version"
+        if manifest["format"] not in READABLE:
+            if json.loads((folder / "state.json").read_text())["format"] == manifest["format"]:
+                raise HostError(_newer(folder, manifest["format"]))
+            return f"format {manifest['format']} is none that was ever written"
         if manifest["sha256"] != _digest_of(manifest["files"]):
             return "manifest.json is not what was written"
         for name, expected in manifest["files"].items():
@@ -199,9 +201,18 @@ def _fault(folder: Path) -> str | None:
                     return f"{name} has other content than was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError) as error:
         return str(error)
     return None
+
+
+def _newer(folder: Path, found: object) -> Problem:
+    return Problem(
+        f"the checkpoint has format {found}, and this version reads up to {FORMAT}",
+        str(folder),
+        "a newer lora_trainer wrote it; nothing was changed",
+        "install the newer version again, or give the new run another `name`",
+    )
 
 
 def _publish(aside: Path, final: Path) -> None:

@@ -68,6 +68,10 @@ class TrainingLine:
         numbers = f"loss {row.loss:.4f}  lr {row.lr:.3e}  {row.images_per_s:.1f} images/s"
         self.show(row.step, numbers, f"  grad norm {row.grad_norm:.3f}")
 
+    def advance(self, step: int) -> None:
+        """Move the bar and say nothing."""
+        self._bar.update(self._task, completed=step)
+
     def show(self, step: int, numbers: str, more: str = "") -> None:
         """Numbers beside the bar; `more` only where there is no terminal."""
         self._bar.update(self._task, completed=step, numbers=numbers)

@@ -20,7 +20,6 @@ class StepRow:
     """One completed update of one trial; `lrs` are the rates that this update used, the denoiser's first."""
 
     step: int
-    attempt: int
     trial: str
     epoch: float
     loss: float
@@ -49,7 +48,6 @@ class MetricsLog:
     def step(self, row: StepRow) -> None:
         content = {
             "step": row.step,
-            "attempt": row.attempt,
             "trial": row.trial,
             "epoch": round(row.epoch, 6),
             "loss": row.loss,

@@ -1,184 +1,182 @@
-"""The whole run, from a plan to the files in the run directory. Read it from top to bottom."""
+"""Train a group of trials to its end: a solo run, the trials of a sweep, the ramp of the LR finder. Read it first."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass
 
-from lora_trainer.errors import NumericStop, Problem, StoppedBySignal
-from lora_trainer.planning.prepare import Prepared, files_to_come
+from accelerate import PartialState
+
+from lora_trainer.errors import Problem, StoppedBySignal
+from lora_trainer.planning.prepare import results_to_come
+from lora_trainer.runtime.launch import read_launch
 from lora_trainer.runtime.runtime import start_runtime
-from lora_trainer.storage.checkpoint import Checkpoint, Progress
-from lora_trainer.tracking.console import Screen, TrainingLine
-from lora_trainer.training.optimizer_step import MAX_OVERFLOWS_IN_A_ROW, Updater, UpdateResult
-from lora_trainer.training.resume import find_checkpoint, restore
-from lora_trainer.training.sampling import Sampler
-from lora_trainer.training.setup import Assembly, assemble
-from lora_trainer.training.trial import TrialSpec
-from lora_trainer.training.trial_writer import Recorder
-from lora_trainer.training.validation_schedule import Measurement, Probing
+from lora_trainer.tracking.console import Screen
+from lora_trainer.training.group import TrialGroup
+from lora_trainer.training.group_writer import GroupWriter
+from lora_trainer.training.resume import ResumePoint, find_resume_point, restore
+from lora_trainer.training.setup import Setup, set_up
+from lora_trainer.training.trial import Ending
+from lora_trainer.training.validation_schedule import Measurement
 
-MAX_SKIPS_IN_A_ROW = 3
+OnMeasure = Callable[[int, Sequence[Measurement]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """Where a finished run left its files."""
+    """How each trial of a group came out."""
 
     step: int
-    files: tuple[Path, ...]
+    endings: dict[str, Ending | None]
+    """By trial; None where it came to the planned end."""
+    was_finished: bool = False
+    """Whether there was nothing left to do."""
 
 
 def fit(
-    prepared: Prepared,
-    specs: Sequence[TrialSpec],
+    group: TrialGroup,
     *,
     screen: Screen,
     should_stop: Callable[[], bool] = lambda: False,
+    on_save: Callable[[], None] = lambda: None,
+    on_measure: OnMeasure = lambda step, measurements: None,
+    joined: PartialState | None = None,
 ) -> FitResult:
-    """Train the trials of one plan to the end, resuming from the newest checkpoint where there is one.
+    """Train all trials of a group to the end, resuming from its newest checkpoint where there is one.
 
     Args:
-        should_stop: asked after every update; when it says so, the state is saved and the run ends.
+        should_stop: asked after every update; when it says so, the state is saved and the group ends.
+        on_save: called after each checkpoint, in the main process.
+        on_measure: called in every process with the probes measured before the first update (step 0) and after others;
+            it may end trials.
+        joined: the processes, where several groups are trained in a row.
 
     Raises:
         StoppedBySignal: `should_stop` said so; the same call resumes.
-        NumericStop: updates were skipped too often in a row; the last good state is saved.
-        ConfigError: the run directory holds a run with another identity.
+        ConfigError: the folder holds trials with another identity.
         TrainerError: the data, base, host or disk is at fault.
     """
-    config, plan = prepared.config, prepared.plan
-    result = FitResult(plan.num_updates, tuple(files_to_come(config)))
-    with start_runtime(prepared.launch, config.train.precision, prepared.threads) as runtime:
-        checkpoint = find_checkpoint(prepared, runtime, screen)
-        if _is_finished(checkpoint, result):
-            screen.say("this run is finished; nothing to do")
-            return result
+    shared, launch = group.shared, read_launch(group.shared.config)
+    with start_runtime(launch, shared.config.train.precision, shared.threads, joined) as runtime:
+        point = find_resume_point(group, runtime, screen)
+        if point is not None and _is_finished(group, point):
+            return FitResult(point.step, _endings(point), was_finished=True)
 
-        parts = assemble(prepared, specs, runtime, screen)
-        probing = _probing(prepared, parts)
-        start = restore(checkpoint, parts.trials, parts.updater)
-
-        recorder = None
-        if runtime.launch.is_main:
-            sampler = Sampler(
-                parts.family, parts.denoiser, parts.cache.prompts, config, prepared.prediction_type, runtime
-            )
-            recorder = Recorder(
-                prepared, runtime, parts.family, parts.bank, parts.trials, parts.updater, sampler, screen
-            )
-            recorder.open(start, resuming=checkpoint is not None)
+        packing = group.trials_per_pass if point is None else point.trials_per_pass  # part of the rounding
+        setup = set_up(group, runtime, screen, trials_per_pass=packing)
+        start = restore(point, group, setup)
+        writer = GroupWriter(group, setup, screen, on_save) if launch.is_main else None
         try:
-            training_loop(start, plan.num_updates, parts.updater, probing, recorder, screen, should_stop)
+            if writer is not None:
+                writer.open(point)
+            step = train_loop(start, setup, writer, screen=screen, should_stop=should_stop, on_measure=on_measure)
         finally:
-            if recorder is not None:
-                recorder.close()
+            if writer is not None:
+                writer.close()
         runtime.wait_for_everyone()
-    return result
+    return FitResult(step, {trial.name: trial.ending for trial in setup.trials})
 
 
-class RunRecorder(Protocol):
-    """What the loop tells of a run, be it one trial's or a group's."""
-
-    def update(self, progress: Progress, result: UpdateResult, seconds: float, line: TrainingLine) -> None: ...
-    def prove(self, progress: Progress) -> None: ...
-    def skip(self, progress: Progress, result: UpdateResult) -> None: ...
-    def validation(self, progress: Progress, measured: Sequence[Measurement]) -> None: ...
-    def save(self, progress: Progress, *, now: bool) -> None: ...
-    def deliver(self, progress: Progress) -> None: ...
-    def sample(self, progress: Progress) -> None: ...
-    def finish(self, progress: Progress) -> None: ...
-
-
-def training_loop(
-    start: Progress,
-    num_updates: int,
-    updater: Updater,
-    probing: Probing | None,
-    recorder: RunRecorder | None,
+def train_loop(
+    start: int,
+    setup: Setup,
+    writer: GroupWriter | None,
+    *,
     screen: Screen,
     should_stop: Callable[[], bool],
-) -> None:
-    """Updates until the planned number is done or no trial is left; `recorder` is that of the main process."""
-    progress, skips = start, 0
-    if start.attempt == 0:
-        _begin(start, probing, recorder)
-    elif start.owed and start.step < num_updates and recorder is not None:
-        recorder.deliver(start)
-    with screen.training(num_updates, start.step) as line:
-        while progress.step < num_updates and updater.has_live_trials:
+    on_measure: OnMeasure,
+) -> int:
+    """Updates from number `start` on until the planned number is done or no trial is left; how many were done.
+
+    Args:
+        writer: that of the main process.
+    """
+    step, num_updates, validation = start, setup.num_updates, setup.validation
+    if start == 0:
+        setup.optimizer_step.settle_scales()
+        measurements = validation.start() if validation is not None else []
+        if writer is not None:
+            writer.begin(measurements)
+        on_measure(0, measurements)
+    elif start < num_updates and writer is not None:
+        writer.export_and_sample(start)  # a checkpoint is written before what is due at its step
+
+    with screen.training(num_updates, start) as line:
+        while step < num_updates and setup.optimizer_step.has_live_trials:
+            # update k = step: batch, timesteps, noise and LR are those of k, whatever was skipped before
             started = time.perf_counter()
-            result = updater.run(progress.attempt, progress.step, stop_asked=should_stop())
-            applied = result.skipped is None
-            progress = Progress(progress.step + applied, progress.attempt + 1)
-            skips = 0 if applied else skips + 1
-            if recorder is not None:
-                if applied:
-                    recorder.update(progress, result, time.perf_counter() - started, line)
-                    recorder.prove(progress)
-                else:
-                    recorder.skip(progress, result)
-            if applied and probing is not None and probing.is_due(progress.step):
-                measured = probing.measure(progress.step)
-                if recorder is not None:
-                    recorder.validation(progress, measured)
-            last = progress.step == num_updates or not updater.has_live_trials
-            ends = last or result.stop_asked or _too_many(skips, result)
-            if recorder is not None:
-                recorder.save(replace(progress, owed=applied), now=ends)
-                if applied and not ends:
-                    recorder.deliver(progress)
-            if _too_many(skips, result):
-                raise _numeric_stop(progress, skips, result)
-            if result.stop_asked and not last:
-                raise _stopped(progress, num_updates)
-    if recorder is not None:
-        recorder.finish(progress)
+            result = setup.optimizer_step.run(step, stop_asked=should_stop())
+            step += 1
+            if writer is not None:
+                writer.update(step, result, time.perf_counter() - started, line)
+
+            if validation is not None and validation.is_due(step):
+                measurements = validation.measure(step)
+                if writer is not None:
+                    writer.measured(step, measurements)
+                on_measure(step, measurements)
+
+            is_last = step == num_updates or not setup.optimizer_step.has_live_trials
+            if writer is not None:
+                writer.save(step, now=is_last or result.stop_asked)
+                if not (is_last or result.stop_asked):
+                    writer.export_and_sample(step)
+            if result.stop_asked and not is_last:
+                raise _stopped(step, num_updates)
+    if writer is not None:
+        writer.finish(step)
+    return step
 
 
-def _begin(start: Progress, probing: Probing | None, recorder: RunRecorder | None) -> None:
-    """What is seen before the first update: the base's own samples and probes."""
-    measured = probing.start() if probing is not None else []
-    if recorder is not None:
-        recorder.sample(start)
-        recorder.validation(start, measured)
+def _is_finished(group: TrialGroup, point: ResumePoint) -> bool:
+    """Whether no trial goes on, with all the files of those that came to the end."""
+    complete = [own.prepared.config for own in group.members if point.trials[own.name]["ending"] is None]
+    return point.is_over(group.num_updates) and all(file.is_file() for own in complete for file in results_to_come(own))
 
 
-def _probing(prepared: Prepared, parts: Assembly) -> Probing | None:
-    """The probes, where the config has a validation section."""
-    plan = prepared.plan
-    if parts.validator is None or plan.validation is None:
-        return None
-    return Probing(parts.validator, parts.passes, plan.validation.every, plan.num_updates)
+def _endings(point: ResumePoint) -> dict[str, Ending | None]:
+    stored = {name: own["ending"] for name, own in point.trials.items()}
+    return {name: None if ending is None else Ending(**ending) for name, ending in stored.items()}
 
 
-def _is_finished(checkpoint: Checkpoint | None, result: FitResult) -> bool:
-    """Whether the last update is done and all its files are there."""
-    at_end = checkpoint is not None and checkpoint.progress.step >= result.step
-    return at_end and all(file.is_file() for file in result.files)
+def _stopped(step: int, num_updates: int) -> StoppedBySignal:
+    what = f"stopped as asked after step {step} of {num_updates}; all is saved"
+    return StoppedBySignal(Problem(what, fix="the same command resumes here"))
 
 
-def _too_many(skips: int, result: UpdateResult) -> bool:
-    return skips >= (MAX_OVERFLOWS_IN_A_ROW if result.skipped == "fp16 overflow" else MAX_SKIPS_IN_A_ROW)
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a few updates of a group took on this machine."""
+
+    trials_per_pass: int
+    activation_bytes: int
+    """Kept by the forward of one trial and one micro-batch."""
+    peak_memory_gib: float
+    seconds: float
+    """For the whole group: its updates, and its probes by their share of the cost."""
 
 
-def _numeric_stop(progress: Progress, skips: int, result: UpdateResult) -> NumericStop:
-    return NumericStop(
-        Problem(
-            f"{skips} updates in a row had a {result.skipped} that is not finite; step {progress.step} is saved",
-            f"images {', '.join(result.files)}",
-            fix="lower optimizer.lr (a tenth), use precision bf16 or fp32, and look at the images named",
+def estimate(group: TrialGroup, *, screen: Screen, joined: PartialState | None = None) -> Estimate:
+    """Time a group on this machine and data by three updates whose results are thrown away.
+
+    Raises:
+        TrainerError: the data, base or host is at fault.
+    """
+    shared, launch = group.shared, read_launch(group.shared.config)
+    with start_runtime(launch, shared.config.train.precision, shared.threads, joined) as runtime:
+        setup = set_up(group, runtime, screen, trials_per_pass=group.trials_per_pass)
+        seconds = []
+        for k in range(3):
+            started = time.perf_counter()
+            setup.optimizer_step.run(k, stop_asked=False)
+            seconds.append(time.perf_counter() - started)
+        num_shared = sum(member.prefix.step for member in group.members if member.prefix is not None)
+        updates = group.num_updates - num_shared / len(group.members)
+        probes = 0.0 if shared.plan.validation is None else shared.plan.validation.cost
+        return Estimate(
+            setup.trials_per_pass,
+            setup.optimizer_step.activation_bytes(),
+            runtime.peak_memory_gib(),
+            min(seconds) * updates * (1 + probes),
         )
-    )
-
-
-def _stopped(progress: Progress, num_updates: int) -> StoppedBySignal:
-    return StoppedBySignal(
-        Problem(
-            f"stopped as asked after step {progress.step} of {num_updates}; all is saved",
-            fix="the same command resumes here",
-        )
-    )

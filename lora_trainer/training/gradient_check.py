@@ -1,8 +1,8 @@
-"""It trains, proven: two looks at a young adapter that show of every layer that it learns, or name those that do not.
+"""Two checks of a young adapter: that every layer learns, or which do not and why.
 
 B starts at zero, so at the first update only B has a gradient, and every B must have one. A follows once B is not zero:
-after the second update with a learning rate above 0 every A and B must have left its initial value. Both looks fall in
-the first updates; the steady loop pays nothing for them.
+after the second update with a learning rate above 0 every A and B must have left its initial value. Both fall in the
+first updates; the steady loop pays nothing for them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ UNEXPLAINED = "nothing in the schedule explains it"
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """What one look found: how many tensors must show the claim, and why those that do not may not."""
+class GradientCheck:
+    """What one check found: how many tensors must show the claim, and why those that do not may not."""
 
     claim: Literal["every B has a gradient", "every A and B has moved"]
     num_tensors: int
@@ -30,11 +30,12 @@ class Proof:
     """Reason by tensor."""
 
 
-def proofs_due(trial: Trial, bank: AdapterBank, seed: int, step: int) -> Iterator[Proof]:
-    """The looks that fall after update number `step` (1-based), while its gradients are still there."""
-    if step == 1:
+def checks_due(trial: Trial, bank: AdapterBank, seed: int, step: int) -> Iterator[GradientCheck]:
+    """The checks that fall after this many updates, the last of which was applied and still has its gradients."""
+    applied = step - trial.skips.total
+    if applied == 1:
         yield _gradients(trial)
-    if step == _second_moving_update(trial):
+    if applied == _second_moving_update(trial):
         yield _movement(trial, bank, seed, step)
 
 
@@ -48,22 +49,24 @@ def _second_moving_update(trial: Trial) -> int | None:
     return None
 
 
-def _gradients(trial: Trial) -> Proof:
+def _gradients(trial: Trial) -> GradientCheck:
     tensors = {name: p for name, p in trial.parameters.items() if ".lora_B" in name}
     nonzero = [p.new_zeros(()) if p.grad is None else p.grad.count_nonzero().float() for p in tensors.values()]
     counts = torch.stack(nonzero).tolist()
     silent = [name for name, count in zip(tensors, counts, strict=True) if count == 0]
     reason = "its gradient is exactly 0: the layer takes no part in the forward pass, or its input is 0"
-    return Proof("every B has a gradient", len(tensors), dict.fromkeys(silent, reason))
+    return GradientCheck("every B has a gradient", len(tensors), dict.fromkeys(silent, reason))
 
 
-def _movement(trial: Trial, bank: AdapterBank, seed: int, step: int) -> Proof:
+def _movement(trial: Trial, bank: AdapterBank, seed: int, step: int) -> GradientCheck:
     tensors = {name: p.detach() for name, p in trial.parameters.items() if ".lora_A" in name or ".lora_B" in name}
     initial = bank.initial(trial.adapter, seed)
     moved = [(p != initial(name).to(p.device)).any() for name, p in tensors.items()]
     flags = torch.stack(moved).tolist()
     still = [name for name, flag in zip(tensors, flags, strict=True) if not flag]
-    return Proof("every A and B has moved", len(tensors), {name: _reason(trial.group_of(name), step) for name in still})
+    return GradientCheck(
+        "every A and B has moved", len(tensors), {name: _reason(trial.group_of(name), step) for name in still}
+    )
 
 
 def _reason(group: LRGroup, step: int) -> str:

@@ -1,157 +1,184 @@
-"""What a group of trials leaves: each trial's own folder as a solo run writes it, and one checkpoint for all."""
+"""What a group leaves: one checkpoint for all its trials, what a disk refused, and what is said on the console."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-from lora_trainer.data.holdout import HELD_OUT
-from lora_trainer.errors import HostError
-from lora_trainer.runtime.runtime import Runtime
-from lora_trainer.storage.checkpoint import Checkpoint, Progress
+from lora_trainer.errors import HostError, Problem
+from lora_trainer.storage import disk_space
+from lora_trainer.storage.checkpoint import prune, save_checkpoint
 from lora_trainer.tracking.console import Screen, TrainingLine
-from lora_trainer.training.groups import TrialGroup
-from lora_trainer.training.optimizer_step import UpdateResult
+from lora_trainer.training.group import TrialGroup
+from lora_trainer.training.optimizer_step import StepResult
+from lora_trainer.training.resume import ResumePoint, identity_of
 from lora_trainer.training.sampling import Sampler
-from lora_trainer.training.setup import Assembly
-from lora_trainer.training.trial_writer import Recorder, save_state
+from lora_trainer.training.setup import Setup
+from lora_trainer.training.trial import Tensors
+from lora_trainer.training.trial_writer import TrialWriter
 from lora_trainer.training.validation_schedule import Measurement
 
-METRICS_BYTES, TRUNK = "metrics_bytes", "trunk"
-"""What a group's checkpoint says of a trial: the length of its log, and which other one is still computed for it."""
 
-
-class GroupRecorder:
-    """One recorder per trial, in step; main process only.
+class GroupWriter:
+    """One `TrialWriter` per trial; main process only. A solo run says all of its trial, a group says what matters.
 
     Args:
-        identity: of the group, for its checkpoints.
         on_save: called after each checkpoint.
     """
 
-    def __init__(
-        self,
-        group: TrialGroup,
-        runtime: Runtime,
-        parts: Assembly,
-        identity: Mapping[str, Any],
-        screen: Screen,
-        on_save: Callable[[], None],
-    ) -> None:
-        self._group, self._parts, self._identity = group, parts, identity
-        self._screen, self._on_save = screen, on_save
-        shared, silent = group.shared, Screen(silent=True)
-        self._sampler = Sampler(
-            parts.family, parts.denoiser, parts.cache.prompts, shared.config, shared.prediction_type, runtime
-        )
-        self._recorders = [
-            Recorder(member.prepared, runtime, parts.family, parts.bank, [trial], parts.updater, self._sampler, silent)
-            for member, trial in zip(group.members, parts.trials, strict=True)
+    def __init__(self, group: TrialGroup, setup: Setup, screen: Screen, on_save: Callable[[], None]) -> None:
+        shared = group.shared.config
+        self._group, self._setup, self._screen, self._on_save = group, setup, screen, on_save
+        self._periods = group.shared.plan.periods
+        self._sampler = Sampler(setup.denoiser, setup.prompts, shared.sample, shared.data.resolution)
+        self._is_solo = len(group.members) == 1
+        say = screen.say if self._is_solo and not group.log_only else _say_nothing
+        self._writers = [
+            TrialWriter(member.prepared, trial, setup, self._sampler, say=say, log_only=group.log_only)
+            for member, trial in zip(group.members, setup.trials, strict=True)
         ]
-        self._ended = {trial.name for trial in parts.trials if not trial.is_live}
 
-    def open(self, checkpoint: Checkpoint | None) -> None:
+    def open(self, point: ResumePoint | None) -> None:
         """Continue every log where the checkpoint left it."""
-        for recorder in self._recorders:
-            start = Progress()
-            if checkpoint is not None:
-                own = checkpoint.state["plain"][recorder.trial.name]
-                start = replace(checkpoint.progress, metrics_bytes=own[METRICS_BYTES])
-            recorder.open(start, resuming=checkpoint is not None)
-        if checkpoint is not None:
-            self._screen.say(f"resuming after step {checkpoint.progress.step} of {self._group.num_updates}")
+        step = 0 if point is None else point.step
+        for writer in self._writers:
+            length = 0 if point is None else point.trials[writer.trial.name]["metrics_bytes"]
+            writer.open(step, metrics_bytes=length, resuming=point is not None)
+        if point is not None:
+            self._screen.say(f"resuming after step {step} of {self._group.num_updates}")
 
     def close(self) -> None:
-        for recorder in self._recorders:
-            recorder.close()
+        for writer in self._writers:
+            writer.close()
 
-    def update(self, progress: Progress, result: UpdateResult, seconds: float, line: TrainingLine) -> None:
-        """A row in the log of every trial, one line on the screen for all."""
-        rows = [row for recorder in self._recorders for row in recorder.log(progress, result, seconds)]
-        if rows:
+    def begin(self, measured: Sequence[Measurement]) -> None:
+        """What is seen before the first update: the base's own samples, the same for every trial, and its probes."""
+        images = self._sampler.draw(self._writers[0].trial)
+        for writer in self._writers:
+            writer.sample(0, images)
+        self.measured(0, measured)
+
+    def update(self, step: int, result: StepResult, seconds: float, line: TrainingLine) -> None:
+        """A row in the log of every trial that was updated, a `skip` event in the others', one line on the screen."""
+        rows = [row for writer in self._writers if (row := writer.row(step, result, seconds)) is not None]
+        if self._group.log_only:
+            line.advance(step)
+        elif self._is_solo and rows:
+            line.step(rows[0])
+        elif rows:
             losses = [row.loss for row in rows]
-            numbers = f"{len(rows)} trials, loss {min(losses):.4f} .. {max(losses):.4f}, {seconds:.2f} s/update"
-            line.show(progress.step, numbers)
-        self._note_endings()
+            line.show(step, f"{len(rows)} trials, loss {min(losses):.4f} .. {max(losses):.4f}, {seconds:.2f} s/update")
+        for writer in self._live():
+            if writer.trial.name in result.trials:
+                writer.learning(step)
+        for writer in self._writers:
+            if writer.trial.name in result.skipped:
+                writer.skip(step, result)
+        self._tell_endings()
 
-    def prove(self, progress: Progress) -> None:
-        """That every layer of every trial learns, in its own log."""
-        for recorder in self._live():
-            recorder.prove(progress)
+    def measured(self, step: int, measurements: Sequence[Measurement]) -> None:
+        """The probes in each trial's log and the best LoRA so far; of several trials the best three on the screen."""
+        by_trial = {measurement.trial.name: measurement for measurement in measurements}
+        for writer in self._writers:
+            if (own := by_trial.get(writer.trial.name)) is not None:
+                writer.measured(step, own)
+                if own.is_best:
+                    with self._disk_faults(step, "best LoRA"):
+                        writer.export_best(step)
+            writer.diagnose(step)
+        leading = sorted(measurements, key=lambda own: own.held_out.relative)[:3]
+        if step and leading and not (self._is_solo or self._group.log_only):
+            listed = ", ".join(f"{own.trial.name} {own.held_out.relative:.4f}" for own in leading)
+            self._screen.say(f"step {step}: held-out loss over the base's, smallest first: {listed}")
+        self._tell_endings()
 
-    def skip(self, progress: Progress, result: UpdateResult) -> None:
-        """A skipped update, in the log of every trial."""
-        for recorder in self._recorders:
-            recorder.skip(progress, result)
-
-    def validation(self, progress: Progress, measured: Sequence[Measurement]) -> None:
-        """The probes in each trial's log, the best three on the screen."""
-        for recorder in self._recorders:
-            recorder.validation(progress, [each for each in measured if each.trial is recorder.trial])
-        leading = sorted(measured, key=lambda each: each.readings[HELD_OUT].relative)[:3]
-        if progress.step and leading:
-            said = ", ".join(f"{each.trial.name} {each.readings[HELD_OUT].relative:.4f}" for each in leading)
-            self._screen.say(f"step {progress.step}: held-out loss over the base's, smallest first: {said}")
-        self._note_endings()
-
-    def save(self, progress: Progress, *, now: bool) -> None:
+    def save(self, step: int, *, now: bool) -> None:
         """One checkpoint for all trials, where it is due or the group ends here."""
-        lead, period = self._recorders[0], self._group.shared.plan.periods.checkpoint
-        if not (now or (progress.owed and period is not None and progress.step % period == 0)):
+        if self._group.log_only or not (now or _due(step, self._periods.checkpoint)):
             return
-        with self._disk_faults(progress, needed=now and progress.step < self._group.num_updates):
-            states = [recorder.trial.state() for recorder in self._recorders]
-            plain = {
-                recorder.trial.name: {
-                    **own,
-                    METRICS_BYTES: recorder.mark_checkpoint(progress),
-                    TRUNK: None if recorder.trial.trunk is None else recorder.trial.trunk.name,
+        with self._disk_faults(step, "checkpoint", needed=now and step < self._group.num_updates):
+            tensors: dict[str, Tensors] = {}
+            trials: dict[str, Any] = {}
+            for member, writer in zip(self._group.members, self._writers, strict=True):
+                parts, plain = writer.trial.state()
+                for part, own in parts.items():
+                    tensors.setdefault(part, {}).update(own)
+                trials[member.name] = {
+                    **plain,
+                    "identity": identity_of(member.prepared, self._setup.denoiser.runtime),
+                    "metrics_bytes": writer.mark_checkpoint(step),
+                    "parent": None if writer.trial.parent is None else writer.trial.parent.name,
                 }
-                for recorder, (_, own) in zip(self._recorders, states, strict=True)
-            }
-            folder, scaler = self._group.folder / "checkpoints", self._parts.updater.state()
-            save_state(folder, progress, [parts for parts, _ in states], plain, self._identity, scaler)
-            lead.prune_checkpoints(folder)
+            state = {"step": step, "trials_per_pass": self._setup.trials_per_pass, "trials": trials}
+            save_checkpoint(self._group.checkpoints, step, tensors, state)
+            self._prune()
         self._on_save()
 
-    @contextmanager
-    def _disk_faults(self, progress: Progress, *, needed: bool) -> Iterator[None]:
-        """As for a solo run; where the group has to stop, every trial keeps a LoRA of this step."""
-        lead, *others = self._live() or self._recorders
+    def export_and_sample(self, step: int) -> None:
+        """Exports and samples due after an update, of every trial that goes on; the last one's are left to `finish`."""
+        for writer in self._live():
+            if _due(step, self._periods.export):
+                with self._disk_faults(step, "export"):
+                    writer.export_numbered(step)
+            if _due(step, self._periods.sample):
+                with self._disk_faults(step, "samples"):
+                    writer.sample(step)
+
+    def finish(self, step: int) -> None:
+        """The LoRA of every trial that came to the end."""
+        live = [] if self._group.log_only else self._live()
+        for writer in live if self._is_solo else self._screen.track(live, "exporting", len(live)):
+            writer.conclude(step)
+
+    def _live(self) -> list[TrialWriter]:
+        return [writer for writer in self._writers if writer.trial.is_live]
+
+    def _tell_endings(self) -> None:
+        for writer in self._writers:
+            if (ending := writer.ending()) is not None:
+                others = "" if self._is_solo else "; the others go on"
+                told = f"{writer.trial.name} {ending.status} after step {ending.step}: {ending.reason}{others}"
+                self._screen.say(told)
+
+    def _prune(self) -> None:
+        """Remove all checkpoints but the newest; a disk that refuses does not stop the run."""
         try:
-            with lead.disk_faults(progress, "checkpoint", needed=needed):
-                yield
-        except HostError:
-            for recorder in others:
-                recorder.rescue(progress)
-            raise
+            prune(self._group.checkpoints, self._group.shared.config.checkpoint.keep_last)
+        except OSError as error:
+            self._screen.say(f"an old checkpoint could not be removed ({error}); training goes on")
 
-    def deliver(self, progress: Progress) -> None:
-        """Exports and samples due after an update, of every trial that goes on."""
-        for recorder in self._live():
-            recorder.deliver(progress)
+    @contextmanager
+    def _disk_faults(self, step: int, what: str, *, needed: bool = False) -> Iterator[None]:
+        """What a full or failing disk refuses inside the block is said; the run goes on, or stops as the config says.
 
-    def finish(self, progress: Progress) -> None:
-        """The LoRA of every trial that came to the end; the sweep's report has the pictures of all."""
-        live = self._live()
-        for recorder in self._screen.track(live, "exporting", len(live)):
-            recorder.conclude(progress)
+        Args:
+            needed: the run ends here, so that going on without it is no choice.
 
-    def sample(self, progress: Progress) -> None:
-        """What the base draws: the same for every trial, so drawn once."""
-        images = self._recorders[0].draw()
-        for recorder in self._recorders:
-            recorder.keep_samples(progress, images)
+        Raises:
+            HostError: it stops; every trial that goes on has left a LoRA of this step.
+        """
+        try:
+            yield
+        except OSError as error:
+            if not disk_space.is_disk_fault(error):
+                raise
+            writers = self._live() or self._writers
+            for writer in writers:
+                writer.refused(step, what, error.strerror)
+            if not needed and self._group.shared.config.checkpoint.on_disk_full == "continue":
+                self._screen.say(f"step {step}: the disk took no {what} ({error.strerror}); training goes on")
+                return
+            names = [writer.rescue(step) for writer in writers]
+            fix = "free some space; the same command goes on from the newest checkpoint. The LoRA of this step is "
+            where = str(error.filename or self._group.folder)
+            stopped = f"stopped at step {step}: the disk took no {what}"
+            raise HostError(Problem(stopped, where, error.strerror, fix + names[0])) from error
 
-    def _live(self) -> list[Recorder]:
-        return [recorder for recorder in self._recorders if recorder.trial.is_live]
 
-    def _note_endings(self) -> None:
-        for recorder in self._recorders:
-            name, ending = recorder.trial.name, recorder.trial.ending
-            if ending is not None and name not in self._ended:
-                self._ended.add(name)
-                recorder.end(ending)
-                self._screen.say(f"{name} {ending.status} after step {ending.step}: {ending.reason}; the others go on")
+def _due(step: int, period: int | None) -> bool:
+    return period is not None and step % period == 0
+
+
+def _say_nothing(_: str) -> None:
+    """One trial's news among many."""

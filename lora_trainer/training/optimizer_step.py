@@ -1,10 +1,9 @@
-"""One optimizer update of all trials: micro-steps, one reduction, one look at the numbers, one step."""
+"""One optimizer update of all trials: micro-steps, one reduction, one look at the numbers, one step per trial."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +11,13 @@ import torch
 
 from lora_trainer.data.batches import BatchSource
 from lora_trainer.diffusion import random_streams
-from lora_trainer.diffusion.batch import Batch, Draw, Slot, tile
-from lora_trainer.diffusion.objective import Objective
-from lora_trainer.models.adapters.bank import AdapterBank
-from lora_trainer.models.stable_diffusion import StableDiffusion
-from lora_trainer.runtime.runtime import Runtime
+from lora_trainer.diffusion.batch import Conditioning, Slot
+from lora_trainer.diffusion.objective import NoisedLatents
+from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.optimizers import step_size
-from lora_trainer.training.trial import Ending, Trial
+from lora_trainer.training.trial import MAX_OVERFLOWS_IN_A_ROW, Trial
 
-MAX_OVERFLOWS_IN_A_ROW = 30  # fp16's scale halves at each: more than enough to come down from 2**16
-FAULTS = ("loss", "gradient", "fp16 overflow")
-"""What may not be finite, the more telling first."""
+Passes = Sequence[Sequence[Trial]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +34,17 @@ class TrialUpdate:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateResult:
-    """`trials` is empty where the update was skipped; `skipped` then says why."""
+class StepResult:
+    """What one update did."""
 
     trials: dict[str, TrialUpdate]
+    """Of the trials that it was applied to."""
+    skipped: dict[str, str]
+    """Why it was not applied to others that are still trained: what was not finite."""
     num_samples: int
     files: tuple[str, ...]
-    """The images of this process; those of all where the update was skipped."""
+    """The images of this process; those of all where a trial skipped the update."""
     stop_asked: bool
-    skipped: str | None
     base_loss: float | None
     """Loss of the frozen base on the same noised batch; None where it was not asked."""
     draws: str
@@ -56,59 +53,106 @@ class UpdateResult:
 
 @dataclass
 class _Sums:
-    """What the micro-steps of one update add up to; losses of the K trials and of the base."""
+    """What the micro-steps of one update add up to."""
 
     num_samples: int
-    losses_K1: torch.Tensor
+    losses: torch.Tensor
+    """[K + 1]: of the K trials, then of the frozen base."""
     files: list[str] = field(default_factory=list)
     draws: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
 
 
-class Updater:
-    """Runs attempts. All it needs of the past is in the trials and in the gradient scaler.
+class OptimizerStep:
+    """Runs update k. All it needs of the past is in the trials.
 
     Args:
-        passes: the trials of each forward; together they are all trials.
-        drop_failed: a trial whose numbers are not finite ends and keeps its place, with no weight in the loss, so that
-            the others stay untouched to the bit. Otherwise the whole update is skipped.
+        passes: the trials of each forward; together they are all K trials.
+        max_skips: non-finite updates in a row after which a trial has failed.
     """
 
     def __init__(
         self,
-        family: StableDiffusion,
-        bank: AdapterBank,
-        passes: Sequence[Sequence[Trial]],
+        denoiser: AdaptedDenoiser,
         batches: BatchSource,
-        objective: Objective,
-        runtime: Runtime,
+        passes: Passes,
         *,
         seed: int,
-        accumulation: int,
         base_loss_every: int | None,
-        drop_failed: bool = False,
+        max_skips: int,
     ) -> None:
-        self._family, self._bank, self._passes = family, bank, [tuple(members) for members in passes]
-        self._trials = [trial for members in self._passes for trial in members]
-        self._rows = {trial.name: row for row, trial in enumerate(self._trials)}
-        self._drop_failed = drop_failed
-        self._batches, self._objective, self._runtime = batches, objective, runtime
-        self._seed, self._accumulation, self._base_loss_every = seed, accumulation, base_loss_every
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self._denoiser, self._batches, self._runtime = denoiser, batches, denoiser.runtime
+        self._seed, self._base_loss_every, self._max_skips = seed, base_loss_every, max_skips
+        self._passes = [tuple(members) for members in passes]
+        self.trials = [trial for members in self._passes for trial in members]
+        self._rows = {trial.name: row for row, trial in enumerate(self.trials)}
 
-    @property
-    def has_live_trials(self) -> bool:
-        return any(trial.is_live for trial in self._trials)
-
-    def pack(self, passes: Sequence[Sequence[Trial]]) -> None:
+    def pack(self, passes: Passes) -> None:
         """Share forwards among the same trials in another way."""
         self._passes = [tuple(members) for members in passes]
 
+    @property
+    def has_live_trials(self) -> bool:
+        return any(trial.is_live for trial in self.trials)
+
+    def run(self, k: int, *, stop_asked: bool) -> StepResult:
+        """Update k: for each trial applied if its numbers are finite, else skipped, the others untouched to the bit.
+
+        Args:
+            stop_asked: whether this process was told to stop; the result says it of any process.
+        """
+        for trial in self.trials:
+            trial.branch_off_if_due(k)
+        with_base = self._base_loss_every is not None and k % self._base_loss_every == 0
+
+        # 1. Forward and backward of A micro-batches; then one all-reduce of [all gradients, K + 1 losses, stop flag].
+        sums = self._gradients(k, with_base=with_base)
+        stopping = self._reduce(sums.losses, stop_asked)
+
+        # 2. Norm and clip per trial; one host sync brings K + 1 losses and a norm per trial to the CPU.
+        live = [trial for trial in self.trials if trial.is_live]
+        computed = [trial for trial in live if trial.parent is None]  # the others take their parent's update
+        norms = torch.stack([trial.clip() for trial in computed])
+        numbers = torch.cat([sums.losses, norms]).tolist()
+        losses, norms_of = numbers[: len(self.trials) + 1], dict(zip(computed, numbers[-len(computed) :], strict=True))
+
+        # 3. One optimizer step per trial with finite numbers.
+        applied: dict[Trial, TrialUpdate] = {}
+        faults: dict[Trial, str] = {}
+        for trial, norm in norms_of.items():
+            loss = losses[self._rows[trial.name]]
+            if (fault := trial.fault(loss, norm)) is None:
+                applied[trial] = _apply(trial, k, loss, norm)
+            else:
+                faults[trial] = fault
+        files = tuple(self._runtime.from_all(sums.files) if faults else sums.files)
+        for trial in live:
+            if trial.computed_by in faults:
+                trial.skip(k, faults[trial.computed_by], files, self._max_skips)
+        return StepResult(
+            trials={trial.name: applied[trial.computed_by] for trial in live if trial.computed_by in applied},
+            skipped={trial.name: faults[trial.computed_by] for trial in live if trial.computed_by in faults},
+            num_samples=sums.num_samples,
+            files=files,
+            stop_asked=stopping,
+            base_loss=losses[-1] if with_base else None,
+            draws=sums.draws.hexdigest(),
+        )
+
+    def settle_scales(self) -> None:
+        """Halve each fp16 loss scale until update 0 has finite gradients; apply nothing."""
+        unsettled = [trial for trial in self.trials if trial.scaler.is_enabled() and trial.parent is None]
+        for _ in range(MAX_OVERFLOWS_IN_A_ROW):
+            if unsettled:
+                self._reduce(self._gradients(0, with_base=False).losses, stop_asked=False)
+                unsettled = [trial for trial in unsettled if not trial.settle_scale()]
+        for trial in self.trials:
+            trial.clear_gradients()
+
     def activation_bytes(self) -> int:
         """What the forward of one micro-batch keeps for its backward, per trial. Changes nothing."""
-        trial = self._passes[0][0]
-        batch = self._batches.at(self._batches.slots_of(0, 0, 0))
-        draw = self._objective.draw(batch, self._seed)
-        frozen = {p.untyped_storage().data_ptr() for p in self._bank.denoiser.parameters()}
+        batch, bank = self._batches.at(self._batches.slots_of(0, 0, 0)), self._denoiser.bank
+        noised = self._denoiser.objective.draw(batch, self._seed)
+        frozen = {p.untyped_storage().data_ptr() for p in bank.denoiser.parameters()}
         kept: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -118,144 +162,76 @@ class Updater:
             return tensor
 
         with (
-            self._bank.active([trial.adapter]),
+            bank.active([self._passes[0][0].adapter]),
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         ):
-            losses = self._losses(batch, draw, self._objective.noisy(batch.latents_BChw, draw), 1)
+            losses = self._losses(noised, batch.conditioning, 1)
         del losses
         return sum(kept.values())
 
-    def run(self, attempt: int, step: int, *, stop_asked: bool) -> UpdateResult:
-        """Try one update: applied if every number is finite, skipped whole otherwise.
-
-        Args:
-            attempt: decides data, timesteps and noise.
-            step: completed updates so far; decides the LR.
-            stop_asked: whether this process was told to stop; the answer says it of any process.
-        """
-        for trial in self._trials:
-            trial.fork_if_due(step)
+    def _gradients(self, k: int, *, with_base: bool) -> _Sums:
+        """Gradients of update k from the slots of this process, in the parameters; and what they come from."""
+        for trial in self.trials:
             trial.clear_gradients()
-        with_base = self._base_loss_every is not None and step % self._base_loss_every == 0
-        sums = _Sums(
-            self._batches.num_samples_of(attempt), torch.zeros(len(self._trials) + 1, device=self._runtime.device)
-        )
-        for micro_step in range(self._accumulation):
-            slots = self._batches.slots_of(attempt, micro_step, self._runtime.launch.rank)
+        losses = torch.zeros(len(self.trials) + 1, device=self._runtime.device)
+        sums = _Sums(self._batches.num_samples_of(k), losses)
+        for micro_step in range(self._batches.accumulation):
+            slots = self._batches.slots_of(k, micro_step, self._runtime.launch.rank)
             if slots:
                 self._backward(slots, sums, with_base=with_base)
-        stopping = self._reduce(sums.losses_K1, stop_asked)
-        live = [trial for trial in self._trials if trial.is_live and trial.trunk is None]
-        norms = torch.stack([self._clip(trial) for trial in live])
-        numbers = torch.cat([sums.losses_K1, norms]).tolist()  # the one host sync of an update
-        losses, base_loss = numbers[: len(self._trials)], numbers[len(self._trials)]
-        measured = {
-            trial.name: (losses[self._rows[trial.name]], norm)
-            for trial, norm in zip(live, numbers[len(self._trials) + 1 :], strict=True)
-        }
-        faults = {name: fault for name, (loss, norm) in measured.items() if (fault := self._fault(loss, norm))}
-        skipped = None if self._drop_failed or not faults else min(faults.values(), key=FAULTS.index)
-        done = {} if skipped else self._apply(step, measured, faults)
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        return UpdateResult(
-            trials=done,
-            num_samples=sums.num_samples,
-            files=tuple(self._runtime.from_all(sums.files) if skipped else sums.files),
-            stop_asked=stopping,
-            skipped=skipped,
-            base_loss=base_loss if with_base else None,
-            draws=sums.draws.hexdigest(),
-        )
+        return sums
 
     def _backward(self, slots: Sequence[Slot], sums: _Sums, *, with_base: bool) -> None:
-        """Forward and backward of one micro-batch for every pass; the gradients of a sum over trials are solo ones."""
-        batch = self._batches.at(slots)
-        draw = self._objective.draw(batch, self._seed)
-        noisy_BChw = self._objective.noisy(batch.latents_BChw, draw)
+        """Forward and backward of one micro-batch for every pass.
+
+        The losses of a pass are summed over its P trials before the backward: trials share no parameter, so each gets
+        the gradient that it would have alone.
+        """
+        batch, bank = self._batches.at(slots), self._denoiser.bank
+        noised = self._denoiser.objective.draw(batch, self._seed)
         for own in self._passes:
-            members = [trial for trial in own if trial.trunk is None]
+            members = [trial for trial in own if trial.parent is None]
             live = [place for place, trial in enumerate(members) if trial.is_live]
             if not live:
                 continue
             if members[0].config.adapter.dropout:
                 torch.manual_seed(random_streams.torch_seed(self._seed, "adapter dropout", *slots[0]))
-            with self._bank.active([trial.adapter for trial in members]):
-                losses_P = self._losses(batch, draw, noisy_BChw, len(members)) / sums.num_samples
-                self.scaler.scale(losses_P[live].sum()).backward()
-            rows = [self._rows[trial.name] for trial in members]
-            sums.losses_K1[rows] += losses_P.detach()
+            with bank.active([trial.adapter for trial in members]):  # in the backward too: checkpointing runs it again
+                losses_P = self._losses(noised, batch.conditioning, len(members)) / sums.num_samples
+                scaled = [members[place].scaler.scale(losses_P[place]) for place in live]
+                torch.stack(scaled).sum().backward()
+            sums.losses[[self._rows[trial.name] for trial in members]] += losses_P.detach()
         if with_base:
-            with torch.no_grad(), self._bank.disabled():
-                sums.losses_K1[-1] += self._losses(batch, draw, noisy_BChw, 1)[0] / sums.num_samples
+            with torch.no_grad(), bank.disabled():
+                sums.losses[-1] += self._losses(noised, batch.conditioning, 1)[0] / sums.num_samples
         sums.files += batch.files
-        sums.draws.update(f"{draw.digest}{batch.files}".encode())
+        sums.draws.update(f"{noised.digest}{batch.files}".encode())
 
-    def _losses(self, batch: Batch, draw: Draw, noisy_BChw: torch.Tensor, num_trials: int) -> torch.Tensor:
+    def _losses(self, noised: NoisedLatents, conditioning: Conditioning, num_trials: int) -> torch.Tensor:
         """Sum of the weighted losses of a micro-batch [P], for each trial of the pass that acts."""
-        said, draw_PB = batch.conditioning.tiled(num_trials), draw.tiled(num_trials)
-        with self._runtime.autocast():
-            noisy_PBChw = tile(noisy_BChw, num_trials)
-            prediction = self._family.predict(self._bank.denoiser, noisy_PBChw, draw_PB.timesteps_B, said)
-        losses_PB = self._objective.loss(prediction, tile(batch.latents_BChw, num_trials), draw_PB)
-        return (losses_PB * tile(batch.weight_B, num_trials)).unflatten(0, (num_trials, -1)).sum(1)
+        return (self._denoiser.squared_errors(noised, conditioning, num_trials) * noised.weight_B).sum(1)
 
-    def _reduce(self, losses_K1: torch.Tensor, stop_asked: bool) -> bool:
+    def _reduce(self, losses: torch.Tensor, stop_asked: bool) -> bool:
         """Sum gradients, losses and the wish to stop over all processes, in one flat tensor; in place."""
         if self._runtime.launch.num_processes == 1:
             return stop_asked
-        parameters = [p for trial in self._trials for p in trial.parameters.values()]
+        parameters = [p for trial in self.trials for p in trial.parameters.values()]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        wish = torch.full((1,), float(stop_asked), device=losses_K1.device)
-        flat = torch.cat([*(g.reshape(-1) for g in gradients), losses_K1, wish])
+        wish = torch.full((1,), float(stop_asked), device=losses.device)
+        flat = torch.cat([*(g.reshape(-1) for g in gradients), losses, wish])
         flat = self._runtime.sum_over_processes(flat)
         offset = 0
         for gradient in gradients:
             gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
             offset += gradient.numel()
-        losses_K1.copy_(flat[offset:-1])
+        losses.copy_(flat[offset:-1])
         return bool(flat[-1] > 0)
 
-    def _clip(self, trial: Trial) -> torch.Tensor:
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(trial.optimizer)
-        return trial.clip()
 
-    def _fault(self, loss: float, norm: float) -> str | None:
-        if not math.isfinite(loss):
-            return "loss"
-        if not math.isfinite(norm):
-            return "fp16 overflow" if self.scaler.is_enabled() else "gradient"
-        return None
-
-    def _apply(
-        self, step: int, measured: Mapping[str, tuple[float, float]], faults: Mapping[str, str]
-    ) -> dict[str, TrialUpdate]:
-        """Update the trials whose numbers are finite; the others end here. Those that share a trunk's do as it does."""
-        done = {}
-        for trial in self._trials:
-            if trial.trunk is None and trial.name in measured and trial.name not in faults:
-                loss, norm = measured[trial.name]
-                limit = trial.config.train.max_grad_norm
-                lrs = trial.apply_update(step)
-                done[trial.name] = TrialUpdate(
-                    loss, norm, limit is not None and norm > limit, lrs, step_size(trial.optimizer)
-                )
-        for trial in self._trials:
-            source = trial.source.name
-            if trial.is_live and source in faults:
-                trial.end(Ending(step, "failed", f"its {faults[source]} was not finite"))
-            elif trial.is_live and source in done:
-                done[trial.name] = done[source]
-        return done
-
-    def state(self) -> dict[str, Any]:
-        """The gradient scaler's numbers; empty but for fp16."""
-        return self.scaler.state_dict()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state)
+def _apply(trial: Trial, k: int, loss: float, norm: float) -> TrialUpdate:
+    limit = trial.config.train.max_grad_norm
+    lrs = trial.apply_update(k)
+    return TrialUpdate(loss, norm, limit is not None and norm > limit, lrs, step_size(trial.optimizer))

@@ -1,54 +1,168 @@
-"""Where a run goes on: its newest whole checkpoint, whether these settings may continue it, and its return to it."""
+"""Where a group goes on: its newest whole checkpoint, whether these settings may continue it, and its return to it.
+
+A checkpoint's JSON (format 2): `step`, `trials_per_pass`, and by trial its `identity`, `metrics_bytes` (the length of
+its log), `parent` (the trial whose updates it still shares) and the state of `Trial.state`. Tensors are named
+`<trial>/<component>.<layer>.lora_A.weight`. Format 1 had no component in its names, one loss scale for all trials,
+and a second counter for skipped updates; it is read as if format 2 had written it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from lora_trainer.config.allowed_changes import accepted_changes
-from lora_trainer.config.places import lora_file
+from lora_trainer.config.identity import Identity, compare, difference, refusal
+from lora_trainer.config.places import METRICS_FILE, lora_file
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.runtime.runtime import Runtime
-from lora_trainer.storage.checkpoint import Checkpoint, Progress, newest_checkpoint
+from lora_trainer.storage.checkpoint import Checkpoint, newest_checkpoint
 from lora_trainer.tracking.console import Screen
-from lora_trainer.training.optimizer_step import Updater
-from lora_trainer.training.trial import Trial
+from lora_trainer.training.group import TrialGroup
+from lora_trainer.training.setup import Setup
+from lora_trainer.training.trial import Skips, Tensors
+
+FORMAT_1_COMPONENT = "unet"
+"""What every adapter of format 1 was on."""
 
 
-def find_checkpoint(prepared: Prepared, runtime: Runtime, screen: Screen) -> Checkpoint | None:
-    """The newest whole checkpoint of this run; None where it starts at its beginning, which is said if it did before.
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """A checkpoint as the group of today sees it."""
+
+    checkpoint: Checkpoint
+    step: int
+    trials_per_pass: int
+    trials: Mapping[str, dict[str, Any]]
+    """What is stored of each member, by the name that it has now."""
+    names: Mapping[str, str]
+    """The name that each member had when it was saved."""
+
+    def is_over(self, num_updates: int) -> bool:
+        """Whether no trial goes on."""
+        return self.step >= num_updates or all(own["ending"] is not None for own in self.trials.values())
+
+
+def find_resume_point(group: TrialGroup, runtime: Runtime, screen: Screen) -> ResumePoint | None:
+    """The newest whole checkpoint of this group; None where it starts at its beginning, which is said if it did before.
 
     Raises:
-        ConfigError: the run directory holds a run with another identity.
+        ConfigError: it holds a run, or trials, with another identity.
         HostError: there were checkpoints and none can be read, or a finished run has lost them.
     """
-    found = _newest(prepared, screen) if runtime.launch.is_main else None
-    found = runtime.from_main(found)
-    if found is not None:
-        changes = accepted_changes(found.identity, prepared.identity(), prepared.config.resume, str(prepared.run_dir))
-        for change in changes:
-            screen.say(f"changed since the last start, as resume allows: {change}")
-        check_kept_curve(prepared)
-    return found
+    checkpoint = runtime.from_main(_newest(group, screen) if runtime.launch.is_main else None)
+    if checkpoint is None:
+        return None
+    point = _point(checkpoint, group)
+    if checkpoint.state["format"] == 1 and (tried := checkpoint.state["progress"]["attempt"]) != point.step:
+        screen.say(
+            f"{tried - point.step} skipped updates of an earlier version are not made up for: update {point.step} has "
+            "its own images and noise again"
+        )
+    return _accept(point, group, runtime, screen)
 
 
-def _newest(prepared: Prepared, screen: Screen) -> Checkpoint | None:
-    found, faults = newest_checkpoint(prepared.run_dir / "checkpoints")
+def _newest(group: TrialGroup, screen: Screen) -> Checkpoint | None:
+    found, faults = newest_checkpoint(group.checkpoints)
     for fault in faults:
         screen.say(fault)
-    if found is None and lora_file(prepared.config).exists():
-        raise HostError(
-            Problem(
-                "this run has its LoRA but no checkpoint, so nothing could be continued",
-                str(prepared.run_dir),
-                "its checkpoints were removed, or the disk never took one",
-                "start anew with --fresh (the old run is kept beside it), or give the new run another `name`",
+    silent = found is not None or group.log_only
+    for own in (member.prepared for member in group.members) if not silent else ():
+        if lora_file(own.config).exists():
+            raise HostError(
+                Problem(
+                    "this run has its LoRA but no checkpoint, so nothing could be continued",
+                    str(own.run_dir),
+                    "its checkpoints were removed, or the disk never took one",
+                    "start anew with --fresh (the old run is kept beside it), or give the new run another `name`",
+                )
             )
-        )
-    if found is None and (prepared.run_dir / "metrics.jsonl").exists():
-        screen.say("an earlier start ended before its first checkpoint; this one begins at step 0 again")
+        if (own.run_dir / METRICS_FILE).exists():
+            screen.say("an earlier start ended before its first checkpoint; this one begins at step 0 again")
+            break
     return found
+
+
+def _point(checkpoint: Checkpoint, group: TrialGroup) -> ResumePoint:
+    state = checkpoint.state if checkpoint.state["format"] > 1 else _as_format_2(checkpoint.state)
+    stored, now = state["trials"], [member.name for member in group.members]
+    names = dict(zip(now, stored, strict=True)) if len(now) == len(stored) == 1 else {name: name for name in now}
+    if missing := [name for name, before in names.items() if before not in stored]:
+        fix = "restore sweep.json beside it, or start anew with --fresh"
+        raise ConfigError(Problem(f"no checkpoint knows {', '.join(missing)}", str(group.folder), fix=fix))
+    return ResumePoint(
+        checkpoint,
+        state["step"],
+        state["trials_per_pass"],
+        {name: stored[before] for name, before in names.items()},
+        names,
+    )
+
+
+def _as_format_2(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a checkpoint that format 1 wrote."""
+    progress, identity, scaler = state["progress"], state["identity"], state["scaler"]
+    of_group = "trials" in identity
+    trials = {}
+    for name, plain in state["plain"].items():
+        values = {_with_component(place): value for place, value in plain["optimizer"]["values"].items()}
+        trials[name] = {
+            **plain,
+            "optimizer": {**plain["optimizer"], "values": values},
+            "identity": identity["trials"][name] if of_group else identity,
+            "metrics_bytes": plain.get("metrics_bytes", progress["metrics_bytes"]),
+            "parent": plain.get("trunk"),
+            "skips": asdict(Skips(progress["attempt"] - progress["step"])),
+            "scaler": scaler,
+        }
+    return {
+        "step": progress["step"],
+        "trials_per_pass": identity["trials_per_pass"] if of_group else 1,
+        "trials": trials,
+    }
+
+
+def _with_component(name: str) -> str:
+    return f"{FORMAT_1_COMPONENT}.{name}"
+
+
+def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, screen: Screen) -> ResumePoint:
+    """The same point where every difference is allowed; what differs is said once.
+
+    A run that ended because its numbers were not finite goes on where a setting was changed.
+
+    Raises:
+        ConfigError: naming everything else that differs.
+    """
+    problems, notes, trials = list[Problem](), dict[str, None](), dict(point.trials)
+    for member in group.members:
+        own, stored = member.prepared, point.trials[member.name]
+        now = identity_of(own, runtime)
+        changes = compare(stored["identity"], now, own.config.resume, str(group.folder))
+        if changes.refused:
+            problems.append(refusal(member.name, stored["identity"], now, changes.refused, str(group.folder)))
+        notes |= dict.fromkeys(
+            f"changed since the last start: {line}"
+            for line in difference(stored["identity"], now, [*changes.accepted, *changes.said])
+        )
+        if changes.unknown:
+            notes[f"not recorded by the earlier version, taken as unchanged: {', '.join(changes.unknown)}"] = None
+        failed = stored["ending"] is not None and stored["ending"]["status"] == "failed"
+        if failed and changes.accepted and len(group.members) == 1:
+            trials[member.name] = stored | {"ending": None, "skips": asdict(Skips(stored["skips"]["total"]))}
+        check_kept_curve(own)
+    if problems:
+        raise ConfigError(*problems)
+    for note in notes:
+        screen.say(note)
+    return replace(point, trials=trials)
+
+
+def identity_of(prepared: Prepared, runtime: Runtime) -> Identity:
+    """Settings and contents of a run with what only the running process knows."""
+    return prepared.identity() | runtime.facts()
 
 
 def check_kept_curve(prepared: Prepared) -> None:
@@ -72,12 +186,37 @@ def check_kept_curve(prepared: Prepared) -> None:
         )
 
 
-def restore(checkpoint: Checkpoint | None, trials: Sequence[Trial], updater: Updater) -> Progress:
-    """Bring trials and updater to the checkpoint's state; where to go on."""
-    if checkpoint is None:
-        return Progress()
-    parts, plain = checkpoint.parts(), checkpoint.state["plain"]
-    for trial in trials:
-        trial.load_state(parts, plain[trial.name])
-    updater.load_state(checkpoint.state["scaler"])
-    return checkpoint.progress
+def restore(point: ResumePoint | None, group: TrialGroup, setup: Setup) -> int:
+    """Bring every trial to its state at the resume point, and let those share updates that do; the first step."""
+    by_name = {trial.name: trial for trial in setup.trials}
+    if point is not None:
+        tensors = _tensors(point.checkpoint)
+        for trial in setup.trials:
+            trial.load_state(tensors, point.trials[trial.name], saved_as=point.names[trial.name])
+    for member in group.members:
+        prefix = member.prefix
+        if prefix is not None and (point is None or point.trials[member.name]["parent"] == prefix.parent):
+            by_name[member.name].share(by_name[prefix.parent], prefix.step)
+    return 0 if point is None else point.step
+
+
+def stored_trial(checkpoint: Checkpoint) -> tuple[int, dict[str, Tensors]]:
+    """Step and tensors, by part and name, of the one trial in a run's checkpoint."""
+    parts = _tensors(checkpoint)
+    own = {part: {key.partition("/")[2]: value for key, value in named.items()} for part, named in parts.items()}
+    state = checkpoint.state
+    return state["step"] if state["format"] > 1 else state["progress"]["step"], own
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Tensors]:
+    """By part and by their names in format 2."""
+    parts = checkpoint.tensors()
+    if checkpoint.state["format"] > 1:
+        return parts
+    return {part: {_renamed(key): value for key, value in own.items()} for part, own in parts.items()}
+
+
+def _renamed(key: str) -> str:
+    """A tensor's name in format 2."""
+    trial, _, name = key.partition("/")
+    return f"{trial}/{_with_component(name)}"

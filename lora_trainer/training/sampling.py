@@ -11,54 +11,53 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from lora_trainer.config.schema import PromptConfig, RunConfig
+from lora_trainer.config.schema import PromptConfig, SampleConfig
 from lora_trainer.data.batches import PromptStore
-from lora_trainer.models.stable_diffusion import StableDiffusion
-from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.storage import atomic_files
+from lora_trainer.training.denoiser import AdaptedDenoiser
+from lora_trainer.training.trial import Trial
 
 
 class Sampler:
-    """Draws the prompts of a config with whatever adapter is active; the VAE waits on the CPU in between."""
+    """Draws the prompts of a config with whatever adapter is active; the VAE waits on the CPU in between.
 
-    def __init__(
-        self,
-        family: StableDiffusion,
-        denoiser: torch.nn.Module,
-        prompts: PromptStore,
-        config: RunConfig,
-        prediction_type: str,
-        runtime: Runtime,
-    ) -> None:
-        self._family, self._denoiser, self._prompts = family, denoiser, prompts
-        self._config, self._prediction_type = config.sample, prediction_type
-        self._resolution = config.data.resolution
-        self._runtime = runtime
+    Args:
+        resolution: width and height, px.
+    """
+
+    def __init__(self, denoiser: AdaptedDenoiser, prompts: PromptStore, config: SampleConfig, resolution: int) -> None:
+        self._denoiser, self._prompts = denoiser, prompts
+        self._config, self._resolution = config, resolution
         self._vae: AutoencoderKL | None = None
 
     @torch.no_grad()
-    def draw(self) -> list[Image.Image]:
-        """One image per prompt, each with its own seed."""
+    def draw(self, trial: Trial) -> list[Image.Image]:
+        """One image per prompt, each with its own seed, with what would be exported of a trial now."""
+        if not self._config.prompts:
+            return []
+        bank, family = self._denoiser.bank, self._denoiser.family
         if self._vae is None:
-            self._vae = self._family.load_vae(torch.device("cpu"))
-        vae = self._vae.to(self._runtime.device)
-        was_training = self._denoiser.training
-        self._denoiser.eval()
+            self._vae = family.load_vae(torch.device("cpu"))
+        vae = self._vae.to(self._denoiser.runtime.device)
+        was_training = bank.denoiser.training
+        bank.denoiser.eval()
         try:
-            return [self._draw_one(vae, prompt) for prompt in self._config.prompts]
+            with bank.active([trial.adapter]), bank.swapped(trial.adapter, trial.weights()):
+                return [self._draw_one(vae, prompt) for prompt in self._config.prompts]
         finally:
-            self._denoiser.train(was_training)
+            bank.denoiser.train(was_training)
             vae.to("cpu")
 
     def _draw_one(self, vae: AutoencoderKL, prompt: PromptConfig) -> Image.Image:
-        pipeline = self._family.pipeline(self._denoiser, vae, self._prediction_type)
-        device = self._runtime.device
-        said = self._prompts.conditioning([prompt.prompt], device).prompt_embeds_BLD
-        unsaid = self._prompts.conditioning([prompt.negative_prompt], device).prompt_embeds_BLD
-        with self._runtime.autocast():
+        own = self._denoiser
+        pipeline = own.family.pipeline(own.bank.denoiser, vae, own.objective.prediction_type)
+        device, dtype = own.runtime.device, own.runtime.dtype
+        cond = self._prompts.conditioning([prompt.prompt], device).prompt_embeds_BLD
+        uncond = self._prompts.conditioning([prompt.negative_prompt], device).prompt_embeds_BLD
+        with own.runtime.autocast():
             latents = pipeline(
-                prompt_embeds=said.to(self._runtime.dtype),
-                negative_prompt_embeds=unsaid.to(self._runtime.dtype),
+                prompt_embeds=cond.to(dtype),
+                negative_prompt_embeds=uncond.to(dtype),
                 height=self._resolution,
                 width=self._resolution,
                 num_inference_steps=self._config.num_inference_steps,
@@ -85,7 +84,6 @@ def save_samples(folder: Path, step: int, images: Sequence[Image.Image]) -> list
 
 
 def png_bytes(image: Image.Image) -> bytes:
-
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What a run computes with, put together from its plan: the same for training and for the learning-rate finder."""
+"""What a group computes with: caches, the frozen base, an adapter per trial, and what moves and measures them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+import torch
 
 from lora_trainer.config.schema import LoraConfig
-from lora_trainer.data.batches import BatchSource
+from lora_trainer.data.batches import BatchSource, PromptStore
 from lora_trainer.data.cache import Cache, build_cache
 from lora_trainer.diffusion.objective import Objective
 from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
 from lora_trainer.models.adapters.targets import select_targets
 from lora_trainer.models.registry import open_family
-from lora_trainer.models.stable_diffusion import StableDiffusion
 from lora_trainer.planning.prepare import Prepared
+from lora_trainer.planning.run_plan import DENOISER_GROUP, lay_groups
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.tracking.console import Screen
-from lora_trainer.training.optimizer_step import Updater
-from lora_trainer.training.trial import Trial, TrialSpec, passes_of
+from lora_trainer.training.denoiser import AdaptedDenoiser
+from lora_trainer.training.group import Member, TrialGroup
+from lora_trainer.training.optimizer_step import OptimizerStep
+from lora_trainer.training.pruning_rules import PruningRules
+from lora_trainer.training.trial import Trial, passes_of
 from lora_trainer.training.validation import Validator
+from lora_trainer.training.validation_schedule import ValidationSchedule
 
 MEMORY_SHARE = 0.7
 """Of the free memory: the rest is for the workspaces of kernels and for other processes."""
@@ -31,75 +35,65 @@ ACTIVATION_MARGIN = 1.5  # gradients of activations come on top of what the forw
 
 
 @dataclass(frozen=True, slots=True)
-class Assembly:
+class Setup:
     """The frozen base, the trials on it, and what updates and measures them."""
 
-    family: StableDiffusion
-    cache: Cache
-    denoiser: nn.Module
-    bank: AdapterBank
+    denoiser: AdaptedDenoiser
+    prompts: PromptStore
     trials: tuple[Trial, ...]
-    passes: tuple[tuple[Trial, ...], ...]
-    """The trials of each forward."""
     trials_per_pass: int
-    """The most that share one."""
-    updater: Updater
-    validator: Validator | None
+    """The most that share a forward."""
+    optimizer_step: OptimizerStep
+    validation: ValidationSchedule | None
     """None where the config has no validation section."""
+    num_updates: int
 
 
-def assemble(
-    prepared: Prepared,
-    specs: Sequence[TrialSpec],
-    runtime: Runtime,
-    screen: Screen,
-    *,
-    trials_per_pass: int | Literal["auto"] = 1,
-    drop_failed: bool = False,
-) -> Assembly:
+def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pass: int | Literal["auto"]) -> Setup:
     """Cache the data, load the base, attach an adapter per trial and build what moves them; nothing is trained yet.
 
     Args:
         trials_per_pass: adapters that share a forward; `auto` as many as memory has room for.
-        drop_failed: see `Updater`.
 
     Raises:
         TrainerError: the data, the base or the host is at fault.
     """
-    config, plan = prepared.config, prepared.plan
-    family = open_family(prepared.base)
-    cache = build_cache(config, family, prepared.split, prepared.base_digests, runtime, screen.track)
+    shared, config = group.shared, group.shared.config
+    family = open_family(shared.base)
+    cache = build_cache(config, family, shared.split, shared.base_digests, runtime, screen.track)
     _say_cache(cache, screen)
-    denoiser = family.load_denoiser(runtime.device, runtime.dtype)
-    adapters = {f"trial{index}": _adapter(prepared, spec.config.adapter) for index, spec in enumerate(specs)}
-    bank = AdapterBank.attach(denoiser, adapters, seed=config.seed)
+    model = family.load_denoiser(runtime.device, runtime.dtype)
+    adapters = {f"trial{index}": _adapter(shared, own.trial.config.adapter) for index, own in enumerate(group.members)}
+    bank = AdapterBank.attach(model, DENOISER_GROUP, adapters, seed=config.seed)
     if config.train.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    denoiser.train()
+        model.enable_gradient_checkpointing()
+    model.train()
 
-    trials = tuple(Trial.build(spec, bank, name, plan) for spec, name in zip(specs, adapters, strict=True))
-    passes = passes_of(trials, 1)
-    objective = Objective(config.objective, family.noise_schedule, prepared.prediction_type, runtime.device)
-    updater = Updater(
-        family,
-        bank,
-        passes,
-        _batches(prepared, cache, runtime),
-        objective,
-        runtime,
+    objective = Objective(config.objective, family.noise_schedule, shared.prediction_type, runtime.device)
+    denoiser = AdaptedDenoiser(family, bank, objective, runtime)
+    trials = tuple(_trial(own, name, bank, runtime) for own, name in zip(group.members, adapters, strict=True))
+    optimizer_step = OptimizerStep(
+        denoiser,
+        _batches(shared, cache, runtime),
+        passes_of(trials, 1),
         seed=config.seed,
-        accumulation=plan.accumulation,
         base_loss_every=config.tracking.base_loss_every,
-        drop_failed=drop_failed,
+        max_skips=group.max_skips,
     )
-    per_pass: int
     if trials_per_pass == "auto":
-        per_pass = runtime.from_main(fitting_trials_per_pass(trials, updater.activation_bytes(), runtime))
-    else:
-        per_pass = trials_per_pass
-    updater.pack(passes := passes_of(trials, per_pass))
-    validator = _validator(prepared, family, bank, cache, objective, runtime)
-    return Assembly(family, cache, denoiser, bank, trials, passes, per_pass, updater, validator)
+        activations = optimizer_step.activation_bytes()
+        trials_per_pass = int(runtime.from_main(fitting_trials_per_pass(trials, activations, runtime)))
+    passes = passes_of(trials, trials_per_pass)
+    optimizer_step.pack(passes)
+    if len(trials) > 1:
+        screen.say(f"trials per forward: {', '.join(str(len(members)) for members in passes)}")
+    validation, planned = None, shared.plan.validation
+    if config.validation is not None and planned is not None:
+        probe = config.validation
+        validator = Validator(denoiser, cache.probes, cache.prompts, seed=probe.seed, batch_size=probe.batch_size)
+        rules = PruningRules(group.prune.diverged)
+        validation = ValidationSchedule(validator, passes, planned.every, group.num_updates, rules)
+    return Setup(denoiser, cache.prompts, trials, trials_per_pass, optimizer_step, validation, group.num_updates)
 
 
 def fitting_trials_per_pass(trials: Sequence[Trial], activation_bytes: int, runtime: Runtime) -> int:
@@ -113,6 +107,14 @@ def fitting_trials_per_pass(trials: Sequence[Trial], activation_bytes: int, runt
     most = min(len(trials), max(1, int(room // (activation_bytes * ACTIVATION_MARGIN))))
     num_passes = math.ceil(len(trials) / most)
     return math.ceil(len(trials) / num_passes)
+
+
+def _trial(member: Member, adapter: str, bank: AdapterBank, runtime: Runtime) -> Trial:
+    """The trial over its adapter in the bank, with its schedules laid over its plan."""
+    config = member.prepared.config
+    groups = lay_groups(config, member.prepared.plan.lr_horizon)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+    return Trial(config, adapter, bank.parameters(adapter), groups, scaler)
 
 
 def _adapter(prepared: Prepared, config: LoraConfig) -> AdapterSpec:
@@ -132,22 +134,6 @@ def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:
         num_processes=plan.num_processes,
         caption_dropout=config.data.captions.dropout,
         device=runtime.device,
-    )
-
-
-def _validator(
-    prepared: Prepared,
-    family: StableDiffusion,
-    bank: AdapterBank,
-    cache: Cache,
-    objective: Objective,
-    runtime: Runtime,
-) -> Validator | None:
-    config = prepared.config.validation
-    if config is None:
-        return None
-    return Validator(
-        family, bank, cache.probes, cache.prompts, objective, runtime, seed=config.seed, batch_size=config.batch_size
     )
 
 

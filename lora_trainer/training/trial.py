@@ -12,21 +12,14 @@ import torch
 from torch import nn
 
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.models.adapters.bank import AdapterBank
 from lora_trainer.models.adapters.packing import can_pack
 from lora_trainer.models.adapters.targets import assign_groups
-from lora_trainer.planning.run_plan import DENOISER_GROUP, LRGroup, RunPlan, lay_groups
+from lora_trainer.planning.run_plan import LRGroup
 from lora_trainer.training.optimizers import build_optimizer, evaluated_weights
 
 Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class TrialSpec:
-    """What makes a trial: a name and the configuration it runs with."""
-
-    name: str
-    config: RunConfig
+MAX_OVERFLOWS_IN_A_ROW = 30  # fp16's scale halves at each: more than enough to come down from 2**16
+OVERFLOW = "fp16 overflow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +32,7 @@ class BestProbe:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why a trial ended before the others of its group, after `step` completed updates."""
+    """Why a trial ended before the others of its group, after `step` updates."""
 
     step: int
     status: Literal["failed", "stopped"]
@@ -47,36 +40,50 @@ class Ending:
     reason: str
 
 
+@dataclass
+class Skips:
+    """Updates that were not applied because a number was not finite."""
+
+    total: int = 0
+    faults_in_a_row: int = 0
+    overflows_in_a_row: int = 0
+    """fp16 gradients beyond the loss scale, which then halves: no fault of the trial."""
+
+
 class Trial:
-    """Adapter, optimizer, schedule and average of one trial, moved on one update at a time."""
+    """Adapter, optimizer, schedule and average of one trial, moved on one update at a time.
+
+    Args:
+        adapter: its name in the bank.
+        parameters: fp32, by name.
+        groups: learning rates; the first has the weights that no other takes.
+        scaler: the trial's own loss scale, so that an overflow touches no other trial; enabled under fp16 alone.
+    """
 
     def __init__(
         self,
-        spec: TrialSpec,
+        config: RunConfig,
         adapter: str,
         parameters: Mapping[str, nn.Parameter],
         groups: Sequence[LRGroup],
+        scaler: torch.amp.GradScaler,
     ) -> None:
-        self.name, self.config, self.adapter = spec.name, spec.config, adapter
-        self.parameters = dict(parameters)
-        self.groups = tuple(groups)
+        self.name, self.config, self.adapter, self.scaler = config.name, config, adapter, scaler
+        self.parameters, self.groups = dict(parameters), tuple(groups)
         self.best: BestProbe | None = None
         self.ending: Ending | None = None
-        self.trunk: Trial | None = None
-        self._fork_step = 0
-        options, ema_decay = spec.config.optimizer, spec.config.train.ema_decay
-        patterns = {group.name: group.match for group in options.groups}
-        members = assign_groups(list(self.parameters), patterns, DENOISER_GROUP)
+        self.skips = Skips()
+        self.parent: Trial | None = None
+        """The trial whose updates this one still shares."""
+        self._branches_at = 0
+        patterns = {group.name: group.match for group in config.optimizer.groups}
+        members = assign_groups(list(self.parameters), patterns, self.groups[0].name)
         self._order = [name for group in self.groups for name in members[group.name]]
         self._group_of = {name: group for group in self.groups for name in members[group.name]}
         grouped = [[self.parameters[name] for name in members[group.name]] for group in self.groups]
-        self.optimizer = build_optimizer(options, grouped, self.groups[0].schedule.horizon)
+        self.optimizer = build_optimizer(config.optimizer, grouped, self.groups[0].schedule.horizon)
+        ema_decay = config.train.ema_decay
         self.average = None if ema_decay is None else Average(self.parameters, ema_decay)
-
-    @classmethod
-    def build(cls, spec: TrialSpec, bank: AdapterBank, adapter: str, plan: RunPlan) -> Trial:
-        """The trial over its adapter in the bank, with its schedules laid over the plan."""
-        return cls(spec, adapter, bank.parameters(adapter), lay_groups(spec.config, plan.lr_horizon))
 
     @property
     def is_live(self) -> bool:
@@ -88,24 +95,26 @@ class Trial:
         self.ending = ending
 
     @property
-    def source(self) -> Trial:
-        """The trial that is computed for this one: itself, or the trunk whose first updates it shares."""
-        return self if self.trunk is None else self.trunk.source
+    def computed_by(self) -> Trial:
+        """The trial whose gradients stand for this one's: itself, or the parent whose updates it shares."""
+        return self if self.parent is None else self.parent.computed_by
 
-    def share(self, trunk: Trial, fork_step: int) -> None:
-        """Take the first `fork_step` updates from a trial that makes the same ones."""
-        self.trunk, self._fork_step = trunk, fork_step
+    def share(self, parent: Trial, until: int) -> None:
+        """Take the updates before number `until` from a trial that makes the same ones."""
+        self.parent, self._branches_at = parent, until
 
-    def fork_if_due(self, step: int) -> None:
-        """Before update `step`: leave the trunk with a copy of all its state, where the shared updates end."""
-        if self.trunk is not None and step >= self._fork_step:
-            parts, plain = self.state()
-            copied = {part: {key: value.clone() for key, value in own.items()} for part, own in parts.items()}
-            self.trunk = None
+    def branch_off_if_due(self, k: int) -> None:
+        """Before update k: leave the parent with a copy of all its state, where the shared updates end."""
+        if self.parent is not None and k >= self._branches_at:
+            tensors, plain = self.state()
+            copied = {part: {key: value.clone() for key, value in own.items()} for part, own in tensors.items()}
+            self.parent = None
             self.load_state(copied, copy.deepcopy(plain))
 
     def clip(self) -> torch.Tensor:
-        """Scale the gradients down to the norm allowed; the norm before that, on the device."""
+        """Take the loss scale off and scale the gradients down to the norm allowed; the norm before, on the device."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         limit = self.config.train.max_grad_norm
@@ -113,20 +122,53 @@ class Trial:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, norm)
         return norm
 
-    def apply_update(self, step: int) -> dict[str, float]:
-        """One optimizer update with the LRs of `step`, which are returned by group; then the average follows."""
-        lrs = {group.name: group.lr(step) for group in self.groups}
+    def fault(self, loss: float, norm: float) -> str | None:
+        """What is not finite of an update's numbers, the more telling first."""
+        if not math.isfinite(loss):
+            return "loss"
+        if not math.isfinite(norm):
+            return OVERFLOW if self.scaler.is_enabled() else "gradient"
+        return None
+
+    def apply_update(self, k: int) -> dict[str, float]:
+        """One optimizer step with the LRs of update k, which are returned by group; then the average follows."""
+        lrs = {group.name: group.lr(k) for group in self.groups}
         for own, lr in zip(self.optimizer.param_groups, lrs.values(), strict=True):
             own["lr"] = lr
         self.optimizer.step()
         if self.average is not None:
-            self.average.follow(self.parameters, step)
+            self.average.follow(self.parameters, k)
+        self._update_scale()
+        self.skips.faults_in_a_row = self.skips.overflows_in_a_row = 0
         return lrs
+
+    def skip(self, k: int, fault: str, files: Sequence[str], max_faults: int) -> None:
+        """Leave everything as it was before update k; fail where that happens too often in a row."""
+        overflow, skips = fault == OVERFLOW, self.skips
+        skips.total += 1
+        skips.overflows_in_a_row = skips.overflows_in_a_row + 1 if overflow else 0
+        skips.faults_in_a_row = 0 if overflow else skips.faults_in_a_row + 1
+        if self.parent is None:
+            self._update_scale()
+        if skips.overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW or skips.faults_in_a_row >= max_faults:
+            times = skips.overflows_in_a_row or skips.faults_in_a_row
+            often = "" if times == 1 else f" in {times} updates in a row"
+            self.end(Ending(k + 1, "failed", f"its {fault} was not finite{often}; images {', '.join(files)}"))
+
+    def settle_scale(self) -> bool:
+        """Whether the gradients are finite under this loss scale; it halves where they are not."""
+        fits = math.isfinite(float(self.clip()))
+        self._update_scale()
+        return fits
+
+    def _update_scale(self) -> None:
+        if self.scaler.is_enabled():
+            self.scaler.update()
 
     def weights(self) -> Tensors:
         """What is exported, sampled and validated: the average where one is kept, else the adapter itself."""
-        if self.trunk is not None:
-            return self.source.weights()
+        if self.parent is not None:
+            return self.computed_by.weights()
         if self.average is not None:
             return self.average.tensors
         evaluated = evaluated_weights(self.optimizer)
@@ -145,8 +187,8 @@ class Trial:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
-        """All that a resume needs: tensors by part and `<trial>/<name>`, and plain values."""
-        source = self.source
+        """All that a resume needs: tensors by part and `<trial>/<name>`, and JSON values."""
+        source = self.computed_by
         tensors, optimizer = source._optimizer_state()
         parts: dict[str, Tensors] = {
             "adapter": {name: p.detach() for name, p in source.parameters.items()},
@@ -156,14 +198,25 @@ class Trial:
             parts["average"] = source.average.tensors
         named = {part: {f"{self.name}/{k}": v for k, v in own.items()} for part, own in parts.items()}
         feedback = [None if g.schedule.feedback is None else g.schedule.feedback.state() for g in self.groups]
-        best = None if self.best is None else asdict(self.best)
-        ending = None if self.ending is None else asdict(self.ending)
-        return named, {"optimizer": optimizer, "feedback": feedback, "best": best, "ending": ending}
+        return named, {
+            "optimizer": optimizer,
+            "feedback": feedback,
+            "best": None if self.best is None else asdict(self.best),
+            "ending": None if self.ending is None else asdict(self.ending),
+            "skips": asdict(self.skips),
+            "scaler": source.scaler.state_dict(),
+        }
 
     @torch.no_grad()
-    def load_state(self, parts: Mapping[str, Tensors], plain: Mapping[str, Any]) -> None:
-        """The inverse of `state`; `parts` may hold other trials too."""
-        prefix = f"{self.name}/"
+    def load_state(
+        self, parts: Mapping[str, Tensors], plain: Mapping[str, Any], *, saved_as: str | None = None
+    ) -> None:
+        """The inverse of `state`; `parts` may hold other trials too.
+
+        Args:
+            saved_as: the trial's name when it was saved, where it has another now.
+        """
+        prefix = f"{saved_as or self.name}/"
         own = {
             part: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             for part, tensors in parts.items()
@@ -173,6 +226,9 @@ class Trial:
         self._load_optimizer_state(own["optimizer"], plain["optimizer"])
         self.best = None if plain["best"] is None else BestProbe(**plain["best"])
         self.ending = None if plain["ending"] is None else Ending(**plain["ending"])
+        self.skips = Skips(**plain["skips"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(plain["scaler"])
         for group, state in zip(self.groups, plain["feedback"], strict=True):
             if group.schedule.feedback is not None and state is not None:
                 group.schedule.feedback.load(state)
@@ -233,9 +289,9 @@ class Average:
         self.tensors: Tensors = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def follow(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        """Move towards the parameters after update `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def follow(self, parameters: Mapping[str, nn.Parameter], k: int) -> None:
+        """Move towards the parameters after update k."""
+        decay = min(self.decay, (1 + k) / (10 + k))
         torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in parameters.values()], 1 - decay)
 
     @torch.no_grad()

@@ -17,13 +17,11 @@ import torch
 
 from lora_trainer.data.batches import PromptStore
 from lora_trainer.diffusion import random_streams
-from lora_trainer.diffusion.batch import Conditioning, Draw, ProbeItems, tile
-from lora_trainer.diffusion.objective import Objective, squared_error
-from lora_trainer.models.adapters.bank import AdapterBank
-from lora_trainer.models.stable_diffusion import StableDiffusion
+from lora_trainer.diffusion.batch import ProbeItems
+from lora_trainer.diffusion.objective import NoisedLatents, Objective
 from lora_trainer.planning.run_plan import PROBE_STRATA
-from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.schedules.plateau import standard_error
+from lora_trainer.training.denoiser import AdaptedDenoiser
 
 NUM_BANDS = 4
 Losses = np.ndarray  # [N images, S strata] of one trial, or [P, N, S], float64
@@ -75,43 +73,48 @@ class ProbeReading:
 class _Grid:
     """The M = N x S noised images of a probe, ready for the denoiser."""
 
-    noisy_MChw: torch.Tensor
-    target_MChw: torch.Tensor
-    timesteps_M: torch.Tensor
+    noised: NoisedLatents
     prompts: tuple[str, ...]
+
+    def rows(self, rows_R: torch.Tensor) -> NoisedLatents:
+        """Some of its rows, on its device."""
+        own = self.noised
+        return NoisedLatents(
+            own.noisy_BChw[rows_R], own.target_BChw[rows_R], own.timesteps_B[rows_R], own.weight_B[rows_R]
+        )
 
 
 class Validator:
-    """Measures every probe with any adapter; the noised images are made once and kept on the device."""
+    """Measures every probe with any adapter; the noised images are made once and kept on the device.
+
+    Args:
+        seed: of the probe's noise.
+        batch_size: images per forward.
+    """
 
     def __init__(
         self,
-        family: StableDiffusion,
-        bank: AdapterBank,
+        denoiser: AdaptedDenoiser,
         probes: Mapping[str, ProbeItems],
         prompts: PromptStore,
-        objective: Objective,
-        runtime: Runtime,
         *,
         seed: int,
         batch_size: int,
     ) -> None:
-        self._family, self._bank, self._prompts = family, bank, prompts
-        self._runtime, self._batch_size = runtime, batch_size
-        self._grids = {name: _noised(items, objective, seed) for name, items in probes.items()}
+        self._denoiser, self._prompts, self._batch_size = denoiser, prompts, batch_size
+        self._grids = {name: _grid(items, denoiser.objective, seed) for name, items in probes.items()}
         self._base: dict[str, Losses] = {}
 
-    def measure(self, adapter: str, weights: Mapping[str, torch.Tensor]) -> dict[str, ProbeReading]:
-        """Each probe with these weights in an adapter. The training's state and randomness stay untouched."""
-        return self.measure_packed({adapter: weights})[0]
+    def measure(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> list[dict[str, ProbeReading]]:
+        """Each probe with these weights in these adapters, all in one forward: the readings of each, in their order.
 
-    def measure_packed(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> list[dict[str, ProbeReading]]:
-        """The same for several adapters in one forward: the readings of each, in the order given."""
-        base = self.base()
+        The training's state and randomness stay untouched.
+        """
+        base, bank = self.base(), self._denoiser.bank
         with ExitStack() as stack:
-            stack.enter_context(self._bank.active(list(weights)))
+            stack.enter_context(bank.active(list(weights)))
             for adapter, own in weights.items():
-                stack.enter_context(self._bank.swapped(adapter, own))
+                stack.enter_context(bank.swapped(adapter, own))
             losses = {name: self._losses(grid, len(weights)) for name, grid in self._grids.items()}
         return [
             {name: ProbeReading(losses_PNS[place], base[name]) for name, losses_PNS in losses.items()}
@@ -121,34 +124,28 @@ class Validator:
     def base(self) -> dict[str, Losses]:
         """Each probe with the frozen base alone; measured once."""
         if not self._base:
-            with self._bank.disabled():
+            with self._denoiser.bank.disabled():
                 self._base = {name: self._losses(grid, 1)[0] for name, grid in self._grids.items()}
         return self._base
 
     @torch.no_grad()
     def _losses(self, grid: _Grid, num_trials: int) -> Losses:
         """Losses [P, N, S] of the trials that act; with several processes each measures its share."""
-        launch, denoiser = self._runtime.launch, self._bank.denoiser
-        losses_PM = torch.zeros(num_trials, len(grid.prompts), dtype=torch.float64, device=self._runtime.device)
-        own = torch.arange(launch.rank, len(grid.prompts), launch.num_processes)
-        was_training = denoiser.training
-        denoiser.eval()
+        runtime, model = self._denoiser.runtime, self._denoiser.bank.denoiser
+        losses_PM = torch.zeros(num_trials, len(grid.prompts), dtype=torch.float64, device=runtime.device)
+        own_M = torch.arange(runtime.launch.rank, len(grid.prompts), runtime.launch.num_processes)
+        was_training = model.training
+        model.eval()
         try:
-            for rows in own.split(self._batch_size):
-                said = self._prompts.conditioning([grid.prompts[row] for row in rows.tolist()], self._runtime.device)
-                rows = rows.to(self._runtime.device)
-                losses_PM[:, rows] = self._losses_of(grid, rows, said.tiled(num_trials), num_trials)
+            for rows_R in own_M.split(self._batch_size):
+                prompts = [grid.prompts[row] for row in rows_R.tolist()]
+                conditioning = self._prompts.conditioning(prompts, runtime.device)
+                rows_R = rows_R.to(runtime.device)
+                errors_PR = self._denoiser.squared_errors(grid.rows(rows_R), conditioning, num_trials)
+                losses_PM[:, rows_R] = errors_PR.double()
         finally:
-            denoiser.train(was_training)
-        return self._runtime.sum_over_processes(losses_PM).unflatten(1, (-1, PROBE_STRATA)).cpu().numpy()
-
-    def _losses_of(self, grid: _Grid, rows: torch.Tensor, said: Conditioning, num_trials: int) -> torch.Tensor:
-        """Losses [P, rows] of one forward."""
-        noisy, timesteps = tile(grid.noisy_MChw[rows], num_trials), tile(grid.timesteps_M[rows], num_trials)
-        with self._runtime.autocast():
-            prediction = self._family.predict(self._bank.denoiser, noisy, timesteps, said)
-        losses = squared_error(prediction, tile(grid.target_MChw[rows], num_trials))
-        return losses.double().unflatten(0, (num_trials, -1))
+            model.train(was_training)
+        return runtime.sum_over_processes(losses_PM).unflatten(1, (-1, PROBE_STRATA)).cpu().numpy()
 
 
 def strata_midpoints(num_timesteps: int) -> list[int]:
@@ -156,16 +153,13 @@ def strata_midpoints(num_timesteps: int) -> list[int]:
     return [int((stratum + 0.5) * num_timesteps / PROBE_STRATA) for stratum in range(PROBE_STRATA)]
 
 
-def _noised(items: ProbeItems, objective: Objective, seed: int) -> _Grid:
+def _grid(items: ProbeItems, objective: Objective, seed: int) -> _Grid:
     """Every image at every stratum with its own noise."""
     shape, device = items.latents_NChw.shape[1:], items.latents_NChw.device
     midpoints = strata_midpoints(objective.num_timesteps)
-    noise = [
-        random_streams.normal(shape, seed, "probe", key, stratum)
-        for key in items.keys
-        for stratum in range(PROBE_STRATA)
-    ]
-    draw = Draw(torch.stack(noise).to(device), torch.tensor(midpoints * len(items.keys), device=device))
+    places = [(key, stratum) for key in items.keys for stratum in range(PROBE_STRATA)]
+    noise = [random_streams.normal(shape, seed, "probe", *place) for place in places]
+    timesteps = torch.tensor(midpoints * len(items.keys), device=device)
     latents_MChw = items.latents_NChw.repeat_interleave(PROBE_STRATA, dim=0)
     prompts = tuple(prompt for prompt in items.prompts for _ in range(PROBE_STRATA))
-    return _Grid(objective.noisy(latents_MChw, draw), objective.target(latents_MChw, draw), draw.timesteps_B, prompts)
+    return _Grid(objective.noised(latents_MChw, torch.stack(noise).to(device), timesteps), prompts)

@@ -1,4 +1,4 @@
-"""When the probes are measured, and what follows: plateau schedules listen, the best LoRA is remembered."""
+"""When the probes are measured, and what follows: plateau schedules react, the best is remembered, rules end trials."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_trainer.data.holdout import HELD_OUT
-from lora_trainer.training.pruning_rules import StopRules
+from lora_trainer.training.pruning_rules import PruningRules
 from lora_trainer.training.trial import Trial
 from lora_trainer.training.validation import ProbeReading, Validator
 
@@ -21,56 +21,48 @@ class Measurement:
     """LR groups whose plateau schedule falls from the next update on."""
     is_best: bool = False
 
+    @property
+    def held_out(self) -> ProbeReading:
+        return self.readings[HELD_OUT]
 
-class Probing:
-    """Every process measures its share and comes to the same conclusions.
 
-    Args:
-        rules: which trials a probe ends; without them none.
-    """
+@dataclass(frozen=True, slots=True)
+class ValidationSchedule:
+    """Every process measures its share and comes to the same conclusions."""
 
-    def __init__(
-        self,
-        validator: Validator,
-        passes: Sequence[Sequence[Trial]],
-        every: int,
-        num_updates: int,
-        *,
-        rules: StopRules | None = None,
-    ) -> None:
-        self._rules = rules or StopRules()
-        self._validator, self._passes = validator, passes
-        self._every, self._num_updates = every, num_updates
+    validator: Validator
+    passes: Sequence[Sequence[Trial]]
+    every: int
+    num_updates: int
+    rules: PruningRules
 
     def is_due(self, step: int) -> bool:
         """Whether the probes are measured after this many updates."""
-        return step % self._every == 0 or step == self._num_updates
+        return step % self.every == 0 or step == self.num_updates
 
     def start(self) -> list[Measurement]:
         """The probes before the first update: the base itself, as an adapter's B is zero."""
-        base = {name: ProbeReading(losses, losses) for name, losses in self._validator.base().items()}
-        return [Measurement(trial, base) for members in self._passes for trial in members]
+        base = {name: ProbeReading(losses, losses) for name, losses in self.validator.base().items()}
+        return [Measurement(trial, base) for members in self.passes for trial in members]
 
     def measure(self, step: int) -> list[Measurement]:
         """Measure every live trial's exported weights, feed its schedules and compare with its best."""
         readings = self._readings()
-        trials = [trial for members in self._passes for trial in members if trial.is_live]
-        measured = [_conclude(trial, step, readings[trial.source.name]) for trial in trials]
-        if step < self._num_updates:
-            losses = {each.trial.name: each.readings[HELD_OUT].relative for each in measured}
-            endings = self._rules.endings(step, losses)
-            for trial in trials:
-                if trial.name in endings:
-                    trial.end(endings[trial.name])
+        trials = [trial for members in self.passes for trial in members if trial.is_live]
+        measured = [_conclude(trial, step, readings[trial.computed_by.name]) for trial in trials]
+        if step < self.num_updates:
+            for each in measured:
+                if (ending := self.rules.ending(step, each.held_out.relative)) is not None:
+                    each.trial.end(ending)
         return measured
 
     def _readings(self) -> dict[str, dict[str, ProbeReading]]:
-        """By trial; those that share a trunk's updates are measured with it."""
+        """By trial; those that share a parent's updates are measured with it."""
         found: dict[str, dict[str, ProbeReading]] = {}
-        for own in self._passes:
-            members = [trial for trial in own if trial.trunk is None]
+        for own in self.passes:
+            members = [trial for trial in own if trial.parent is None]
             if any(trial.is_live for trial in members):
-                measured = self._validator.measure_packed({trial.adapter: trial.weights() for trial in members})
+                measured = self.validator.measure({trial.adapter: trial.weights() for trial in members})
                 found |= {trial.name: readings for trial, readings in zip(members, measured, strict=True)}
         return found
 

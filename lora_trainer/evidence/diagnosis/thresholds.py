@@ -43,5 +43,5 @@ class Thresholds:
     shock_se: float = 2.0
     shock_share: float = 0.05
     """Rise after a restart as a share of the gain."""
-    non_finite_overflows: float = 0.1
-    """Share of fp16 overflows among all attempts beyond which the precision does not suit the run."""
+    non_finite_overflows: float = 0.01
+    """Share of updates skipped for fp16 overflows beyond which the precision does not suit the run."""

@@ -82,10 +82,9 @@ class ProbeLog:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """An update that was tried and not applied."""
+    """An update that was not applied."""
 
     step: int
-    attempt: int
     reason: str
     files: tuple[str, ...]
 
@@ -113,7 +112,7 @@ class TrialLog:
         """(step, training loss relative to the frozen base on the same batch), where it was measured."""
         self.skips: list[Skip] = []
         self.failure: str | None = None
-        """Why a sweep ended this trial."""
+        """Why the trial was ended."""
         self.probes: dict[str, ProbeLog] = {HELD_OUT: ProbeLog(), TRAIN: ProbeLog(), PRIOR: ProbeLog()}
         self.non_finite_probes: list[tuple[int, str]] = []
         """(step, probe) of measurements that were not finite; their steps are left out of all probes."""
@@ -125,8 +124,8 @@ class TrialLog:
 
     @property
     def step(self) -> int:
-        """Completed updates."""
-        return len(self.lrs)
+        """Updates so far, the skipped ones too."""
+        return max(len(self.lrs), self.skips[-1].step if self.skips else 0)
 
     @property
     def held_out(self) -> ProbeLog:
@@ -151,7 +150,7 @@ class TrialLog:
             case "validation":
                 self._add_probe(row)
             case "skip":
-                self.skips.append(Skip(row["step"], row["attempt"], row["reason"], tuple(row["files"])))
+                self.skips.append(Skip(row["step"], row["reason"], tuple(row["files"])))
             case "failed":
                 self.failure = f"{row['reason']} (step {row['step']})"
             case "fork":
@@ -174,7 +173,8 @@ class TrialLog:
             self.probes.setdefault(row["probe"], ProbeLog()).add(row)
 
     def _add_update(self, row: Mapping[str, Any]) -> None:
-        self.lrs.append(float(row["lr"]))
+        missing = int(row["step"]) - 1 - len(self.lrs)  # rows of skipped updates, whose LR was near this one
+        self.lrs += [float(row["lr"])] * (max(0, missing) + 1)
         self.clipped.append(bool(row["clipped"]))
         self.grad_norms.append(float(row["grad_norm"]))
         if "ratio" in row:

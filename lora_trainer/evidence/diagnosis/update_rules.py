@@ -10,7 +10,7 @@ from lora_trainer.evidence.diagnosis.thresholds import Thresholds
 from lora_trainer.evidence.diagnosis.trial_log import TrialLog
 
 OVERFLOW = "fp16 overflow"
-EARLY_OVERFLOWS = 20  # fp16's loss scale starts at 2**16 and halves at each until it fits
+LEAST_OVERFLOWS = 3
 CLIP_WINDOW, LEAST_UPDATES = 50, 20
 
 
@@ -19,18 +19,18 @@ def non_finite(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     faults = [skip for skip in log.skips if skip.reason != OVERFLOW]
     probes = log.non_finite_probes
     if faults or probes or log.failure:
-        reasons = " and ".join(sorted({f"{skip.reason} of attempt {skip.attempt}" for skip in faults[:3]}))
+        reasons = " and ".join(sorted({f"{skip.reason} at step {skip.step}" for skip in faults[:3]}))
         files = sorted({file for skip in faults for file in skip.files})
         said = [f"not finite: {reasons}, {len(faults)} updates skipped ({', '.join(files[:4])})"] if faults else []
-        said += [f"the sweep ended it: {log.failure}"] if log.failure else []
+        said += [f"it was ended: {log.failure}"] if log.failure else []
         said += [f"the {name} probe at step {step} is not finite" for step, name in probes[:3]]
         return found(State.NON_FINITE, "high", "; ".join(said), skipped=len(faults))
-    overflows = len(log.skips)
-    share = max(0, overflows - EARLY_OVERFLOWS) / max(1, overflows + log.step)
-    if share > limits.non_finite_overflows:
-        words = f"{overflows} of {overflows + log.step} attempts overflowed in fp16"
+    overflows = sum(skip.step > 0 for skip in log.skips)  # at step 0 an earlier version settled its loss scale
+    if overflows >= LEAST_OVERFLOWS and overflows > limits.non_finite_overflows * log.step:
+        words = f"{overflows} of {log.step} updates overflowed in fp16 and were skipped"
         return found(State.NON_FINITE, "medium", words, overflows=overflows)
-    return not_found(State.NON_FINITE, f"{log.step} updates and all probes finite, {overflows} fp16 overflows")
+    evidence = f"{log.step - overflows} updates and all probes finite, {overflows} fp16 overflows"
+    return not_found(State.NON_FINITE, evidence)
 
 
 def clipping(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from lora_trainer.experiments.lr_finder.ramp import MIN_POINTS
-
+MIN_POINTS = 30
+"""Updates before the crossing under which a ramp is too coarse to read."""
 ONSET_SHARE = 0.1
 SIGNAL_SE = 3.0
 DIVERGED_LOSS = 0.25
@@ -23,6 +23,7 @@ START_CORRECTION = 2.0
 """A ramp from B = 0 overstates the largest safe LR: with an adapter that had trained, the loss crossed its start at
 half the LR (measured on a toy UNet)."""
 Verdict = Literal["found", "no signal", "too few points"]
+SMOOTHING = 0.98  # fastai's and Lightning's
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class RampReading:
     """The reading of a ramp."""
 
     verdict: Verdict
@@ -89,7 +90,7 @@ def has_diverged(points: Sequence[Point]) -> bool:
     return bool(points) and (not points[-1].is_finite or (len(points) > 1 and all(p.is_diverged for p in points[-2:])))
 
 
-def analyse(points: Sequence[Point], fallback_lr: float) -> Finding:
+def analyse(points: Sequence[Point], fallback_lr: float) -> RampReading:
     """Read a ramp.
 
     Args:
@@ -98,13 +99,13 @@ def analyse(points: Sequence[Point], fallback_lr: float) -> Finding:
     """
     best = best_index(points)
     if best is None:
-        return Finding("no signal", fallback_lr, None, None, None, None, None, len(points))
+        return RampReading("no signal", fallback_lr, None, None, None, None, None, len(points))
     crossing = crossing_index(points, best)
     onset_lr = points[onset_index(points, best)].lr
     crossing_lr = None if crossing is None else points[crossing].lr
     num_points = len(points) if crossing is None else crossing
     if num_points < MIN_POINTS:
-        return Finding("too few points", fallback_lr, None, None, onset_lr, crossing_lr, points[best], num_points)
+        return RampReading("too few points", fallback_lr, None, None, onset_lr, crossing_lr, points[best], num_points)
     if crossing_lr is None:  # nothing is known to be too large, so no more than what was seen to be best
         high = points[best].lr
         middle = math.sqrt(onset_lr * high)
@@ -112,7 +113,7 @@ def analyse(points: Sequence[Point], fallback_lr: float) -> Finding:
         high = crossing_lr / START_CORRECTION
         middle = math.sqrt(onset_lr * crossing_lr)
     suggestion = round_down(min(middle, high))
-    return Finding("found", suggestion, min(onset_lr, high), high, onset_lr, crossing_lr, points[best], num_points)
+    return RampReading("found", suggestion, min(onset_lr, high), high, onset_lr, crossing_lr, points[best], num_points)
 
 
 def best_index(points: Sequence[Point]) -> int | None:
@@ -143,3 +144,50 @@ def round_down(lr: float) -> float:
     """Two significant digits, towards zero: of two values that the evidence cannot tell apart the smaller one."""
     digit = 10.0 ** (math.floor(math.log10(lr)) - 1)
     return float(f"{math.floor(lr / digit * (1 + 1e-12)) * digit:.1e}")
+
+
+def usual_rules(points: Sequence[Point]) -> dict[str, float | None]:
+    """Suggestions by name: on the probe (cut where it crosses its start), and on the smoothed training loss.
+
+    A rule is None where it has too little to look at.
+    """
+    best = best_index(points)
+    kept = list(points) if best is None else list(points[: crossing_index(points, best)])
+    kept = [point for point in kept if point.is_finite]
+    lrs, losses = [p.lr for p in kept], [-p.gain for p in kept]
+    said = {f"probe: {name}": value for name, value in _rules(lrs, losses).items()}
+    finite = [point for point in points if np.isfinite(point.training_loss)]
+    first, last = len(finite) // 10, len(finite) - 5  # as fastai trims
+    smooth = debiased_average([p.training_loss for p in finite])[first:last]
+    said |= {f"training loss: {n}": v for n, v in _rules([p.lr for p in finite[first:last]], smooth).items()}
+    return said
+
+
+def _rules(lrs: Sequence[float], losses: Sequence[float]) -> dict[str, float | None]:
+    if len(lrs) < 3:
+        return dict.fromkeys(("steepest", "minimum / 10", "valley"))
+    return {
+        "steepest": lrs[int(np.argmin(np.gradient(losses, np.log(lrs))))],
+        "minimum / 10": lrs[int(np.argmin(losses))] / 10,
+        "valley": lrs[valley_index(losses)],
+    }
+
+
+def valley_index(losses: Sequence[float]) -> int:
+    """The middle of the longest falling subsequence, counted back from its end (fastai's `valley`)."""
+    lengths = [1] * len(losses)
+    for i in range(1, len(losses)):
+        lengths[i] = 1 + max((lengths[j] for j in range(i) if losses[j] > losses[i]), default=0)
+    end = int(np.argmax(lengths))
+    start = max(0, end - lengths[end])
+    third = (end - start) / 3
+    return start + int(third) + int(third / 2)
+
+
+def debiased_average(values: Sequence[float]) -> list[float]:
+    """Exponential moving average, divided by the weight that it has so far."""
+    average, smooth = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = SMOOTHING * average + (1 - SMOOTHING) * value
+        smooth.append(average / (1 - SMOOTHING**count))
+    return smooth

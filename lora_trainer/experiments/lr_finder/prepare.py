@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,15 +10,17 @@ from pydantic_core import PydanticUndefined
 
 from lora_trainer.config.optimizers import Prodigy
 from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.trials import TrialConfig
 from lora_trainer.data.holdout import HELD_OUT, with_watched
 from lora_trainer.data.records import Progress
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.experiments.lr_finder.forks import FACTORS
-from lora_trainer.experiments.lr_finder.ramp import MIN_POINTS, Ramp
-from lora_trainer.planning.prepare import Prepared, prepare
-from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS
+from lora_trainer.experiments.lr_finder.analysis import MIN_POINTS
+from lora_trainer.experiments.lr_finder.verification import FACTORS
+from lora_trainer.planning.prepare import Prepared, prepare, prepare_like
+from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS, lay_groups
 from lora_trainer.runtime.launch import Launch
-from lora_trainer.schedules.classic import Constant
+from lora_trainer.schedules.registry import Ramp
+from lora_trainer.training.group import Member, TrialGroup
 
 BELOW_USUAL, ABOVE_USUAL = 100, 10_000
 HIGHEST_LR = 1.0
@@ -42,8 +44,9 @@ class PreparedFinder:
     """A finder's run that is checked and planned."""
 
     prepared: Prepared
-    """Of the same training with a constant LR and another name, so that it writes beside the run and not into it."""
-    ramp: Ramp
+    """Of the same training under a ramp and another name, so that it writes beside the run and not into it."""
+    start_lr: float
+    end_lr: float
     options: FinderOptions
     fallback_lr: float
 
@@ -52,8 +55,40 @@ class PreparedFinder:
         return self.prepared.run_dir
 
     @property
-    def num_forks(self) -> int:
+    def ratio(self) -> float:
+        """Factor from each update's LR to the next one's."""
+        return (self.end_lr / self.start_lr) ** (1 / (self.options.num_updates - 1))
+
+    @property
+    def num_short_runs(self) -> int:
         return len(FACTORS) if self.options.verify else 0
+
+    def lr(self, k: int) -> float:
+        """The learning rate of the ramp's update k."""
+        return lay_groups(self.prepared.config, self.prepared.plan.lr_horizon)[0].lr(k)
+
+    def ramp_group(self) -> TrialGroup:
+        """The ramp as a group of one."""
+        members = (_member(self.prepared),)
+        return TrialGroup(self.prepared.config.name, self.folder, members, max_skips=1, log_only=True)
+
+    def verification_group(self, lrs: Sequence[float]) -> TrialGroup:
+        """A short run at each of these learning rates, all on the same batches."""
+        members = tuple(_member(self._short_run(lr)) for lr in lrs)
+        folder = self.folder / "verify"
+        return TrialGroup("verify", folder, members, "auto", max_skips=1, log_only=True)
+
+    def _short_run(self, lr: float) -> Prepared:
+        config, length = self.prepared.config, self.options.num_verify_updates
+        ratio = lr / config.optimizer.lr
+        changes = {
+            "name": f"lr{lr:.1e}",
+            "output_dir": str(self.folder / "verify"),
+            "lr_scheduler": Ramp(start_ratio=ratio, end_ratio=ratio),
+            "train": config.train.model_copy(update={"max_steps": length}),
+        }
+        prepared = prepare_like(self.prepared, config.model_copy(update=changes), continues=False)
+        return _validated_every(prepared, length)
 
 
 def prepare_finder(config: RunConfig, launch: Launch, options: FinderOptions, progress: Progress) -> PreparedFinder:
@@ -66,15 +101,26 @@ def prepare_finder(config: RunConfig, launch: Launch, options: FinderOptions, pr
     usual = _usual_lr(config)
     start = options.start_lr if options.start_lr is not None else usual / BELOW_USUAL
     end = options.end_lr if options.end_lr is not None else min(HIGHEST_LR, usual * ABOVE_USUAL)
-    ramp = Ramp(start, end, options.num_updates)
-    problems = [*_config_problems(config), *_ramp_problems(ramp)]
+    problems = [*_config_problems(config), *_ramp_problems(start, end, options)]
     if problems:
         raise ConfigError(*problems)
-    prepared = prepare(finder_config(config, options), launch, progress)
+    ramp = Ramp(start_ratio=start / config.optimizer.lr, end_ratio=end / config.optimizer.lr)
+    prepared = prepare(finder_config(config, ramp, options), launch, progress)
     assert config.validation is not None
     watched = with_watched(prepared.split, None, options.num_images, config.validation.seed).probes[HELD_OUT]
     prepared = replace(prepared, split=replace(prepared.split, probes={HELD_OUT: watched}))
-    return PreparedFinder(prepared, ramp, options, usual)
+    return PreparedFinder(_validated_every(prepared, 1), start, end, options, usual)
+
+
+def _validated_every(prepared: Prepared, every: int) -> Prepared:
+    """The same run with its probes measured after every so many updates, whatever they cost."""
+    plan = prepared.plan
+    assert plan.validation is not None
+    return replace(prepared, plan=replace(plan, validation=replace(plan.validation, every=every)))
+
+
+def _member(prepared: Prepared) -> Member:
+    return Member(TrialConfig(prepared.config.name, "base", {}, prepared.config), prepared)
 
 
 def finder_folder(config: RunConfig) -> str:
@@ -82,17 +128,18 @@ def finder_folder(config: RunConfig) -> str:
     return f"{config.name}-find-lr"
 
 
-def finder_config(config: RunConfig, options: FinderOptions) -> RunConfig:
+def finder_config(config: RunConfig, ramp: Ramp, options: FinderOptions) -> RunConfig:
     """The same training but for what would hide the LR's effect or cost time: schedule, average, samples, saves."""
     groups = tuple(group.model_copy(update={"lr_scheduler": None}) for group in config.optimizer.groups)
     return config.model_copy(
         update={
             "name": finder_folder(config),
             "optimizer": config.optimizer.model_copy(update={"groups": groups}),
-            "lr_scheduler": Constant(),
+            "lr_scheduler": ramp,
             "train": config.train.model_copy(
                 update={"max_steps": options.num_updates, "epochs": None, "ema_decay": None}
             ),
+            "validation": config.validation and config.validation.model_copy(update={"keep_best": False}),
             "sample": type(config.sample)(),
             "checkpoint": type(config.checkpoint)(every_steps=None),
             "export": type(config.export)(),
@@ -103,20 +150,22 @@ def finder_config(config: RunConfig, options: FinderOptions) -> RunConfig:
 
 def finder_rows(finder: PreparedFinder) -> Iterator[tuple[str, str]]:
     """The plan in words, row by row."""
-    prepared, ramp, options = finder.prepared, finder.ramp, finder.options
+    prepared, options = finder.prepared, finder.options
     plan, num_images = prepared.plan, len(prepared.split.probes[HELD_OUT])
     measurements = num_images * PROBE_STRATA
     yield "images", f"{plan.num_images} to train on, {len(prepared.split.held_out)} held out; batch {plan.global_batch}"
-    yield "ramp", f"{ramp.num_updates} updates from {ramp.start_lr:.1e} to {ramp.end_lr:.1e}, x {ramp.ratio:.3f} each"
+    lrs = f"from {finder.start_lr:.1e} to {finder.end_lr:.1e}, x {finder.ratio:.3f} each"
+    yield "ramp", f"{options.num_updates} updates {lrs}"
     all_there = (
         f", of {options.num_images} asked for, as no more are held out" if num_images < options.num_images else ""
     )
     yield "probe", f"{num_images} images{all_there}, x {PROBE_STRATA} timesteps after every update"
-    updates, probes = ramp.num_updates, ramp.num_updates + 1
+    updates, probes = options.num_updates, options.num_updates + 1
     if options.verify:
-        updates += finder.num_forks * options.num_verify_updates
-        probes += finder.num_forks
-        yield "verify", f"{finder.num_forks} learning rates x {options.num_verify_updates} updates, from the same start"
+        updates += finder.num_short_runs * options.num_verify_updates
+        probes += finder.num_short_runs
+        runs = f"{finder.num_short_runs} learning rates x {options.num_verify_updates} updates"
+        yield "verify", f"{runs}, packed, from the same start"
     training = round(updates * plan.global_batch * TRAINING_FORWARDS)
     cost = training + probes * measurements
     yield "cost", f"about {cost:,} forwards at most: {training:,} for training, {cost - training:,} for probes"
@@ -146,12 +195,12 @@ def _config_problems(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _ramp_problems(ramp: Ramp) -> Iterator[Problem]:
-    if ramp.num_updates < MIN_POINTS:
-        yield Problem(f"a ramp of {ramp.num_updates} updates is too coarse", "--steps", fix=f"{MIN_POINTS} or more")
-    if not 0 < ramp.start_lr < ramp.end_lr <= HIGHEST_LR:
+def _ramp_problems(start: float, end: float, options: FinderOptions) -> Iterator[Problem]:
+    if options.num_updates < MIN_POINTS:
+        yield Problem(f"a ramp of {options.num_updates} updates is too coarse", "--steps", fix=f"{MIN_POINTS} or more")
+    if not 0 < start < end <= HIGHEST_LR:
         yield Problem(
-            f"a ramp from {ramp.start_lr:g} to {ramp.end_lr:g} does not rise within (0, {HIGHEST_LR:g}]",
+            f"a ramp from {start:g} to {end:g} does not rise within (0, {HIGHEST_LR:g}]",
             "--start-lr, --end-lr",
             fix="leave them away: the ramp then runs from a hundredth of the optimizer's default up to 1",
         )

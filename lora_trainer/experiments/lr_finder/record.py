@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from lora_trainer.data.holdout import HELD_OUT
-from lora_trainer.experiments.lr_finder.forks import ForkVerdict
+from lora_trainer.experiments.lr_finder.analysis import usual_rules
 from lora_trainer.experiments.lr_finder.prepare import PreparedFinder
 from lora_trainer.experiments.lr_finder.ramp_plot import draw_ramp
 from lora_trainer.experiments.lr_finder.run import Found, Measured
-from lora_trainer.experiments.lr_finder.usual_rules import usual_rules
+from lora_trainer.experiments.lr_finder.verification import Verification
 from lora_trainer.storage import atomic_files
 
 DIGITS = 9
@@ -26,10 +26,10 @@ def write_found(finder: PreparedFinder, found: Found) -> list[Path]:
     """Write both files, each whole or not at all; their paths."""
     json_file, picture = finder.folder / "find_lr.json", finder.folder / "find_lr.png"
     atomic_files.write_json(json_file, as_json(finder, found))
-    readings = () if found.forks is None else found.forks.readings
+    readings = () if found.verification is None else found.verification.readings
     points = [each.point for each in found.measured]
-    title = f"{finder.prepared.config.name}: {found.finding.verdict}, {len(points)} updates"
-    draw_ramp(points, found.finding, readings, picture, title=title)
+    title = f"{finder.prepared.config.name}: {found.reading.verdict}, {len(points)} updates"
+    draw_ramp(points, found.reading, readings, picture, title=title)
     return [json_file, picture]
 
 
@@ -40,15 +40,15 @@ def as_json(finder: PreparedFinder, found: Found) -> dict[str, Any]:
     return {
         "config": prepared.config.model_dump(mode="json"),
         "identity": prepared.identity(),
-        "ramp": asdict(finder.ramp),
+        "ramp": {"start_lr": finder.start_lr, "end_lr": finder.end_lr, "num_updates": finder.options.num_updates},
         "probe": {
             "images": {record.name: record.sha256 for record in records},
             "start": _rounded(found.start_NS),
         },
         "points": [_point(number, each) for number, each in enumerate(found.measured, start=1)],
-        "finding": _plain(asdict(found.finding)),
+        "finding": _plain(asdict(found.reading)),
         "usual_rules": usual_rules([each.point for each in found.measured]),
-        "forks": None if found.forks is None else _forks(finder, found.forks),
+        "forks": None if found.verification is None else _verification(finder, found.verification),
         "lr": found.lr,
         "time": {
             "seconds": round(found.seconds, 1),
@@ -58,18 +58,18 @@ def as_json(finder: PreparedFinder, found: Found) -> dict[str, Any]:
 
 
 def answer_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
-    """The finding in words, with the line to paste."""
-    finding = found.finding
-    if finding.verdict == "no signal":
-        yield "verdict", f"no signal: the held-out loss never fell by more than noise. Use {finding.suggestion:.1e}"
+    """The answer in words, with the line to paste."""
+    reading = found.reading
+    if reading.verdict == "no signal":
+        yield "verdict", f"no signal: the held-out loss never fell by more than noise. Use {reading.suggestion:.1e}"
         yield "", "or look for the cause: captions, adapter.targets, a longer ramp (--steps), more images (--images)"
-    elif finding.verdict == "too few points":
-        decades = f"{finder.ramp.start_lr:.0e} to {finder.ramp.end_lr:.0e}"
-        steps = round(finder.ramp.num_updates * 30 / max(1, finding.num_points) * 1.2)
-        yield "verdict", f"only {finding.num_points} updates before the probe rose above its start: too few to read"
+    elif reading.verdict == "too few points":
+        decades = f"{finder.start_lr:.0e} to {finder.end_lr:.0e}"
+        steps = round(finder.options.num_updates * 30 / max(1, reading.num_points) * 1.2)
+        yield "verdict", f"only {reading.num_points} updates before the probe rose above its start: too few to read"
         yield "", f"ramp {decades} again with --steps {steps}, or a smaller --start-lr"
     else:
-        yield from _finding_rows(finder, found)
+        yield from _reading_rows(finder, found)
     yield from _lines_to_paste(finder, found.lr)
 
 
@@ -83,37 +83,38 @@ def _lines_to_paste(finder: PreparedFinder, lr: float) -> Iterator[tuple[str, st
             yield f"group {group.name}", f"lr: {own:.1e}     (it kept its ratio to the base LR)"
 
 
-def _finding_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
-    finding = found.finding
-    assert finding.best is not None and finding.onset is not None
-    yield "suggestion", f"{finding.suggestion:.1e}, sensible from {finding.low:.1e} to {finding.high:.1e}"
-    yield "onset", f"{finding.onset:.1e}: from here on a tenth of the best gain is kept"
-    gain = f"{finding.best.gain:.2%} +- {finding.best.se:.2%} of the base's held-out loss"
-    yield "best", f"{finding.best.lr:.1e}: {gain}"
-    if finding.crossing is None:
-        yield "crossing", f"none up to {finder.ramp.end_lr:.1e}: the best LR is the upper end in its place"
-        if finding.best == found.measured[-1].point:
+def _reading_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
+    reading = found.reading
+    assert reading.best is not None and reading.onset is not None
+    yield "suggestion", f"{reading.suggestion:.1e}, sensible from {reading.low:.1e} to {reading.high:.1e}"
+    yield "onset", f"{reading.onset:.1e}: from here on a tenth of the best gain is kept"
+    gain = f"{reading.best.gain:.2%} +- {reading.best.se:.2%} of the base's held-out loss"
+    yield "best", f"{reading.best.lr:.1e}: {gain}"
+    if reading.crossing is None:
+        yield "crossing", f"none up to {finder.end_lr:.1e}: the best LR is the upper end in its place"
+        if reading.best.lr == found.measured[-1].point.lr:
             yield "", "the ramp ended while the gain still rose: a larger LR may do better (--end-lr)"
     else:
-        yield "crossing", f"{finding.crossing:.1e}: the held-out loss is above its start again"
+        yield "crossing", f"{reading.crossing:.1e}: the held-out loss is above its start again"
         yield "", "half of it is the upper end: from B = 0 a ramp overstates the safe LR about twofold"
     for name, lr in usual_rules([each.point for each in found.measured]).items():
         yield f"rule {name}", "-" if lr is None else f"{lr:.1e}"
-    if found.forks is not None:
-        yield from _fork_rows(finder, found.forks)
+    if found.verification is not None:
+        yield from _run_rows(finder, found.verification)
     yield "note", "a short test favours large LRs: for runs of thousands of updates prefer the lower half of the range"
 
 
-def _fork_rows(finder: PreparedFinder, forks: ForkVerdict) -> Iterator[tuple[str, str]]:
-    for fork in forks.readings:
-        said = "diverged" if fork.gain is None else f"gain {fork.gain:+.3%} +- {fork.se:.3%}"
-        if fork.behind:
-            said += f", {fork.behind:.3%} +- {fork.behind_se:.3%} behind the best"
-        yield f"fork {fork.lr:.1e}", said
-    if forks.choice is None:
-        yield "verified", f"no: {forks.reason}; the suggestion stands unconfirmed"
+def _run_rows(finder: PreparedFinder, verification: Verification) -> Iterator[tuple[str, str]]:
+    for run in verification.readings:
+        told = "diverged" if run.gain is None else f"gain {run.gain:+.3%} +- {run.se:.3%}"
+        if run.behind:
+            told += f", {run.behind:.3%} +- {run.behind_se:.3%} behind the best"
+        yield f"short run {run.lr:.1e}", told
+    if verification.choice is None:
+        yield "verified", f"no: {verification.reason}; the suggestion stands unconfirmed"
     else:
-        yield "verified", f"{forks.choice:.1e} after {finder.options.num_verify_updates} updates each: {forks.reason}"
+        updates = finder.options.num_verify_updates
+        yield "verified", f"{verification.choice:.1e} after {updates} updates each: {verification.reason}"
 
 
 def _point(number: int, each: Measured) -> dict[str, Any]:
@@ -121,14 +122,14 @@ def _point(number: int, each: Measured) -> dict[str, Any]:
     return own | {"probe": None if each.relative_NS is None else _rounded(each.relative_NS)}
 
 
-def _forks(finder: PreparedFinder, forks: ForkVerdict) -> dict[str, Any]:
-    """The choice, and each fork in the form of a run's `fork` events: `factor` is on the config's own LR."""
+def _verification(finder: PreparedFinder, verification: Verification) -> dict[str, Any]:
+    """The choice, and each short run in the form of a `fork` event: `factor` is on the config's own LR."""
     updates, base_lr = finder.options.num_verify_updates, finder.prepared.config.optimizer.lr
     events = [
         asdict(reading) | {"event": "fork", "step": 0, "updates": updates, "factor": reading.lr / base_lr}
-        for reading in forks.readings
+        for reading in verification.readings
     ]
-    return {"choice": forks.choice, "reason": forks.reason, "events": events}
+    return {"choice": verification.choice, "reason": verification.reason, "events": events}
 
 
 def _plain(value: Any) -> Any:

@@ -1,31 +1,29 @@
-"""The learning-rate finder's run: a ramp on the real data and base, a probe after each update, then all as it was."""
+"""The LR finder trains two groups: a ramp that is validated at every step, and short runs that verify its answer."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
+from accelerate import PartialState
 
-from lora_trainer.data.holdout import HELD_OUT
-from lora_trainer.errors import NumericStop, Problem, StoppedBySignal
-from lora_trainer.experiments.lr_finder.analysis import Finding, Point, analyse, has_diverged, paired_gain
-from lora_trainer.experiments.lr_finder.forks import Fork, ForkVerdict, fork_lrs, judge_forks
+from lora_trainer.config.places import METRICS_FILE
+from lora_trainer.errors import Problem, StoppedBySignal
+from lora_trainer.experiments.lr_finder.analysis import Point, RampReading, analyse, has_diverged, paired_gain
 from lora_trainer.experiments.lr_finder.prepare import HIGHEST_LR, PreparedFinder
-from lora_trainer.planning.run_plan import DENOISER_GROUP
-from lora_trainer.runtime.runtime import start_runtime
-from lora_trainer.schedules.schedule import LRSchedule, Warmup
+from lora_trainer.experiments.lr_finder.verification import ShortRun, Verification, judge, lrs_around
+from lora_trainer.planning.prepare import Prepared
+from lora_trainer.planning.run_plan import lay_groups
+from lora_trainer.runtime.launch import read_launch
+from lora_trainer.runtime.runtime import joined_processes
 from lora_trainer.tracking.console import Screen
-from lora_trainer.training.optimizer_step import MAX_OVERFLOWS_IN_A_ROW, Updater, UpdateResult
-from lora_trainer.training.setup import Assembly, assemble
-from lora_trainer.training.trial import Trial, TrialSpec
-
-HOPELESS_LOSS = 10.0  # the targets have variance 1, so saying nothing at all costs 1
+from lora_trainer.tracking.metrics import step_rows
+from lora_trainer.training.fit import fit
+from lora_trainer.training.group import TrialGroup
+from lora_trainer.training.trial import Ending
+from lora_trainer.training.validation_schedule import Measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +40,21 @@ class Measured:
 class Found:
     """All that the finder saw and says."""
 
-    finding: Finding
+    reading: RampReading
     measured: tuple[Measured, ...]
     start_NS: np.ndarray
-    forks: ForkVerdict | None
+    verification: Verification | None
     seconds: float
 
     @property
     def lr(self) -> float:
         """The learning rate to use: the verified one where there is one."""
-        return self.finding.suggestion if self.forks is None or self.forks.choice is None else self.forks.choice
+        verified = None if self.verification is None else self.verification.choice
+        return self.reading.suggestion if verified is None else verified
 
 
 def find_lr(finder: PreparedFinder, *, screen: Screen, should_stop: Callable[[], bool] = lambda: False) -> Found:
-    """Measure the ramp, read it, and confirm the reading where that was asked for. Writes nothing.
+    """Measure the ramp, read it, and verify the reading where that was asked for.
 
     Args:
         should_stop: asked before every update; when it says so, the finder ends without a result.
@@ -64,124 +63,90 @@ def find_lr(finder: PreparedFinder, *, screen: Screen, should_stop: Callable[[],
         StoppedBySignal: `should_stop` said so.
         TrainerError: the data, base or host is at fault.
     """
-    prepared, started = finder.prepared, time.perf_counter()
-    with start_runtime(prepared.launch, prepared.config.train.precision, prepared.threads) as runtime:
-        parts = assemble(prepared, [TrialSpec(prepared.config.name, prepared.config)], runtime, screen)
-        instrument = Instrument(parts, runtime.device, should_stop)
-        measured = instrument.run_ramp(finder, screen)
-        finding = analyse([each.point for each in measured], finder.fallback_lr)
-        forks = None
-        if finder.options.verify and finding.verdict == "found":
-            lrs = fork_lrs(finding.suggestion, HIGHEST_LR)
-            forks = instrument.run_forks(lrs, finder.options.num_verify_updates, screen)
-        return Found(finding, tuple(measured), instrument.start_NS, forks, time.perf_counter() - started)
-
-
-class Instrument:
-    """Moves one trial at chosen learning rates and measures its probe; afterwards everything is as it was."""
-
-    def __init__(self, parts: Assembly, device: torch.device, should_stop: Callable[[], bool]) -> None:
-        assert parts.validator is not None
-        self._trial, self._updater, self._validator = parts.trials[0], parts.updater, parts.validator
-        self._device, self._should_stop = device, should_stop
-        base_NS = self._validator.base()[HELD_OUT]
-        self._base_S = base_NS.mean(axis=0)
-        self.start_NS = self._probe()
-
-    def run_ramp(self, finder: PreparedFinder, screen: Screen) -> list[Measured]:
-        """Updates at rising learning rates until the ramp ends or the probe diverges."""
-        ramp, measured, attempt = finder.ramp, list[Measured](), 0
-        every = max(1, ramp.num_updates // 10)
-        with restored(self._trial, self._updater, self._device), following(self._trial, ramp.lr):
-            for k in screen.track(range(ramp.num_updates), "learning-rate ramp", ramp.num_updates):
-                result, attempt = self._update(attempt, k)
-                measured.append(self._measured(result, ramp.lr(k)))
-                point = measured[-1].point
-                if (k + 1) % every == 0:
-                    screen.say(f"  lr {point.lr:.2e}  gain {point.gain:+.4%} +- {point.se:.4%}")
-                if has_diverged([each.point for each in measured]):
-                    break
-        return measured
-
-    def run_forks(self, lrs: Sequence[float], num_updates: int, screen: Screen) -> ForkVerdict:
-        """A short run at each learning rate from the same state on the same batches."""
-        forks = [Fork(lr, self.run_constant(lr, num_updates)) for lr in screen.track(lrs, "verifying", len(lrs))]
-        return judge_forks(forks, self.start_NS)
-
-    def run_constant(self, lr: float, num_updates: int) -> np.ndarray | None:
-        """The probe [N, S] after a run at one learning rate; None where it diverged."""
-        attempt = 0
-        with restored(self._trial, self._updater, self._device), following(self._trial, lambda _: lr):
-            for k in range(num_updates):
-                result, attempt = self._update(attempt, k)
-                if result.skipped is not None or result.trials[self._trial.name].loss > HOPELESS_LOSS:
-                    return None
-            return self._probe()
-
-    def _update(self, attempt: int, k: int) -> tuple[UpdateResult, int]:
-        """One update, tried again on the next batch where fp16's scale was too large; and the next attempt.
-
-        Overflows without end are a divergence, unless the very first update has them.
-        """
-        for _ in range(MAX_OVERFLOWS_IN_A_ROW):
-            result = self._updater.run(attempt, k, stop_asked=self._should_stop())
-            attempt += 1
-            if result.stop_asked:
-                raise StoppedBySignal(
-                    Problem(f"stopped as asked in update {k}; nothing was changed", fix="start it again")
-                )
-            if result.skipped != "fp16 overflow":
-                return result, attempt
-        if k == 0:
-            raise NumericStop(Problem("every first update overflows in fp16", fix="use train.precision bf16 or fp32"))
-        return result, attempt
-
-    def _measured(self, result: UpdateResult, lr: float) -> Measured:
-        if result.skipped is not None:
-            return Measured(Point(lr, np.nan, np.nan, np.nan), None, None)
-        relative_NS = self._probe()
-        gain, se = paired_gain(relative_NS, self.start_NS)
-        update = result.trials[self._trial.name]
-        point = Point(update.lrs[DENOISER_GROUP], gain, se, update.loss)
-        return Measured(point, relative_NS if point.is_finite else None, update.grad_norm)
-
-    def _probe(self) -> np.ndarray:
-        """Losses [N, S] relative to the base's mean of each stratum."""
-        return self._validator.measure(self._trial.adapter, self._trial.weights())[HELD_OUT].losses_NS / self._base_S
-
-
-@contextmanager
-def restored(trial: Trial, updater: Updater, device: torch.device) -> Iterator[None]:
-    """Bring weights, optimizer, gradient scaler and torch's randomness back bitwise, whatever ends the block.
-
-    Ctrl-C does too. All other randomness of a run is keyed by counters and has no state.
-    """
-    tensors, plain = trial.state()
-    saved: tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]] = (
-        {part: {name: tensor.clone() for name, tensor in own.items()} for part, own in tensors.items()},
-        copy.deepcopy(plain),
-    )
-    scaler = copy.deepcopy(updater.state())
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            trial.load_state(*saved)
-            trial.clear_gradients()
-            updater.load_state(scaler)
-
-
-@contextmanager
-def following(trial: Trial, lr_of: Callable[[int], float]) -> Iterator[None]:
-    """Let the trial's learning rates follow `lr_of` inside the block; groups keep their ratios to one another."""
-    before, base_lr = trial.groups, trial.config.optimizer.lr
-    lrs_before = [own["lr"] for own in trial.optimizer.param_groups]
-    horizon = before[0].schedule.horizon
-    schedule = LRSchedule("finder", horizon, lambda k, _: lr_of(k) / base_lr, Warmup(0))
-    trial.groups = tuple(replace(group, schedule=schedule) for group in before)
+    started = time.perf_counter()
     try:
-        yield
-    finally:
-        trial.groups = before
-        for own, lr in zip(trial.optimizer.param_groups, lrs_before, strict=True):
-            own["lr"] = lr
+        return _find(finder, screen, should_stop, started)
+    except StoppedBySignal as error:
+        raise StoppedBySignal(Problem("stopped as asked; there is no answer yet", fix="start it again")) from error
+
+
+def _find(finder: PreparedFinder, screen: Screen, should_stop: Callable[[], bool], started: float) -> Found:
+    with joined_processes(read_launch(finder.prepared.config)) as joined:
+        ramp = _RampObserver(finder, screen)
+        fit(finder.ramp_group(), screen=screen, should_stop=should_stop, on_measure=ramp.observe, joined=joined)
+        measured = ramp.measured()
+        reading = analyse([each.point for each in measured], finder.fallback_lr)
+        verification = None
+        if finder.options.verify and reading.verdict == "found":
+            group = finder.verification_group(lrs_around(reading.suggestion, HIGHEST_LR))
+            runs = run_short(group, screen=screen, should_stop=should_stop, joined=joined)
+            verification = judge(runs, ramp.start_NS)
+    return Found(reading, measured, ramp.start_NS, verification, time.perf_counter() - started)
+
+
+def run_short(
+    group: TrialGroup, *, screen: Screen, should_stop: Callable[[], bool], joined: PartialState
+) -> list[ShortRun]:
+    """Train a verification group, all its learning rates in one forward, and measure each at its end."""
+    relative: dict[str, np.ndarray] = {}
+
+    def observe(step: int, measurements: Sequence[Measurement]) -> None:
+        if step == group.num_updates:
+            relative.update({own.trial.name: _relative(own) for own in measurements})
+
+    fit(group, screen=screen, should_stop=should_stop, on_measure=observe, joined=joined)
+    return [ShortRun(_first_lr(member.prepared), relative.get(member.name)) for member in group.members]
+
+
+@dataclass
+class _RampObserver:
+    """Collects a point per update, and ends the ramp where the probe has diverged."""
+
+    finder: PreparedFinder
+    screen: Screen
+    steps: list[int] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+    relative: list[np.ndarray | None] = field(default_factory=list)
+    start_NS: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    num_skipped: int = 0
+
+    def observe(self, step: int, measurements: Sequence[Measurement]) -> None:
+        if step == 0:
+            self.start_NS = _relative(measurements[0])
+        elif not measurements:  # the trial failed: its numbers were not finite
+            self._add(step, None)
+        elif measurements[0].trial.skips.total > self.num_skipped:  # an fp16 overflow: no point
+            self.num_skipped = measurements[0].trial.skips.total
+        else:
+            self._add(step, _relative(measurements[0]))
+            if has_diverged(self.points):
+                measurements[0].trial.end(Ending(step, "stopped", "the held-out loss has diverged"))
+
+    def _add(self, step: int, relative_NS: np.ndarray | None) -> None:
+        gain, se = (np.nan, np.nan) if relative_NS is None else paired_gain(relative_NS, self.start_NS)
+        point = Point(self.finder.lr(step - 1), gain, se, np.nan)
+        self.steps.append(step)
+        self.points.append(point)
+        self.relative.append(relative_NS if point.is_finite else None)
+        if step % max(1, self.finder.options.num_updates // 10) == 0:
+            self.screen.say(f"  lr {point.lr:.2e}  gain {point.gain:+.4%} +- {point.se:.4%}")
+
+    def measured(self) -> tuple[Measured, ...]:
+        """The points with what the log says of their updates."""
+        rows = {row["step"]: row for row in step_rows(self.finder.folder / METRICS_FILE)}
+        found = []
+        for step, point, relative_NS in zip(self.steps, self.points, self.relative, strict=True):
+            row = rows.get(step, {})
+            seen = replace(point, lr=row.get("lr", point.lr), training_loss=row.get("loss", np.nan))
+            found.append(Measured(seen, relative_NS, row.get("grad_norm")))
+        return tuple(found)
+
+
+def _relative(measurement: Measurement) -> np.ndarray:
+    """Losses [N, S] relative to the base's mean of each stratum."""
+    held_out = measurement.held_out
+    return held_out.losses_NS / held_out.base_NS.mean(axis=0)
+
+
+def _first_lr(prepared: Prepared) -> float:
+    return lay_groups(prepared.config, prepared.plan.lr_horizon)[0].lr(0)

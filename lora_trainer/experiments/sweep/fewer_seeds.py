@@ -7,9 +7,10 @@ before it came to its end. The level of 5 % is divided by the number of looks.
 from __future__ import annotations
 
 from lora_trainer.evidence.statistics.compare import Outcome, Rules, compare
+from lora_trainer.experiments.sweep.groups import trials_of
 from lora_trainer.experiments.sweep.record import Json
 from lora_trainer.experiments.sweep.results import arms_of
-from lora_trainer.training.groups import TrialGroup, trials_of
+from lora_trainer.training.group import TrialGroup
 
 RULE = "sweep.prune.worse_after_seeds"
 LEVEL = Rules().level

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from lora_trainer.training.groups import TrialGroup
+from lora_trainer.training.group import TrialGroup
 
 Train = Callable[[TrialGroup], None]
 

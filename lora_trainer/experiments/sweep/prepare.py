@@ -12,6 +12,7 @@ from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.data.records import Progress
 from lora_trainer.experiments.sweep.fewer_seeds import RULE as FEWER_SEEDS
+from lora_trainer.experiments.sweep.groups import group_trials, shared_settings, without
 from lora_trainer.experiments.sweep.record import (
     Json,
     check_continues,
@@ -24,7 +25,7 @@ from lora_trainer.models.adapters.packing import can_pack
 from lora_trainer.planning.prepare import Prepared, plan_rows, prepare, prepare_like
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.storage import disk_space
-from lora_trainer.training.groups import TrialGroup, group_trials, shared_settings, without
+from lora_trainer.training.group import TrialGroup
 
 SHARED_ROWS = ("images", "global batch", "updates per epoch", "updates", "base", "validation")
 """Rows of a run's plan that hold for all trials of a group."""
@@ -138,7 +139,7 @@ def sweep_rows(sweep: PreparedSweep) -> Iterator[tuple[str, str]]:
             f"adapters, gradients and moments of a group: {disk_space.mib(states)}, beside base and activations",
         )
     total = sum(group.num_updates * len(group.members) for group in sweep.groups)
-    shared = sum(m.fork.step for group in sweep.groups for m in group.members if m.fork is not None)
+    shared = sum(m.prefix.step for group in sweep.groups for m in group.members if m.prefix is not None)
     yield "work", f"{total - shared:,} updates of one trial" + (f"; {shared:,} more are shared" if shared else "")
     for member in members:
         lrs = member.prepared.plan.lr_groups[0]

@@ -10,14 +10,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config.allowed_changes import refused_keys
-from lora_trainer.config.identity import difference
+from lora_trainer.config.identity import compare, difference, refusal
+from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
 from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.errors import ConfigError, HostError, Problem
-from lora_trainer.planning.prepare import PLAN_FILE, Prepared
+from lora_trainer.planning.prepare import Prepared
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import read_rows
-from lora_trainer.training.groups import Member, TrialGroup, has_checkpoint
+from lora_trainer.training.group import Member, TrialGroup
 
 FORMAT = 1
 FILE = "sweep.json"
@@ -51,7 +51,9 @@ def read_sweep(sweep_dir: Path) -> Json | None:
 def started_groups(before: Json | None, sweep_dir: Path) -> dict[str, list[str]]:
     """The groups that an earlier start began, with their trials in order."""
     groups = [] if before is None else before["groups"]
-    return {g["name"]: g["trials"] for g in groups if has_checkpoint(sweep_dir / "groups" / g["name"])}
+    return {
+        g["name"]: g["trials"] for g in groups if any((sweep_dir / GROUPS / g["name"] / CHECKPOINTS).glob("step-*"))
+    }
 
 
 def finished_groups(before: Json | None) -> set[str]:
@@ -95,9 +97,11 @@ def check_continues(
             )
         )
     for name, own in prepared.items():
-        identity = _stored_identity(sweep_dir / "trials" / name)
-        if identity is not None and (refused := refused_keys(identity, own.identity(), own.config.resume, "resume")):
-            problems.append(began_otherwise(name, str(sweep_dir / "trials" / name), identity, own, refused))
+        folder = sweep_dir / TRIALS / name
+        if (identity := _stored_identity(folder)) is not None:
+            refused = compare(identity, own.identity(), own.config.resume, "resume").refused
+            if refused:
+                problems.append(refusal(name, identity, own.identity(), refused, str(folder)))
     for group, names in started_groups(before, sweep_dir).items():
         if group not in settled and (gone := [name for name in names if name not in prepared]):
             problems.append(
@@ -109,17 +113,6 @@ def check_continues(
             )
     if problems:
         raise ConfigError(*problems)
-
-
-def began_otherwise(name: str, where: str, before: Json, own: Prepared, refused: Sequence[str]) -> Problem:
-    """That a trial's settings are not those of its first start."""
-    return Problem(
-        f"trial `{name}` began with other settings",
-        where,
-        "; ".join(difference(before, own.identity(), refused)),
-        f"restore them, accept the change with 'resume.allow_changes=[{', '.join(refused)}]', rename the arm, "
-        "or give the sweep another `name`",
-    )
 
 
 def _stored_identity(folder: Path) -> Json | None:
@@ -198,7 +191,7 @@ def _trial_row(member: Member, group: TrialGroup) -> Json:
         "setting": trial.setting,
         "seed": trial.seed,
         "group": group.name,
-        "folder": f"trials/{trial.name}",
+        "folder": f"{TRIALS}/{trial.name}",
         "overrides": dict(trial.overrides),
         "schedule": lrs.schedule,
         "peak_lr": lrs.lr_peak,
@@ -209,7 +202,7 @@ def _trial_row(member: Member, group: TrialGroup) -> Json:
         "reason": None,
         "final": None,
         "best": None,
-        "shares_until": None if member.fork is None else {"trunk": member.fork.trunk, "step": member.fork.step},
+        "shares_until": None if member.prefix is None else {"trunk": member.prefix.parent, "step": member.prefix.step},
     }
 
 
@@ -233,7 +226,7 @@ def _with_results(trial: Json, sweep_dir: Path, *, done: bool) -> Json:
     """A trial's row with step, status and probes from its log; of one that was not begun, the row as it is."""
     if never_begun({"trials": [trial]}):
         return trial
-    log = sweep_dir / trial["folder"] / "metrics.jsonl"
+    log = sweep_dir / trial["folder"] / METRICS_FILE
     rows = list(read_rows(log)) if log.exists() else []
     probes = [r for r in rows if r.get("event") == "validation" and r["probe"] == HELD_OUT]
     measured = [{key: row[key] for key in _PROBE_FIELDS} for row in probes if row["step"] > 0]

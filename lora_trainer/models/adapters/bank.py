@@ -33,25 +33,28 @@ class AdapterSpec:
 class AdapterBank:
     """Named adapters on one denoiser; which of them act is switched by `active`."""
 
-    def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
-        self.denoiser = denoiser
+    def __init__(self, denoiser: nn.Module, component: str, names: Sequence[str]) -> None:
+        self.denoiser, self.component = denoiser, component
         self.names = tuple(names)
         self._layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
         self._active: str = names[-1]
         self._packed: dict[tuple[str, ...], PackedForward] = {}
 
     @classmethod
-    def attach(cls, denoiser: nn.Module, adapters: Mapping[str, AdapterSpec], *, seed: int) -> AdapterBank:
+    def attach(
+        cls, denoiser: nn.Module, component: str, adapters: Mapping[str, AdapterSpec], *, seed: int
+    ) -> AdapterBank:
         """Inject the adapters, in fp32, with initial weights that are equal where their shapes are.
 
         Args:
+            component: the denoiser's name in its base, which all names of parameters begin with.
             seed: A is drawn per (seed, layer) from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), peft's distribution; B is zero.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
             for name, spec in adapters.items():
                 inject_adapter_in_model(peft_config(spec.config, spec.targets), denoiser, adapter_name=name)
-        bank = cls(denoiser, list(adapters))
+        bank = cls(denoiser, component, list(adapters))
         for name in adapters:
             for parameter in bank.parameters(name).values():
                 parameter.data = parameter.data.float()  # peft follows the base's dtype; updates need fp32
@@ -61,10 +64,10 @@ class AdapterBank:
         return bank
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The trainable parameters of one adapter by peft's names in a saved file (`<layer>.lora_A.weight`)."""
+        """The trainable parameters of one adapter by `<component>.<layer>.lora_A.weight`, as diffusers saves them."""
         marks = {f".lora_{kind}.{name}.weight": ending for kind, ending in _SAVED_ENDINGS.items()}
         return {
-            key.removesuffix(mark) + ending: parameter
+            f"{self.component}.{key.removesuffix(mark)}{ending}": parameter
             for key, parameter in self.denoiser.named_parameters()
             for mark, ending in marks.items()
             if key.endswith(mark)
@@ -133,7 +136,7 @@ class AdapterBank:
         shapes = {key: parameter.shape for key, parameter in self.parameters(name).items()}
 
         def draw(key: str) -> torch.Tensor:
-            layer, _, kind = key.rpartition(".lora_")
+            layer, _, kind = key.removeprefix(f"{self.component}.").rpartition(".lora_")
             if kind.startswith("B"):
                 return torch.zeros(shapes[key])
             bound = 1 / math.sqrt(math.prod(shapes[key][1:]))

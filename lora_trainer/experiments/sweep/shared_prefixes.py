@@ -13,14 +13,7 @@ from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.planning.run_plan import lay_groups
-
-
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """The first `step` updates are those of `trunk`, another trial of the group."""
-
-    trunk: str
-    step: int
+from lora_trainer.training.group import SharedPrefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +24,16 @@ class _Curve:
     lrs: tuple[tuple[float, ...], ...]
 
 
-def find_forks(members: Sequence[Prepared]) -> list[Fork | None]:
+def find_prefixes(members: Sequence[Prepared]) -> list[SharedPrefix | None]:
     """For each trial the earlier one with which it shares most updates; None where it shares none."""
     curves = [_curve(member) for member in members]
-    forks: list[Fork | None] = []
+    prefixes: list[SharedPrefix | None] = []
     for index, own in enumerate(curves):
         shared = [(0 if own is None or other is None else _agreement(own, other)) for other in curves[:index]]
         longest = max(shared, default=0)
-        forks.append(Fork(members[shared.index(longest)].config.name, longest) if longest else None)
-    return forks
+        parent = members[shared.index(longest)].config.name if longest else ""
+        prefixes.append(SharedPrefix(parent, longest) if longest else None)
+    return prefixes
 
 
 def _curve(member: Prepared) -> _Curve | None:

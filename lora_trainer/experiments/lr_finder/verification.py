@@ -1,4 +1,4 @@
-"""The check of a suggestion: short runs at several learning rates from one state. Never imports torch."""
+"""The check of a suggestion: short runs at learning rates around it, from one start. Never imports torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ OVERLAP_SE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Fork:
-    """One short run and the probe after it."""
+class ShortRun:
+    """One of them and the probe after it."""
 
     lr: float
     relative_NS: np.ndarray | None
@@ -23,8 +23,8 @@ class Fork:
 
 
 @dataclass(frozen=True, slots=True)
-class ForkReading:
-    """A fork's gain since the common start, and how far it stays behind the best one; None where it diverged."""
+class RunReading:
+    """A short run's gain since the common start, and how far it stays behind the best one; None where it diverged."""
 
     lr: float
     gain: float | None = None
@@ -36,31 +36,31 @@ class ForkReading:
 
 
 @dataclass(frozen=True, slots=True)
-class ForkVerdict:
-    """`choice` is None where no fork gained more than noise."""
+class Verification:
+    """`choice` is None where no run gained more than noise."""
 
     choice: float | None
     reason: str
-    readings: tuple[ForkReading, ...]
+    readings: tuple[RunReading, ...]
 
 
-def fork_lrs(suggestion: float, highest: float) -> list[float]:
+def lrs_around(suggestion: float, highest: float) -> list[float]:
     """Five learning rates around a suggestion, half a decade apart, none above `highest`."""
     return sorted({suggestion if factor == 1 else min(round_down(suggestion * factor), highest) for factor in FACTORS})
 
 
-def judge_forks(forks: Sequence[Fork], start_NS: np.ndarray) -> ForkVerdict:
-    """The fork of largest gain, or the smaller one of the two best where their paired difference is within 2 SE."""
-    readings = [_read(fork, start_NS) for fork in forks]
+def judge(runs: Sequence[ShortRun], start_NS: np.ndarray) -> Verification:
+    """The run of largest gain, or the smaller one of the two best where their paired difference is within 2 SE."""
+    readings = [_read(run, start_NS) for run in runs]
     finite = [index for index, reading in enumerate(readings) if reading.gain is not None]
     ranked = sorted(finite, key=lambda index: -(readings[index].gain or 0.0))
     if not ranked:
-        return ForkVerdict(None, "all of them diverged", tuple(readings))
-    leader = forks[ranked[0]]
-    readings = [_behind(reading, fork, leader) for reading, fork in zip(readings, forks, strict=True)]
+        return Verification(None, "all of them diverged", tuple(readings))
+    leader = runs[ranked[0]]
+    readings = [_behind(reading, run, leader) for reading, run in zip(readings, runs, strict=True)]
     top = readings[ranked[0]]
     if (top.gain or 0.0) <= SIGNAL_SE * (top.se or 0.0):
-        return ForkVerdict(None, "none gained more than three standard errors", tuple(readings))
+        return Verification(None, "none gained more than three standard errors", tuple(readings))
     choice, reason = top.lr, "it gained most"
     if len(ranked) > 1:
         second = readings[ranked[1]]
@@ -68,18 +68,18 @@ def judge_forks(forks: Sequence[Fork], start_NS: np.ndarray) -> ForkVerdict:
         if second.behind <= OVERLAP_SE * second.behind_se:
             choice = min(top.lr, second.lr)
             reason = f"{top.lr:.1e} and {second.lr:.1e} cannot be told apart: the smaller one"
-    return ForkVerdict(choice, reason, tuple(readings))
+    return Verification(choice, reason, tuple(readings))
 
 
-def _read(fork: Fork, start_NS: np.ndarray) -> ForkReading:
-    if fork.relative_NS is None or not np.isfinite(fork.relative_NS).all():
-        return ForkReading(fork.lr)
-    return ForkReading(fork.lr, *paired_gain(fork.relative_NS, start_NS), tuple(fork.relative_NS.mean(axis=1).tolist()))
+def _read(run: ShortRun, start_NS: np.ndarray) -> RunReading:
+    if run.relative_NS is None or not np.isfinite(run.relative_NS).all():
+        return RunReading(run.lr)
+    return RunReading(run.lr, *paired_gain(run.relative_NS, start_NS), tuple(run.relative_NS.mean(axis=1).tolist()))
 
 
-def _behind(reading: ForkReading, fork: Fork, leader: Fork) -> ForkReading:
+def _behind(reading: RunReading, run: ShortRun, leader: ShortRun) -> RunReading:
     """The reading with the leader's lead over it, paired measurement by measurement."""
-    if reading.gain is None or fork.relative_NS is None or leader.relative_NS is None:
+    if reading.gain is None or run.relative_NS is None or leader.relative_NS is None:
         return reading
-    behind, se = paired_gain(leader.relative_NS, fork.relative_NS)
+    behind, se = paired_gain(leader.relative_NS, run.relative_NS)
     return replace(reading, behind=behind, behind_se=se)

@@ -5,60 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_trainer.config.identity import difference, identity_fields
+from lora_trainer.config.places import GROUPS
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.sweep import PruneConfig, SweepConfig
+from lora_trainer.config.sweep import SweepConfig
 from lora_trainer.config.trials import TrialConfig
+from lora_trainer.experiments.sweep.shared_prefixes import find_prefixes
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.training.shared_prefixes import Fork, find_forks
+from lora_trainer.training.group import Member, TrialGroup
 
 OF_A_TRIAL = ("adapter", "optimizer", "lr_scheduler", "train.max_grad_norm", "train.ema_decay")
 """Settings that trials of one group may have each for themselves; any other would change what they share."""
 SHARED_OUTPUT = ("sample", "checkpoint", "export", "tracking")
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A trial of a group."""
-
-    trial: TrialConfig
-    prepared: Prepared
-    fork: Fork | None = None
-
-    @property
-    def name(self) -> str:
-        return self.trial.name
-
-
-@dataclass(frozen=True, slots=True)
-class TrialGroup:
-    """Trials for one call of `fit_group`: the unit of placement on a device and of a checkpoint."""
-
-    name: str
-    folder: Path
-    members: tuple[Member, ...]
-    trials_per_pass: int | Literal["auto"]
-    prune: PruneConfig
-    why: str | None = None
-    """What separates it from the group before it with the same seed."""
-
-    @property
-    def shared(self) -> Prepared:
-        """Any member's: what they share is equal."""
-        return self.members[0].prepared
-
-    @property
-    def num_updates(self) -> int:
-        return self.shared.plan.num_updates
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a group began; from then on its members are fixed."""
-    return any((folder / "checkpoints").glob("step-*"))
 
 
 def group_trials(
@@ -79,19 +41,22 @@ def group_trials(
     """
     by_name = {trial.name: trial for trial in trials}
     placed = {name for names in started.values() for name in names}
-    batches: dict[str, list[TrialConfig]] = {}
+    together: dict[str, list[TrialConfig]] = {}
     for trial in trials:
         if trial.name not in placed:
-            batches.setdefault(json.dumps(shared_settings(trial.config), sort_keys=True), []).append(trial)
-    groups = [
-        _group(name, [by_name[each] for each in names], prepared, sweep_dir, options, None)
-        for name, names in started.items()
-    ]
-    for members in batches.values():
-        same_seed = [group for group in groups if group.members[0].trial.seed == members[0].seed]
+            together.setdefault(json.dumps(shared_settings(trial.config), sort_keys=True), []).append(trial)
+
+    def group(name: str, members: Sequence[TrialConfig], why: str | None = None) -> TrialGroup:
+        planned = _with_prefixes([Member(trial, prepared[trial.name]) for trial in members])
+        folder = sweep_dir / GROUPS / name
+        return TrialGroup(name, folder, planned, options.trials_per_pass, options.prune, why=why)
+
+    groups = [group(name, [by_name[each] for each in names]) for name, names in started.items()]
+    for members in together.values():
+        same_seed = [one for one in groups if one.members[0].trial.seed == members[0].seed]
         why = _why(same_seed[-1], members[0].config) if same_seed else None
-        name = _free_name(f"seed{members[0].seed}", {*taken, *(group.name for group in groups)})
-        groups.append(_group(name, members, prepared, sweep_dir, options, why))
+        name = _free_name(f"seed{members[0].seed}", {*taken, *(one.name for one in groups)})
+        groups.append(group(name, members, why))
     return groups
 
 
@@ -106,22 +71,9 @@ def shared_settings(config: RunConfig) -> dict[str, Any]:
     return identity | plain
 
 
-def _group(
-    name: str,
-    trials: Sequence[TrialConfig],
-    prepared: Mapping[str, Prepared],
-    sweep_dir: Path,
-    options: SweepConfig,
-    why: str | None,
-) -> TrialGroup:
-    members = _forked([Member(trial, prepared[trial.name]) for trial in trials])
-    folder = sweep_dir / "groups" / name
-    return TrialGroup(name, folder, members, options.trials_per_pass, options.prune, why)
-
-
 def trials_of(group: TrialGroup, reasons: Mapping[str, str]) -> dict[str, str]:
     """The trials of some arms, each with its arm's reason; none of a group that has begun, which stays as it is."""
-    if has_checkpoint(group.folder):
+    if group.has_begun:
         return {}
     return {member.name: reasons[member.trial.arm] for member in group.members if member.trial.arm in reasons}
 
@@ -129,13 +81,13 @@ def trials_of(group: TrialGroup, reasons: Mapping[str, str]) -> dict[str, str]:
 def without(group: TrialGroup, names: Collection[str]) -> TrialGroup | None:
     """The group without some of its trials; None where none is left."""
     kept = [member for member in group.members if member.name not in names]
-    return replace(group, members=_forked(kept)) if kept else None
+    return replace(group, members=_with_prefixes(kept)) if kept else None
 
 
-def _forked(members: Sequence[Member]) -> tuple[Member, ...]:
+def _with_prefixes(members: Sequence[Member]) -> tuple[Member, ...]:
     """The same members, each with the other whose first updates it shares."""
-    forks = find_forks([member.prepared for member in members])
-    return tuple(replace(member, fork=fork) for member, fork in zip(members, forks, strict=True))
+    prefixes = find_prefixes([member.prepared for member in members])
+    return tuple(replace(member, prefix=prefix) for member, prefix in zip(members, prefixes, strict=True))
 
 
 def _free_name(name: str, taken: Collection[str]) -> str:
