@@ -70,7 +70,8 @@ def fit(
             recorder = Recorder(
                 prepared, runtime, parts.family, parts.bank, parts.trials, parts.updater, sampler, screen
             )
-            recorder.open(start, resuming=checkpoint is not None)
+            for note in recorder.open(start, resuming=checkpoint is not None):
+                screen.say(note)
         try:
             training_loop(start, plan.num_updates, parts.updater, probing, recorder, screen, should_stop)
         finally:

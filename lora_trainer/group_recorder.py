@@ -59,7 +59,8 @@ class GroupRecorder:
             if checkpoint is not None:
                 own = checkpoint.state["plain"][recorder.trial.name]
                 start = replace(checkpoint.progress, metrics_bytes=own[METRICS_BYTES])
-            recorder.open(start, resuming=checkpoint is not None)
+            for note in recorder.open(start, resuming=checkpoint is not None):
+                self._screen.say(note)
         if checkpoint is not None:
             self._screen.say(f"resuming after step {checkpoint.progress.step} of {self._group.num_updates}")
 

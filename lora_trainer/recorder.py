@@ -31,7 +31,7 @@ from lora_trainer.report.sample_grid import draw_grid
 from lora_trainer.runtime import Runtime, environment_report
 from lora_trainer.sampling import Sampler, save_samples
 from lora_trainer.tracking.console import Screen, TrainingLine
-from lora_trainer.tracking.metrics import MetricsLog, StepRow
+from lora_trainer.tracking.metrics import MetricsLog, StepRow, damage_note
 from lora_trainer.tracking.tensorboard import TensorBoardLog
 from lora_trainer.trial import Ending, Trial
 from lora_trainer.update import Updater, UpdateResult
@@ -64,19 +64,17 @@ class Recorder:
         """The one whose LoRA is exported and sampled."""
         return self._trials[0]
 
-    def open(self, start: Progress, *, resuming: bool) -> None:
-        """Say what this run is, and continue its log where the checkpoint left it."""
+    def open(self, start: Progress, *, resuming: bool) -> list[str]:
+        """Say what this run is, and continue its log where the checkpoint left it; what is wrong with the log."""
         for folder in (self._run_dir, diffusers_lora_file(self._config).parent, self._run_dir / "samples"):
             atomicio.clear_temporaries(folder)
         write_run_files(self._prepared, self._runtime)
         kept = self._plan.export_bytes(self._config.export.dtype)
         self._reserve = disk.Reserve(self._run_dir / RESERVE_FILE, kept)
-        log = self._run_dir / "metrics.jsonl"
+        log, notes = self._run_dir / "metrics.jsonl", []
         if start.metrics_bytes > (log.stat().st_size if log.exists() else 0):
-            self._screen.say(f"{log} is shorter than it was at step {start.step}: rows before it are missing")
+            notes.append(f"{log} is shorter than it was at step {start.step}: rows before it are missing")
         self._metrics = MetricsLog(log, keep_bytes=start.metrics_bytes)
-        facts = {t.name: RunFacts.of(self._plan, t.config) for t in self._trials}
-        self._diagnosis = LiveDiagnosis(log, facts)
         self._tensorboard = None
         if self._config.tracking.tensorboard:
             self._tensorboard = TensorBoardLog(
@@ -85,6 +83,10 @@ class Recorder:
         if resuming:
             self._metrics.event("resume", start.step)
             self._screen.say(f"resuming after step {start.step} of {self._plan.num_updates}")
+        self._diagnosis = LiveDiagnosis(log, {t.name: RunFacts.of(self._plan, t.config) for t in self._trials})
+        if self._diagnosis.num_damaged:
+            notes.append(damage_note(str(log), self._diagnosis.num_damaged))
+        return notes
 
     def close(self) -> None:
         self._metrics.close()

@@ -174,7 +174,8 @@ class TrialLog:
             self.probes.setdefault(row["probe"], ProbeLog()).add(row)
 
     def _add_update(self, row: Mapping[str, Any]) -> None:
-        self.lrs.append(float(row["lr"]))
+        missing = int(row["step"]) - len(self.lrs) - 1  # rows that a damaged log has lost
+        self.lrs += [float(row["lr"])] * (1 + max(0, missing))
         self.clipped.append(bool(row["clipped"]))
         self.grad_norms.append(float(row["grad_norm"]))
         if "ratio" in row:
@@ -190,10 +191,18 @@ class RunLog:
 
     def __init__(self, trials: Sequence[str] = ()) -> None:
         self.trials = {name: TrialLog(name) for name in trials}
+        self.num_damaged = 0
         self._shared: list[Mapping[str, Any]] = []
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Take in one row; one without a trial (a skipped update) concerns them all, those to come too."""
+    def add(self, row: Mapping[str, Any] | None) -> None:
+        """Take in one row; one without a trial (a skipped update) concerns them all, those to come too.
+
+        Args:
+            row: None is a damaged line, which is counted.
+        """
+        if row is None:
+            self.num_damaged += 1
+            return
         name = row.get("trial")
         if name is None:
             self._shared.append(row)
