@@ -73,7 +73,7 @@ def test_a_usual_number_of_repeats_needs_no_note(tmp_path: Path) -> None:
     assert not any("taken as" in note for note in found(tmp_path).notes)
 
 
-def test_repeats_cost_neither_memory_nor_time(tmp_path: Path) -> None:
+def test_samples_are_looked_up_and_never_written_out(tmp_path: Path) -> None:
     for number in range(2):
         picture(tmp_path / str(number) / "a.png", number)
     sources = [{"dir": str(tmp_path / str(number)), "repeats": 10**15} for number in range(2)]
