@@ -22,15 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from lora_trainer.experiments.lr_finder.forks import Fork, fork_lrs, judge_forks
+from lora_trainer.experiments.lr_finder.usual_rules import usual_rules
 
 from lora_trainer.config.load import load_config
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Conditioning
 from lora_trainer.experiments.lr_finder.analysis import Point, analyse
-from lora_trainer.experiments.lr_finder.forks import Fork, fork_lrs, judge_forks
 from lora_trainer.experiments.lr_finder.prepare import HIGHEST_LR, FinderOptions, PreparedFinder, prepare_finder
 from lora_trainer.experiments.lr_finder.run import Instrument
-from lora_trainer.experiments.lr_finder.usual_rules import usual_rules
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.runtime.runtime import environment_report, start_runtime
 from lora_trainer.storage import atomic_files

@@ -1,7 +1,7 @@
 """Did the demo LoRA teach the flower, and does the base still know its own world? Read from pixels, before and after.
 
     python -m demo.make.judge_demo                      # judges runs/demo
-    python -m demo.make.judge_demo --run runs/my-demo --config configs/demo.yaml
+    python -m demo.make.judge_demo --run runs/my-demo
 
 Draws the same captions with the same seeds by the base alone and with the LoRA, all through stock diffusers, and writes
 `judge.json` and `before-after.png` into the run directory.
@@ -56,8 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo", help="run directory")
     options = parser.parse_args()
-    (lora,) = (file for file in options.run.glob("*.safetensors") if "-step" not in file.name)
-    verdict, pictures = judge(lora)
+    verdict, pictures = judge(lora_of(options.run))
     (options.run / "judge.json").write_text(json.dumps({**vars(verdict), "others_kept": verdict.others_kept}, indent=2))
     before_after(pictures).save(options.run / "before-after.png")
     print(
@@ -68,6 +67,11 @@ def main() -> None:
     )
     if not verdict.passed:
         raise SystemExit("the LoRA did not learn what it should (after >= 80 %, before <= 5 %, others kept >= 75 %)")
+
+
+def lora_of(run: Path) -> Path:
+    """The LoRA of a run's end; numbered ones and the best lie beside it."""
+    return run / f"{run.resolve().name}.safetensors"
 
 
 def judge(

@@ -12,10 +12,10 @@ from lora_trainer.evidence.diagnosis.early import EarlyReport, early_report
 from lora_trainer.evidence.diagnosis.finding import Status
 from lora_trainer.evidence.diagnosis.live import finding_lines
 from lora_trainer.evidence.diagnosis.run_facts import RunFacts
-from lora_trainer.evidence.diagnosis.run_folder import CONFIG, read_run
+from lora_trainer.evidence.diagnosis.run_folder import CONFIG, METRICS, read_run
 from lora_trainer.storage.atomic_files import to_json
 from lora_trainer.tracking.console import Screen
-from lora_trainer.tracking.metrics import finite
+from lora_trainer.tracking.metrics import damage_note, finite
 
 
 def diagnose_run(run_dir: Path, *, as_json: bool, check: bool) -> ExitCode:
@@ -28,9 +28,15 @@ def diagnose_run(run_dir: Path, *, as_json: bool, check: bool) -> ExitCode:
     judged = [(diagnose(trial, run), early_report(trial, run)) for trial in log.trials.values()]
     screen = Screen()
     if as_json:
-        content = {"run": str(run_dir), "trials": [_as_json(*each) for each in judged]}
+        content = {
+            "run": str(run_dir),
+            "damaged_lines": log.num_damaged,
+            "trials": [_as_json(*each) for each in judged],
+        }
         screen.say(to_json(finite(content)).decode().rstrip())
     else:
+        if log.num_damaged:
+            screen.say(damage_note(str(run_dir / METRICS), log.num_damaged))
         for line in (line for each in judged for line in _lines(*each, run, run_dir)):
             screen.say(line)
     return ExitCode.FAULT_FOUND if check and any(diagnosis.faults for diagnosis, _ in judged) else ExitCode.DONE

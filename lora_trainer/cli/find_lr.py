@@ -31,7 +31,7 @@ def find_lr(config_file: Path, overrides: Sequence[str], options: FinderOptions)
 
     with ExitStack() as stack:
         if launch.is_main:
-            stack.enter_context(atomic_files.sole_writer(finder.folder))
+            stack.enter_context(atomic_files.sole_writer(finder.folder, screen.say))
         stop = stack.enter_context(StopRequest().listening())
         found = run(finder, screen=screen, should_stop=stop)
         if launch.is_main:

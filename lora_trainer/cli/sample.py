@@ -40,6 +40,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     from diffusers import StableDiffusionPipeline
 
     from lora_trainer.lora_files.files import read_lora
+    from lora_trainer.models.registry import open_family
     from lora_trainer.training.sampling import png_bytes
 
     tensors, _ = read_lora(lora)
@@ -51,8 +52,14 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
                 fix="sample from diffusers/pytorch_lora_weights.safetensors beside it",
             )
         )
+    family, host = open_family(base), torch.device("cpu")
     pipeline = StableDiffusionPipeline.from_pretrained(
-        base.path, dtype=torch.float32, safety_checker=None, requires_safety_checker=False, use_safetensors=True
+        base.path,
+        unet=family.load_denoiser(host, torch.float32),
+        vae=family.load_vae(host),
+        text_encoder=family.load_text_encoder(host),
+        safety_checker=None,
+        requires_safety_checker=False,
     )
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="lora")
     pipeline.set_adapters(["lora"], adapter_weights=[request.lora_scale])

@@ -57,7 +57,7 @@ class SweepStart:
         sweep_dir, writes = run_directory(config), self.launch.is_main and not self.dry_run
         with ExitStack() as stack:
             if writes:
-                stack.enter_context(atomic_files.sole_writer(sweep_dir))
+                stack.enter_context(atomic_files.sole_writer(sweep_dir, self.screen.say))
                 if self.fresh:
                     set_aside(sweep_dir, self.screen)
             try:

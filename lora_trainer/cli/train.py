@@ -38,7 +38,7 @@ def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False,
         stack.enter_context(disk_space.faults_in_words())
         stop = stack.enter_context(StopRequest().listening())
         if launch.is_main and not dry_run:
-            stack.enter_context(atomic_files.sole_writer(run_dir))
+            stack.enter_context(atomic_files.sole_writer(run_dir, screen.say))
             if fresh:
                 set_aside(run_dir, screen)
         try:

@@ -54,7 +54,7 @@ class SourceConfig(Section):
     dir: Annotated[str, Field(min_length=1)]
     """Folder of images with captions beside them; subfolders count too."""
     repeats: Count = 1
-    """How often each image is seen per epoch, on top of any `N_name` folder's own N."""
+    """How often each image is seen per epoch, on top of the N of a folder `N_name` (N up to 100; more is a name)."""
 
 
 class CaptionConfig(Section):

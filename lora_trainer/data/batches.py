@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from lora_trainer.data.records import Record
+from lora_trainer.data.records import Record, Samples
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Batch, Conditioning, Slot
 
@@ -55,7 +56,7 @@ class BatchSource:
     def __init__(
         self,
         records: Sequence[Record],
-        samples: Sequence[int],
+        samples: Samples,
         latents: LatentStore,
         prompts: PromptStore,
         *,
@@ -70,7 +71,7 @@ class BatchSource:
         self._latents, self._prompts = latents, prompts
         self._seed, self._dropout, self._device = seed, caption_dropout, device
         self._batch, self.accumulation, self._processes = batch_size, accumulation, num_processes
-        self._order: tuple[int, list[int]] | None = None
+        self._order: tuple[int, np.ndarray] | None = None
 
     @property
     def global_batch(self) -> int:
@@ -120,8 +121,8 @@ class BatchSource:
     def _integer(self, purpose: str, slot: Slot, bound: int) -> int:
         return 0 if bound == 1 else int(random_streams.stream(self._seed, purpose, *slot).integers(bound))
 
-    def _permutation(self, epoch: int) -> list[int]:
+    def _permutation(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
             order = random_streams.stream(self._seed, "order", epoch).permutation(len(self._samples))
-            self._order = (epoch, order.tolist())
+            self._order = (epoch, order)
         return self._order[1]

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from lora_trainer.config.schema import DataConfig
@@ -19,6 +21,8 @@ from lora_trainer.errors import DataError, Problem
 from lora_trainer.storage import atomic_files
 
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
+MAX_FOLDER_REPEATS = 100
+"""The largest N that a folder `N_name` asks for; a larger number is part of a name: a year, a date, a size."""
 Progress = Callable[[Iterable, str, int], Iterable]  # (items, what is done, how many) -> the same items
 
 
@@ -53,9 +57,26 @@ class Dataset:
         """Identity of the content: image bytes, captions and repeats; names and places do not count."""
         return content_digest(self.records)
 
-    def samples(self) -> list[int]:
+    def samples(self) -> Samples:
         """The record index of each sample of an epoch, before shuffling."""
-        return [index for index, record in enumerate(self.records) for _ in range(record.repeats)]
+        return Samples(tuple(accumulate(record.repeats for record in self.records)))
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Record 0 as often as it is repeated, then record 1 ...; takes memory per record, not per sample."""
+
+    ends: tuple[int, ...]
+    """Number of samples up to each record, its own included."""
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, sample: int) -> int:
+        """The record's index."""
+        if not 0 <= sample < len(self):
+            raise IndexError(sample)
+        return bisect_right(self.ends, sample)
 
 
 def content_digest(records: Iterable[Record]) -> str:
@@ -155,11 +176,15 @@ def _walk(root: Path, source_repeats: int) -> Iterator[_Found]:
 
 
 def _folder_repeats(relative: Path) -> int:
-    """N of the nearest folder named `N_name` around the image; 1 without one."""
-    for part in reversed(relative.parts[:-1]):
-        if match := _REPEATS_FOLDER.fullmatch(part):
-            return int(match[1])
-    return 1
+    """N of the nearest folder `N_name` around the image that asks for repeats; 1 without one."""
+    asked = (_number_before(part) for part in reversed(relative.parts[:-1]))
+    return next((number for number in asked if number is not None and number <= MAX_FOLDER_REPEATS), 1)
+
+
+def _number_before(folder: str) -> int | None:
+    """N of a folder that is named `N_name`."""
+    match = _REPEATS_FOLDER.fullmatch(folder)
+    return int(match[1]) if match else None
 
 
 def _look_at(image: _Found, config: DataConfig, checked: dict[str, tuple[int, int]]) -> Record | list[Problem]:
@@ -233,6 +258,7 @@ def _notes(records: tuple[Record, ...], config: DataConfig) -> Iterator[str]:
     captioned = sum(caption_file(r.path, config.captions.extension).is_file() for r in records)
     rest = "" if captioned == total else f"; {total - captioned} by policy `{config.captions.missing}`"
     yield f"captions: {captioned} of {total} from {config.captions.extension} files{rest}"
+    yield from _numbered_names(records)
     lost = sorted(((r.framing(config.resolution).lost_share, r.name) for r in records), reverse=True)
     if lost[0][0] > 0.005:
         worst = ", ".join(f"{name} {share:.0%}" for share, name in lost[:3] if share > 0.005)
@@ -249,6 +275,17 @@ def _notes(records: tuple[Record, ...], config: DataConfig) -> Iterator[str]:
     shared = [r.name for r in records if stems[r.path.with_suffix("")] > 1]
     if shared:
         yield f"{len(shared)} files share one caption, as only their endings differ: {_some(shared)}"
+
+
+def _numbered_names(records: tuple[Record, ...]) -> Iterator[str]:
+    """Folders named `N_name` whose N is no number of repeats."""
+    folders = sorted({folder for record in records for folder in Path(record.name).parts[:-1]})
+    first, *others = [folder for folder in folders if (_number_before(folder) or 0) > MAX_FOLDER_REPEATS] or [""]
+    if first:
+        asked = f"is taken as a name, not as {_number_before(first)} repeats"
+        yield f"folder `{first}` {asked}; write data.sources with repeats to repeat it"
+    if others:
+        yield f"{len(others)} more folders are taken as names for their large number: {_some(others)}"
 
 
 def _some(names: list[str]) -> str:

@@ -25,6 +25,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FAMILY_OF_PIPELINE = {"StableDiffusionPipeline": "sd"}
 _WEIGHT_COMPONENTS = {"sd": ("unet", "vae", "text_encoder")}
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 _CONFIG_FILES = {"sd": ("tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json")}
 
 
@@ -37,7 +39,11 @@ class BaseFolder:
 
     def weights(self, component: str) -> list[Path]:
         """The safetensors files of a component: the whole ones, or its shards."""
-        return _weight_files(self.path / component)
+        return _find_weights(self.path / component)[1]
+
+    def variant(self, component: str) -> str | None:
+        """What diffusers and transformers must be told to find these files: `fp16` where there are no others."""
+        return _find_weights(self.path / component)[0]
 
     def component_config(self, component: str) -> dict[str, Any]:
         """The component's JSON configuration."""
@@ -126,6 +132,7 @@ def inspect_base(folder: Path, family: str = "auto") -> BaseFolder:
         for file in _CONFIG_FILES[found]
         if not (folder / file).is_file()
     ]
+    problems += _check_vocabulary(folder)
     if problems:
         raise ModelError(*problems)
     return BaseFolder(folder, found)
@@ -175,7 +182,7 @@ def _check_component(folder: Path, component: str) -> list[Problem]:
     place = folder / component
     if not (place / "config.json").is_file():
         return [_incomplete(folder, component, f"{component}/config.json")]
-    files = _weight_files(place)
+    _, files = _find_weights(place)
     if not files:
         pickled = sorted([*place.glob("*.bin"), *place.glob("*.ckpt")])
         if pickled:
@@ -194,18 +201,68 @@ def _check_component(folder: Path, component: str) -> list[Problem]:
     ]
 
 
-def _weight_files(place: Path) -> list[Path]:
-    """Full-precision files where there are any, else the fp16 variant; one file or the shards of an index."""
-    for variant in ("", ".fp16"):
+def _check_vocabulary(folder: Path) -> list[Problem]:
+    """The tokenizer has its vocabulary, and the text encoder an embedding for each token and no more.
+
+    transformers makes an empty vocabulary where the files are missing, and every caption means the same.
+    """
+    place, config = folder / "tokenizer", folder / "text_encoder" / "config.json"
+    if not (place / "tokenizer.json").is_file():
+        missing = [name for name in ("vocab.json", "merges.txt") if not (place / name).is_file()]
+        if missing:
+            files = "tokenizer/tokenizer.json" if len(missing) == 2 else f"tokenizer/{missing[0]}"
+            return [_incomplete(folder, "tokenizer vocabulary", files)]
+    try:
+        known = len(_tokens(place))
+        embedded = _read_json(config).get("vocab_size", known)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = "the tokenizer cannot be compared with the text encoder's config.json"
+        return [Problem(what, str(place), f"{type(error).__name__}: {error}", "fetch both folders again")]
+    if known == embedded:
+        return []
+    return [
+        Problem(
+            f"the tokenizer has {known} tokens, the text encoder {embedded}",
+            str(place),
+            "they do not belong together: captions would be read as other words",
+            "fetch tokenizer and text_encoder of one base again",
+        )
+    ]
+
+
+def _tokens(place: Path) -> set[str]:
+    """Every token of a CLIP tokenizer's folder, with those added to the vocabulary."""
+    whole, said = _read_json(place / "tokenizer.json"), _read_json(place / "tokenizer_config.json")
+    special = _read_json(place / "special_tokens_map.json")
+    vocabulary = whole["model"]["vocab"] if whole else _read_json(place / "vocab.json")
+    added = [
+        *("<|startoftext|>", "<|endoftext|>"),
+        *whole.get("added_tokens", ()),
+        *_read_json(place / "added_tokens.json"),
+        *said.get("added_tokens_decoder", {}).values(),
+        *(own[name] for own in (said, special) for name in _NAMED_TOKENS if own.get(name) is not None),
+        *(token for own in (said, special) for key in _MORE_TOKENS for token in own.get(key) or ()),
+    ]
+    return {*vocabulary, *(token if isinstance(token, str) else token["content"] for token in added)}
+
+
+def _read_json(file: Path) -> Any:
+    """The file's content; an empty object where there is none."""
+    return json.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def _find_weights(place: Path) -> tuple[str | None, list[Path]]:
+    """Full-precision files where there are any, else the fp16 variant's with its name: one, or an index's shards."""
+    for variant, ending in ((None, ""), ("fp16", ".fp16")):
         for stem in ("diffusion_pytorch_model", "model"):
-            whole = place / f"{stem}{variant}.safetensors"
+            whole = place / f"{stem}{ending}.safetensors"
             if whole.is_file():
-                return [whole]
-            index = place / f"{stem}.safetensors.index{variant}.json"
+                return variant, [whole]
+            index = place / f"{stem}.safetensors.index{ending}.json"
             if index.is_file():
                 shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                return [place / Path(shard).name for shard in shards]
-    return []
+                return variant, [place / Path(shard).name for shard in shards]
+    return None, []
 
 
 def _header_keys(file: Path) -> tuple[list[str], str | None]:

@@ -58,30 +58,15 @@ class StableDiffusion:
 
     def load_text_encoder(self, device: torch.device) -> CLIPTextModel:
         """The frozen text encoder in fp32, whatever its stored dtype."""
-        model = CLIPTextModel.from_pretrained(
-            self.base.path / "text_encoder", dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-        return _frozen(model, device, "text_encoder")
+        return self._load(CLIPTextModel, "text_encoder", device, torch.float32)
 
     def load_vae(self, device: torch.device) -> AutoencoderKL:
         """The frozen VAE in fp32: SD's overflows in fp16 on some images."""
-        variant = self._variant("vae")
-        model = AutoencoderKL.from_pretrained(
-            self.base.path / "vae",
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            variant=variant,
-        )
-        return _frozen(model, device, "vae")
+        return self._load(AutoencoderKL, "vae", device, torch.float32)
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
         """The frozen UNet in the dtype of the forward pass."""
-        variant = self._variant("unet")
-        model = UNet2DConditionModel.from_pretrained(
-            self.base.path / "unet", dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
-        )
-        return _frozen(model, device, "unet")
+        return self._load(UNet2DConditionModel, "unet", device, dtype)
 
     @torch.no_grad()
     def encode_images(self, vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,19 +124,21 @@ class StableDiffusion:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _variant(self, component: str) -> str | None:
-        return "fp16" if ".fp16." in self.base.weights(component)[0].name else None
+    def _load(self, model: Any, component: str, device: torch.device, dtype: torch.dtype) -> Any:
+        """A component's frozen model.
 
-
-def _frozen(model: Any, device: torch.device, component: str) -> Any:
-    """The model without gradients, in eval mode, on the device.
-
-    Raises:
-        ModelError: a weight is not finite.
-    """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ModelError(
-                Problem(f"the {component}'s weight `{name}` holds NaN or infinite values", fix="fetch the base again")
-            )
-    return model.requires_grad_(False).eval().to(device)
+        Raises:
+            ModelError: a weight is not finite.
+        """
+        variant = self.base.variant(component)
+        loaded = model.from_pretrained(
+            self.base.path / component, dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
+        )
+        for name, parameter in loaded.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ModelError(
+                    Problem(
+                        f"the {component}'s weight `{name}` holds NaN or infinite values", fix="fetch the base again"
+                    )
+                )
+        return loaded.requires_grad_(False).eval().to(device)

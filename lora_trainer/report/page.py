@@ -26,6 +26,7 @@ from lora_trainer.report.run_record import RunRecord, not_begun, read_runs
 from lora_trainer.report.sample_table import SampleTable, sample_table
 from lora_trainer.report.verdict_view import VerdictView, verdict_view
 from lora_trainer.storage import atomic_files
+from lora_trainer.tracking.metrics import damage_note
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATOR = "lora_trainer report"
@@ -89,7 +90,7 @@ def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules, no
     return Page(
         title=title or (f"{len(records)} runs compared" if len(sources) > 1 else sources[0]),
         headline=headline(records, groups, verdicts, against),
-        notes=(*pairing_notes(groups), *waiting_notes(records), *notes),
+        notes=(*pairing_notes(groups), *waiting_notes(records), *damage_notes(groups), *notes),
         legend=tuple((swatch(group.place), group.name) for group in groups) if len(groups) > 1 else (),
         verdicts=tuple(verdicts),
         runs=runs_table(groups),
@@ -136,6 +137,12 @@ def waiting_notes(records: Sequence[RunRecord]) -> list[str]:
     pruned = [run.name for run in records if run.ending is not None and run.failure is None]
     told = {"unfinished": goes_on, "stopped early": pruned}
     return [f"{what}, not in any verdict: {', '.join(names)}" for what, names in told.items() if names]
+
+
+def damage_notes(groups: Sequence[ArmRuns]) -> list[str]:
+    """Logs that have damaged lines."""
+    runs = [(group.name_of(run), run) for group in groups for run in group.runs]
+    return [damage_note(f"metrics.jsonl of {name}", run.num_damaged) for name, run in runs if run.num_damaged]
 
 
 def headline(

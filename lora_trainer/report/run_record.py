@@ -12,7 +12,7 @@ from typing import Any
 from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.wording import Purpose
-from lora_trainer.tracking.metrics import read_rows
+from lora_trainer.tracking.metrics import read_lines
 
 SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
 SWEEP_FILE = "sweep.json"
@@ -31,6 +31,8 @@ class RunRecord:
     updates: tuple[Row, ...]
     """Completed updates."""
     events: tuple[Row, ...]
+    num_damaged: int
+    """Lines of the log that hold no row; they are left out."""
     prompts: tuple[str, ...]
     samples: dict[tuple[int, int], Path]
     """Picture of (step, number of the prompt from 1)."""
@@ -135,7 +137,8 @@ def read_run(folder: Path) -> RunRecord:
             )
         )
     try:
-        rows = list(read_rows(metrics))
+        lines = list(read_lines(metrics))
+        rows = [row for row in lines if row is not None]
         plan = json.loads(plan_file.read_text())
         return RunRecord(
             name=folder.resolve().name,
@@ -145,6 +148,7 @@ def read_run(folder: Path) -> RunRecord:
             exit=_read_json(folder / "exit.json"),
             updates=tuple(row for row in rows if "event" not in row),
             events=tuple(row for row in rows if "event" in row),
+            num_damaged=len(lines) - len(rows),
             prompts=_prompts(folder / "config.yaml"),
             samples=_samples(folder / "samples"),
         )

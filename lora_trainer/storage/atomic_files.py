@@ -6,6 +6,7 @@ them before and after it happens, so that a test can count them and let the n-th
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,11 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from lora_trainer.errors import HostError, Problem
 
 TEMPORARY_PREFIX = ".tmp-"
+UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What a file system answers that lacks an operation: no fault of the disk."""
 Observer = Callable[[str, str, Path], None]  # ("before" | "after", operation, path)
 _observer: Observer | None = None
 
@@ -139,8 +142,11 @@ class AppendLog:
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the folder's lock: one writer at a time. The kernel frees it when the process dies, however it dies.
+
+    Args:
+        say: told where the folder is on a file system that has no locks; the block runs without one.
 
     Raises:
         HostError: another process holds it; its pid and host are named.
@@ -148,7 +154,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     make_folder(folder)
     with (folder / ".lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = _lock(file)
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip() or "an unknown process"
@@ -160,24 +166,58 @@ def sole_writer(folder: Path) -> Iterator[None]:
                     fix="wait for it, stop it, or give this run another `name`",
                 )
             ) from error
+        if not is_locked:
+            say(f"{folder} cannot be locked on this file system: take care that nothing else writes this run")
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
 
 
+def _lock(file: TextIO) -> bool:
+    """Lock a file for this process; False where its file system has neither kind of lock.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    for lock in (fcntl.flock, fcntl.lockf):  # Lustre and NFS may have the second alone
+        try:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in UNSUPPORTED | {errno.ENOLCK}:
+                raise
+    return False
+
+
 def reserve_space(file: Path, num_bytes: int) -> None:
-    """Make a file that takes up this many bytes of the disk.
+    """Make a file that takes up this many bytes of the disk; what it holds of an earlier time stays taken.
 
     Raises:
         OSError: there is no such space; no file is left.
     """
-    with _observed("reserve", file), file.open("ab") as reserved:
+    with _observed("reserve", file):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # glibc's stand-in for fallocate reads, too
         try:
-            os.posix_fallocate(reserved.fileno(), 0, num_bytes)
+            _allocate(descriptor, num_bytes)
+            os.fsync(descriptor)  # where blocks are only promised, a full disk is told of here
         except OSError:
             file.unlink()
             raise
+        finally:
+            os.close(descriptor)
+
+
+def _allocate(descriptor: int, num_bytes: int) -> None:
+    """Take the blocks of a file of this length; by writing zeros where its file system cannot do it otherwise."""
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        written = 0
+        while written < num_bytes:
+            written += os.pwrite(descriptor, bytes(min(2**20, num_bytes - written)), written)
 
 
 def remove_file(file: Path) -> None:
@@ -221,10 +261,14 @@ def rename(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Bring the folder's names to the disk, where its file system can (CIFS and some of FUSE cannot)."""
     with _observed("sync_folder", folder):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
         finally:
             os.close(descriptor)
 

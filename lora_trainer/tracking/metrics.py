@@ -13,6 +13,9 @@ from lora_trainer.storage.atomic_files import AppendLog
 
 TIMING_FIELDS = ("images_per_s", "step_s", "peak_memory_gib", "elapsed_s")
 """Fields that differ between two otherwise equal runs."""
+UPDATE = "update"
+_ESSENTIAL = {UPDATE: {"trial", "lr", "grad_norm"}, "validation": {"probe", "items"}, "skip": {"reason"}}
+"""Fields, besides `step`, without which a line is no row of its event; an update is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +89,31 @@ def finite(content: Any) -> Any:
     return content
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Each line of a metrics file as `parse_row` reads it; a last one that a kill cut short is left out."""
+    with path.open("rb") as file:
+        yield from (parse_row(line) for line in file if line.endswith(b"\n"))
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """All rows of a metrics file; a last line that a kill cut short is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """All rows of a metrics file, without its damaged lines."""
+    return (row for row in read_lines(path) if row is not None)
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds; None where the line is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if row.keys() >= _ESSENTIAL.get(str(row.get("event", UPDATE)), set()) else None
+
+
+def damage_note(log: str, num_damaged: int) -> str:
+    """The sentence that tells of a log's damaged lines."""
+    return f"{log}: {num_damaged} damaged line(s) are left out"
 
 
 def step_rows(path: Path, trial: str | None = None) -> list[dict[str, Any]]:

@@ -44,7 +44,8 @@ class GroupWriter:
         step = 0 if point is None else point.step
         for writer in self._writers:
             length = 0 if point is None else point.trials[writer.trial.name]["metrics_bytes"]
-            writer.open(step, metrics_bytes=length, resuming=point is not None)
+            for note in writer.open(step, metrics_bytes=length, resuming=point is not None):
+                self._screen.say(note)
         if point is not None:
             self._screen.say(f"resuming after step {step} of {self._group.num_updates}")
 

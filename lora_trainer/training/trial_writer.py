@@ -26,7 +26,7 @@ from lora_trainer.planning.prepare import Prepared
 from lora_trainer.report.sample_grid import draw_grid
 from lora_trainer.runtime.runtime import Runtime, environment_report
 from lora_trainer.storage import atomic_files, disk_space
-from lora_trainer.tracking.metrics import MetricsLog, StepRow
+from lora_trainer.tracking.metrics import MetricsLog, StepRow, damage_note
 from lora_trainer.tracking.tensorboard import TensorBoardLog
 from lora_trainer.training.gradient_check import checks_due
 from lora_trainer.training.lora_recipe import recipe_of
@@ -64,24 +64,27 @@ class TrialWriter:
         self._runtime: Runtime = setup.denoiser.runtime
         self._has_ended = not trial.is_live
 
-    def open(self, step: int, *, metrics_bytes: int, resuming: bool) -> None:
-        """Write what this run is, and continue its log where the checkpoint left it."""
+    def open(self, step: int, *, metrics_bytes: int, resuming: bool) -> list[str]:
+        """Write what this run is, and continue its log where the checkpoint left it; what is wrong with the log."""
         for folder in (self.run_dir, diffusers_lora_file(self._config).parent, self.run_dir / SAMPLES):
             atomic_files.clear_temporaries(folder)
         write_run_files(self._prepared, self._runtime)
         if not self._log_only:
             size = self._plan.export_bytes(self._config.export.dtype)
             self._reserve = disk_space.Reserve(self.run_dir / RESERVE_FILE, size)
-        log = self.run_dir / METRICS_FILE
+        log, notes = self.run_dir / METRICS_FILE, []
         if metrics_bytes > (log.stat().st_size if log.exists() else 0):
-            self._say(f"{log} is shorter than it was at step {step}: rows before it are missing")
+            notes.append(f"{log} is shorter than it was at step {step}: rows before it are missing")
         self._metrics = MetricsLog(log, keep_bytes=metrics_bytes)
-        self._diagnosis = LiveDiagnosis(log, {self.trial.name: RunFacts.of(self._plan, self._config)})
         self._tensorboard = None
         if self._config.tracking.tensorboard:
             self._tensorboard = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, say=self._say)
         if resuming:
             self._metrics.event("resume", step)
+        self._diagnosis = LiveDiagnosis(log, {self.trial.name: RunFacts.of(self._plan, self._config)})
+        if self._diagnosis.num_damaged:
+            notes.append(damage_note(str(log), self._diagnosis.num_damaged))
+        return notes
 
     def close(self) -> None:
         self._metrics.close()

@@ -42,6 +42,15 @@ def test_the_demo_lora_teaches_the_flower_and_keeps_the_rest(demo_run: Path) -> 
     assert verdict.others_kept >= 0.65
 
 
+def test_the_judge_takes_the_lora_of_the_runs_end(tmp_path: Path) -> None:
+    from judge_demo import lora_of
+
+    for name in ("held.safetensors", "held-best.safetensors", "held-step00000100.safetensors"):
+        (tmp_path / "held").mkdir(exist_ok=True)
+        (tmp_path / "held" / name).touch()
+    assert lora_of(tmp_path / "held").name == "held.safetensors"
+
+
 def test_the_base_is_small_safe_and_complete() -> None:
     files = [file for file in BASE.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 12e6

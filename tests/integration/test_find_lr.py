@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lora_trainer.experiments.lr_finder.ramp import Ramp
 
 from lora_trainer.cli.program import main
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.experiments.lr_finder.analysis import analyse
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
-from lora_trainer.experiments.lr_finder.ramp import Ramp
 from lora_trainer.experiments.lr_finder.run import Instrument, restored
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.runtime.runtime import start_runtime

@@ -6,10 +6,12 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPTokenizer
 
 from lora_trainer.errors import ExitCode, ModelError
 from lora_trainer.models.folder import inspect_base, locate_base
@@ -114,6 +116,80 @@ def test_no_folder_and_no_revision(tmp_path: Path) -> None:
         locate_base("org/name", "main")
     with pytest.raises(ModelError, match="no effect on a folder"):
         locate_base(str(tmp_path), "main")
+
+
+def tokenizer_json(base: Path) -> dict[str, Any]:
+    return json.loads((base / "tokenizer" / "tokenizer.json").read_bytes())
+
+
+def in_two_files(base: Path) -> Path:
+    """The tokenizer as Stable Diffusion 1.5 has it: vocab.json and merges.txt."""
+    place = base / "tokenizer"
+    (place / "vocab.json").write_text(json.dumps(tokenizer_json(base)["model"]["vocab"]))
+    (place / "merges.txt").write_text("#version: 0.2\n")
+    (place / "tokenizer.json").unlink()
+    return base
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(base: Path) -> None:
+    (base / "tokenizer" / "tokenizer.json").unlink()
+    assert "no tokenizer vocabulary" in refusal(base)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_both_files_of_a_vocabulary_are_needed(base: Path, name: str) -> None:
+    inspect_base(in_two_files(base))
+    (base / "tokenizer" / name).unlink()
+    assert f"tokenizer/{name}: the base is incomplete: no tokenizer vocabulary" in refusal(base)
+
+
+def test_a_vocabulary_of_another_size_is_refused_with_both(base: Path) -> None:
+    whole = tokenizer_json(base)
+    whole["model"]["vocab"].pop("a")
+    (base / "tokenizer" / "tokenizer.json").write_text(json.dumps(whole))
+    assert "the tokenizer has 513 tokens, the text encoder 514" in refusal(base)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": 1}', '{"model": {"vocab": 3}}'])
+def test_a_damaged_vocabulary_is_refused(base: Path, content: str) -> None:
+    (base / "tokenizer" / "tokenizer.json").write_text(content)
+    message = refusal(base)
+    assert str(base / "tokenizer") in message
+
+
+ADDITIONS: dict[str, tuple[str, Any]] = {
+    "none": ("added_tokens.json", {}),
+    "added_tokens.json": ("added_tokens.json", {"<cat>": 514}),
+    "the decoder of tokenizer_config.json": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"514": {"content": "<dog>", "special": False}}},
+    ),
+    "special_tokens_map.json": (
+        "special_tokens_map.json",
+        {"pad_token": "[PAD]", "bos_token": {"content": "<|startoftext|>"}, "additional_special_tokens": ["<x>", "a"]},
+    ),
+    "more special tokens": ("tokenizer_config.json", {"extra_special_tokens": ["<y>", "<z>"], "pad_token": "!!"}),
+}
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["tokenizer.json", "vocab.json"])
+@pytest.mark.parametrize("addition", ADDITIONS)
+def test_tokens_are_counted_as_the_tokenizer_counts_them(base: Path, addition: str, split: bool) -> None:
+    """Also those that were added to the vocabulary, wherever that is written."""
+    if split:
+        in_two_files(base)
+    name, content = ADDITIONS[addition]
+    file = base / "tokenizer" / name
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(before | content))
+    count = len(CLIPTokenizer.from_pretrained(base / "tokenizer"))
+    config = base / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": count}))
+    inspect_base(base)
+
+
+def test_the_shipped_base_is_whole() -> None:
+    inspect_base(Path(__file__).parents[2] / "demo" / "base")
 
 
 def test_digests_follow_content_component_by_component(base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def test_each_fault_has_its_exit_code(toy_config: Path, tmp_path: Path, capsys: 
     assert check("-c", str(toy_config), f"data.dir={tmp_path / 'empty'}") == 3
     assert check("-c", str(toy_config), f"model.path={tmp_path / 'empty'}") == 4
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_a_base_without_its_vocabulary_is_refused_by_check_and_train(
+    toy_config: Path, toy_base: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(toy_base, tmp_path / "base"))
+    (base / "tokenizer" / "tokenizer.json").unlink()
+    for verb in ("check", "train"):
+        with pytest.raises(SystemExit) as exit_info:
+            main([verb, "-c", str(toy_config), f"model.path={base}"])
+        assert exit_info.value.code == 4
 
 
 def test_config_only_leaves_base_and_images_alone(toy_config: Path) -> None:

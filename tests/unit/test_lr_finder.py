@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from lora_trainer.experiments.lr_finder.analysis import Finding, Point, analyse, has_diverged, paired_gain, round_down
 from lora_trainer.experiments.lr_finder.forks import Fork, fork_lrs, judge_forks
 from lora_trainer.experiments.lr_finder.ramp import Ramp
 from lora_trainer.experiments.lr_finder.usual_rules import debiased_average, usual_rules, valley_index
+
+from lora_trainer.experiments.lr_finder.analysis import Finding, Point, analyse, has_diverged, paired_gain, round_down
 
 RAMP = Ramp(1e-6, 1.0, 100)
 LRS = [RAMP.lr(k) for k in range(100)]

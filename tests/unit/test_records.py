@@ -51,7 +51,37 @@ def test_flat_nested_and_repeat_folders(tmp_path: Path) -> None:
         "deep/er/b.JPG": 1,
     }
     assert dataset.num_samples == 15
-    assert dataset.samples() == [0] * 10 + [1] * 3 + [2] + [3]
+    assert list(dataset.samples()) == [0] * 10 + [1] * 3 + [2] + [3]
+
+
+def test_large_numbers_before_a_folders_name_are_no_repeats(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    folders = ["100_cat", "101_cat", "20231105_trip", "2023_summer", "512_crops", "5_cat/2024_winter"]
+    for number, folder in enumerate(folders):
+        picture(images / folder / "a.png", number)
+    dataset = found(tmp_path)
+    assert [r.repeats for r in dataset.records] == [100, 1, 1, 1, 1, 5]
+    said = "is taken as a name, not as 101 repeats; write data.sources with repeats to repeat it"
+    assert f"folder `101_cat` {said}" in dataset.notes
+    assert any(note.startswith("4 more folders are taken as names") for note in dataset.notes)
+    (images / "101_cat").rename(images / "cat")
+    assert "`20231105_trip` is taken as a name, not as 20231105 repeats" in " | ".join(found(tmp_path).notes)
+
+
+def test_a_usual_number_of_repeats_needs_no_note(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "10_cat" / "a.png")
+    assert not any("taken as" in note for note in found(tmp_path).notes)
+
+
+def test_samples_are_looked_up_and_never_written_out(tmp_path: Path) -> None:
+    for number in range(2):
+        picture(tmp_path / str(number) / "a.png", number)
+    sources = [{"dir": str(tmp_path / str(number)), "repeats": 10**15} for number in range(2)]
+    samples = found(tmp_path, dir=None, sources=sources).samples()
+    places = (0, 10**15 - 1, 10**15, 2 * 10**15 - 1)
+    assert (len(samples), [samples[place] for place in places]) == (2 * 10**15, [0, 0, 1, 1])
+    with pytest.raises(IndexError):
+        samples[2 * 10**15]
 
 
 def test_sources_multiply_repeats(tmp_path: Path) -> None:

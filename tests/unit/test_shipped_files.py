@@ -14,6 +14,7 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.trials import load_sweep
 
 ROOT = Path(__file__).parents[2]
+ACTIVATION = ["source", ".venv/bin/activate"]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -22,6 +23,16 @@ def test_every_shipped_configuration_loads() -> None:
     for file in CONFIGS:
         load_config(file, [])
     assert len(load_sweep(ROOT / "configs" / "demo_sweep.yaml")[1]) == 18
+
+
+@pytest.mark.parametrize("name", ["sd15_character.yaml", "sd15_style.yaml"])
+def test_the_recipes_hold_images_out_and_say_how_not_to(name: str) -> None:
+    file = ROOT / "configs" / name
+    held = load_config(file, []).validation
+    assert held is not None
+    assert held.fraction == 0.1
+    assert "validation=null" in file.read_text()
+    assert load_config(file, ["validation=null"]).validation is None
 
 
 def test_every_shipped_configuration_says_purpose_command_and_hardware() -> None:
@@ -62,7 +73,12 @@ def test_readme_commands_exist_with_their_options(capsys: pytest.CaptureFixture[
 
     commands = readme_commands()
     assert len(commands) >= 10
+    activated = commands.index(ACTIVATION)
+    assert all(words[0] not in ("lora-trainer", "accelerate") for words in commands[:activated])
+    assert f"{ACTIVATION[1].partition('/')[0]}/bin" in (ROOT / "scripts" / "setup_venv").read_text()
     for words in commands:
+        if words == ACTIVATION:
+            continue
         if words[0] != "lora-trainer":
             place = next(word for word in words if "/" in word or word.endswith(".py"))
             assert (ROOT / place).is_file(), words

@@ -5,7 +5,6 @@ It reads what the log holds and nothing else, so that a run that was killed and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from lora_trainer.evidence.diagnosis.early import EarlyReport, early_report
 from lora_trainer.evidence.diagnosis.finding import Finding
 from lora_trainer.evidence.diagnosis.run_facts import RunFacts
 from lora_trainer.evidence.diagnosis.trial_log import RunLog, TrialLog
+from lora_trainer.tracking.metrics import parse_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,12 @@ class LiveDiagnosis:
     def __init__(self, metrics: Path, runs: Mapping[str, RunFacts]) -> None:
         """`runs`: the facts of each trial, by its name."""
         self._metrics, self._runs, self._log, self._read = metrics, runs, RunLog(list(runs)), 0
+        self._catch_up()
+
+    @property
+    def num_damaged(self) -> int:
+        """Lines read so far that hold no row; they are left out."""
+        return self._log.num_damaged
 
     def look(self) -> Iterator[Note]:
         """Read the new rows; what has changed about each trial. Each note must be logged before the next look."""
@@ -51,7 +57,9 @@ class LiveDiagnosis:
         with self._metrics.open("rb") as file:
             file.seek(self._read)
             for line in file:
-                self._log.add(json.loads(line))
+                if not line.endswith(b"\n"):
+                    break
+                self._log.add(parse_row(line))
                 self._read += len(line)
 
 

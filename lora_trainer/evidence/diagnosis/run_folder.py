@@ -10,7 +10,7 @@ from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.diagnosis.run_facts import RunFacts
 from lora_trainer.evidence.diagnosis.trial_log import RunLog
 from lora_trainer.planning.run_plan import RunPlan
-from lora_trainer.tracking.metrics import read_rows
+from lora_trainer.tracking.metrics import read_lines
 
 METRICS, PLAN, CONFIG = "metrics.jsonl", "plan.json", "config.yaml"
 
@@ -26,7 +26,7 @@ def read_run(run_dir: Path) -> tuple[RunLog, RunFacts]:
         fix = "give the folder that `lora-trainer train` wrote: <output_dir>/<name>"
         raise ConfigError(*(Problem(f"there is no {name}", str(run_dir), fix=fix) for name in missing))
     log = RunLog()
-    for row in read_rows(run_dir / METRICS):
+    for row in read_lines(run_dir / METRICS):
         log.add(row)
     config = load_config(run_dir / CONFIG)
     log.expect(config.name)

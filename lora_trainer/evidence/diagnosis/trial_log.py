@@ -173,7 +173,7 @@ class TrialLog:
             self.probes.setdefault(row["probe"], ProbeLog()).add(row)
 
     def _add_update(self, row: Mapping[str, Any]) -> None:
-        missing = int(row["step"]) - 1 - len(self.lrs)  # rows of skipped updates, whose LR was near this one
+        missing = int(row["step"]) - 1 - len(self.lrs)  # rows of skipped updates, or lost with a damaged log
         self.lrs += [float(row["lr"])] * (max(0, missing) + 1)
         self.clipped.append(bool(row["clipped"]))
         self.grad_norms.append(float(row["grad_norm"]))
@@ -190,10 +190,18 @@ class RunLog:
 
     def __init__(self, trials: Sequence[str] = ()) -> None:
         self.trials = {name: TrialLog(name) for name in trials}
+        self.num_damaged = 0
         self._shared: list[Mapping[str, Any]] = []
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Take in one row; one without a trial (a skipped update) concerns them all, those to come too."""
+    def add(self, row: Mapping[str, Any] | None) -> None:
+        """Take in one row; one without a trial (a skipped update) concerns them all, those to come too.
+
+        Args:
+            row: None is a damaged line, which is counted.
+        """
+        if row is None:
+            self.num_damaged += 1
+            return
         name = row.get("trial")
         if name is None:
             self._shared.append(row)

@@ -118,7 +118,7 @@ def _second_writer(world: World, index: int) -> Callable[[], str | None]:
         place = f"writer-{index}"
 
         def hold() -> None:
-            with sole_writer(world.run_dir(place)):
+            with sole_writer(world.run_dir(place), print):
                 time.sleep(60)
 
         holder = world.start(place, prepare=hold)

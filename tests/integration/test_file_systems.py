@@ -1,0 +1,171 @@
+"""Disks that lack an operation: no fallocate, no flock, no sync of a folder. Runs start there and end as elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_trainer.errors import HostError
+from lora_trainer.storage import atomic_files
+
+Train = Callable[..., Path]
+NO_LOCK = "cannot be locked on this file system"
+
+
+@pytest.fixture
+def ext2(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 24 MiB without fallocate."""
+    make, image = shutil.which("mkfs.ext2", path=f"{os.environ['PATH']}:/usr/sbin"), tmp_path / "disk"
+    if make is None:
+        pytest.skip("no mkfs.ext2 here")
+    with image.open("wb") as file:
+        file.truncate(24 * 2**20)
+    subprocess.run([make, "-q", "-m", "0", str(image)], check=True)
+    mount = tmp_path / "ext2"
+    mount.mkdir()
+    if subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=False, capture_output=True).returncode:
+        pytest.skip("no loop mounts here")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, int], None]:
+    """Let a function of the system answer with an error."""
+
+    def patch(module: Any, name: str, error: int) -> None:
+        def refused(*_: object) -> None:
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(module, name, refused)
+
+    return patch
+
+
+@pytest.fixture
+def refuse_folder_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    honest = os.fsync
+
+    def patch(error: int) -> None:
+        def fsync(descriptor: Any) -> None:
+            if stat.S_ISDIR(os.stat(descriptor).st_mode):
+                raise OSError(error, os.strerror(error))
+            honest(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    return patch
+
+
+def test_a_run_on_ext2_is_the_run_elsewhere(train_toy: Train, ext2: Path) -> None:
+    straight = train_toy("checkpoint.every_steps=2")
+    train_toy(f"output_dir={ext2}", "checkpoint.every_steps=2")
+    assert (ext2 / "toy" / "toy.safetensors").read_bytes() == (straight / "toy.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("has_stand_in", [True, False])
+def test_space_on_ext2_is_taken_or_refused(
+    refuse: Callable[[Any, str, int], None], ext2: Path, has_stand_in: bool
+) -> None:
+    if not has_stand_in:  # a C library that does not write the blocks itself
+        refuse(os, "posix_fallocate", errno.EOPNOTSUPP)
+    free = shutil.disk_usage(ext2).free
+    for _ in range(2):  # a resume takes over what is there
+        atomic_files.reserve_space(ext2 / "kept", 2**20)
+        assert shutil.disk_usage(ext2).free <= free - 2**20
+    with pytest.raises(OSError, match="No space left"):
+        atomic_files.reserve_space(ext2 / "more", free)
+    assert [file.name for file in ext2.iterdir() if file.is_file()] == ["kept"]
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_zeros_take_the_space_where_it_cannot_be_reserved(
+    refuse: Callable[[Any, str, int], None], tmp_path: Path, error: int
+) -> None:
+    refuse(os, "posix_fallocate", error)
+    atomic_files.reserve_space(tmp_path / "kept", 2**20 + 5)
+    found = (tmp_path / "kept").stat()
+    assert (found.st_size, found.st_blocks * 512 >= 2**20) == (2**20 + 5, True)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_is_refused_also_when_zeros_are_written(
+    refuse: Callable[[Any, str, int], None], tmp_path: Path, error: int
+) -> None:
+    refuse(os, "posix_fallocate", errno.EOPNOTSUPP)
+    refuse(os, "pwrite", error)
+    with pytest.raises(OSError, match=os.strerror(error)):
+        atomic_files.reserve_space(tmp_path / "kept", 2**20)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_flock_another_lock_holds_the_folder(
+    refuse: Callable[[Any, str, int], None], capsys: pytest.CaptureFixture[str], tmp_path: Path, error: int
+) -> None:
+    refuse(fcntl, "flock", error)
+    hold = (
+        "import fcntl, sys, time; from pathlib import Path; from lora_trainer import atomicio\n"
+        f"def flock(*_): raise OSError({error}, 'no flock')\n"
+        "fcntl.flock = flock\n"
+        "with atomic_files.sole_writer(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(HostError, match=f"pid {holder.pid}"), atomic_files.sole_writer(tmp_path, print):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with atomic_files.sole_writer(tmp_path, print):
+        assert NO_LOCK not in capsys.readouterr().out
+
+
+def test_without_any_lock_a_run_says_so_once_and_goes_on(
+    refuse: Callable[[Any, str, int], None], train_toy: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse(fcntl, "flock", errno.ENOSYS)
+    refuse(fcntl, "lockf", errno.ENOLCK)
+    run_dir = train_toy()
+    assert (run_dir / "toy.safetensors").is_file()
+    assert capsys.readouterr().out.count(f"{run_dir} {NO_LOCK}") == 1
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_run_where_folders_cannot_be_synced(
+    refuse_folder_sync: Callable[[int], None], train_toy: Train, error: int
+) -> None:
+    refuse_folder_sync(error)
+    assert (train_toy("checkpoint.every_steps=2") / "toy.safetensors").is_file()
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
+def test_a_folder_whose_sync_fails_is_a_fault(
+    refuse_folder_sync: Callable[[int], None], tmp_path: Path, error: int
+) -> None:
+    refuse_folder_sync(error)
+    with pytest.raises(OSError, match=os.strerror(error)):
+        atomic_files.write_file(tmp_path / "file", b"x")
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EBADF])
+def test_a_lock_that_fails_for_another_reason_is_a_fault(
+    refuse: Callable[[Any, str, int], None], tmp_path: Path, error: int
+) -> None:
+    refuse(fcntl, "flock", error)
+    with pytest.raises(OSError, match=os.strerror(error)), atomic_files.sole_writer(tmp_path, print):
+        pass
