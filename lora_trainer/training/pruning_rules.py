@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_trainer.config.sweep import PruneConfig
-from lora_trainer.schedules.durations import Horizon, to_updates
+from lora_trainer.schedules.schedule import Horizon, to_updates
 from lora_trainer.training.trial import Ending
 
 

@@ -18,7 +18,7 @@ from lora_trainer.experiments.lr_finder.ramp import MIN_POINTS, Ramp
 from lora_trainer.planning.prepare import Prepared, prepare
 from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS
 from lora_trainer.runtime.launch import Launch
-from lora_trainer.schedules.classic import Constant
+from lora_trainer.schedules.curves import Constant
 
 BELOW_USUAL, ABOVE_USUAL = 100, 10_000
 HIGHEST_LR = 1.0
