@@ -28,4 +28,6 @@ def _no_bool(value: Any) -> Any:
 NotBool = BeforeValidator(_no_bool)
 Count = Annotated[int, Field(ge=1), NotBool]
 Number = Annotated[float, NotBool]
+Positive = Annotated[float, Field(gt=0), NotBool]
+NotNegative = Annotated[float, Field(ge=0), NotBool]
 Ratio = Annotated[float, Field(ge=0, le=1), NotBool]

@@ -1,4 +1,4 @@
-"""Write the pages of docs/ that come from the code; with --check, only say whether they are up to date."""
+"""Write what comes from the code in the pages of docs/; with --check, only say whether they are up to date."""
 
 from __future__ import annotations
 
@@ -8,9 +8,32 @@ from pathlib import Path
 from make_gallery import page
 
 from lora_trainer.config.describe import describe
+from lora_trainer.config.optimizers import OPTIMIZERS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = {"config.md": describe, "schedules.md": page}
+
+
+def learning_rates() -> str:
+    """The page as it is written by hand, but for the table of usual ranges."""
+    before, heading, rest = (DOCS / "learning_rates.md").read_text().partition("### Usual ranges\n")
+    told, _, after = rest.partition("| optimizer |")
+    return before + heading + told + usual_ranges() + after[after.index("\n\n") + 1 :]
+
+
+def usual_ranges() -> str:
+    """The optimizers by their usual range of base learning rates."""
+    kinds: dict[tuple[float, float], list[str]] = {}
+    for name, row in OPTIMIZERS.items():
+        kinds.setdefault(row.usual_lr, []).append(name)
+    rows = [f"| {', '.join(names)} | {_number(low)} | {_number(high)} |" for (low, high), names in kinds.items()]
+    return "\n".join(["| optimizer | from | to |", "|---|---|---|", *rows]) + "\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:g}".replace("e-0", "e-")
+
+
+PAGES = {"config.md": describe, "schedules.md": page, "learning_rates.md": learning_rates}
 
 
 def main() -> int:

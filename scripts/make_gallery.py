@@ -7,7 +7,7 @@ script alone, as their bytes depend on the version of matplotlib.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -16,8 +16,8 @@ from lora_trainer.cli.schedules import Preview, example_horizon, fact_rows, name
 from lora_trainer.config.describe import option_rows
 from lora_trainer.report.schedule_plot import Curve, draw_schedules
 from lora_trainer.schedules.external import TorchSchedule
-from lora_trainer.schedules.options import DecayOptions, ScheduleOptions
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
+from lora_trainer.schedules.schedule import DecayOptions, ScheduleOptions
 from lora_trainer.strict_model import Section
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -34,6 +34,7 @@ Every schedule that `lr_scheduler.type` can name, laid over a run of {STEPS:,} u
 ```bash
 lora-trainer schedules plot NAME [key=value ...] --steps 1500 --lr 2e-4 -o picture.png
 lora-trainer schedules plot --config configs/demo.yaml -o picture.png
+lora-trainer schedules show NAME    # its options in words
 ```
 
 **Notation.** N is the number of optimizer updates of the run, k = 0 ... N-1 the update, W the updates of the warm-up.
@@ -56,9 +57,9 @@ training at the base learning rate the run amounts to.
 _SHARED_HEAD = """\
 ## Options of most schedules
 
-A warm-up (the `warmup_` options) comes before the schedule's own curve; all but `constant`, `piecewise_constant`,
-`one_cycle`, `cyclic`, `phases` and `torch` take one. A cool-down falls to zero on top of the curve; all take one. `end`
-belongs to those that fall over the whole run: linear, cosine, cosine_with_restarts, polynomial and rex.
+A warm-up (the `warmup_` options) comes before the schedule's own curve; all but {without_warmup} take
+one. A cool-down falls to zero on top of the curve; all take one. `end` belongs to those that fall over the whole run:
+{with_end}.
 
 The plan of a run warns where a schedule is allowed but probably not meant: a warm-up of one update or of more than half
 the run, an LR that rises when training ends, more than a tenth of the updates under a thousandth of the base LR,
@@ -70,10 +71,20 @@ so is an option that the chosen schedule would ignore.
 
 def page() -> str:
     """The whole page in Markdown."""
-    parts = [_HEAD, _SHARED_HEAD, _table(DecayOptions, only=_SHARED[1:])]
+    shared = _SHARED_HEAD.format(
+        without_warmup=_names(lambda kind: "warmup_steps" not in kind.model_fields),
+        with_end=_names(lambda kind: "end" in kind.model_fields),
+    )
+    parts = [_HEAD, shared, _table(DecayOptions, only=_SHARED[1:])]
     for name, kind in SCHEDULES.items():
         parts.append("".join(_section(name, kind)))
     return "\n".join(parts)
+
+
+def _names(such: Callable[[type[ScheduleOptions]], bool]) -> str:
+    """The schedules of which this holds, in words."""
+    *others, last = [f"`{name}`" for name, kind in SCHEDULES.items() if such(kind)]
+    return f"{', '.join(others)} and {last}"
 
 
 def _section(name: str, kind: type[ScheduleOptions]) -> Iterator[str]:

@@ -17,8 +17,8 @@ from lora_trainer.config.schema import RunConfig
 from lora_trainer.evidence.diagnosis.finding import State
 from lora_trainer.evidence.diagnosis.run_facts import RunFacts
 from lora_trainer.evidence.diagnosis.trial_log import TrialLog
-from lora_trainer.schedules.durations import Horizon
 from lora_trainer.schedules.registry import SCHEDULES
+from lora_trainer.schedules.schedule import Horizon
 
 Row = dict[str, Any]
 TRIAL, BASE_LOSS, LR = "synthetic", 0.2, 1e-3

@@ -12,14 +12,13 @@ from ruamel.yaml import YAML
 
 from lora_trainer.config.load import load_config
 from lora_trainer.config.lr_notes import small_set_note
+from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.planning.prepare import Prepared, plan_rows, prepare
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.tracking.console import Screen
-
-DECOUPLED = ("adamw", "adamw_8bit", "lion", "schedule_free_adamw")  # whose decay is multiplied by the LR alone
 
 
 def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepared:
@@ -58,7 +57,7 @@ def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:
             f"{group.schedule} from {group.lr_start:.2e} over {group.lr_peak:.2e} to {group.lr_end:.2e}: in sum "
             f"{group.lr_budget:.2f} of a constant LR over {p.num_updates} updates",
         )
-    if config.optimizer.type in DECOUPLED and config.optimizer.weight_decay:
+    if optimizer_row(config.optimizer.type).decoupled_decay and config.optimizer.weight_decay:
         rates_summed = p.lr_groups[0].lr_budget * config.optimizer.lr * p.num_updates
         shrink = 1 - math.exp(-config.optimizer.weight_decay * rates_summed)
         yield "", f"weight decay {config.optimizer.weight_decay:g} alone shrinks a weight by {shrink:.2%} over the run"

@@ -22,12 +22,10 @@ from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
-from lora_trainer.schedules.durations import Horizon, ScheduleError
 from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
 from lora_trainer.schedules.facts import ScheduleFacts, facts_of
-from lora_trainer.schedules.options import DecayOptions, ScheduleOptions
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
-from lora_trainer.schedules.schedule import LRSchedule
+from lora_trainer.schedules.schedule import DecayOptions, Horizon, LRSchedule, ScheduleError, ScheduleOptions
 from lora_trainer.tracking.console import Screen
 
 WEIGHT_DECAY = 0.01  # AdamW's default, for the shrink that `explain` shows

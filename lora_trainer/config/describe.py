@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from lora_trainer.config.identity import level_of
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.structure import section_models, type_name
+from lora_trainer.config.structure import SectionPath, section_models, type_name
 
 _HEAD = """\
 # Configuration
@@ -36,8 +36,11 @@ _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 def describe() -> str:
     """The whole page in Markdown."""
-    parts = [_HEAD, "## Top level\n", _table(RunConfig, "")]
     sections = section_models(RunConfig)
+    inner: dict[SectionPath, set[str]] = {}
+    for names in sections:
+        inner.setdefault(names[:-1], set()).add(names[-1])
+    parts = [_HEAD, "## Top level\n", _table(RunConfig, "", inner[()])]
     told: dict[frozenset[type[BaseModel]], str] = {}
     for names in sorted(sections, key=len):
         told.setdefault(frozenset(sections[names]), ".".join(names))
@@ -47,12 +50,12 @@ def describe() -> str:
             parts.append(f"## {title}\n\nAs [{same}](#{same}).\n")
             continue
         if len(models) == 1:
-            parts += [f"## {title}\n", f"{_summary(models[0])}\n", _table(models[0], title)]
+            parts += [f"## {title}\n", f"{_summary(models[0])}\n", _table(models[0], title, inner.get(names, set()))]
             continue
         parts.append(f"## {title}\n\n`type` says which; each type has its own keys.\n")
         for model in models:
             parts += [f"### {title}.type: {type_name(model)}\n", f"{_summary(model)}\n"]
-            parts.append(_table(model, title, skip=("type",)))
+            parts.append(_table(model, title, {"type", *inner.get(names, ())}))
     return "\n".join(parts)
 
 
@@ -60,12 +63,12 @@ def _summary(model: type[BaseModel]) -> str:
     return " ".join((model.__doc__ or "").split())
 
 
-def _table(model: type[BaseModel], section: str, skip: tuple[str, ...] = ()) -> str:
-    sections = {names[0] for names in section_models(model)}
+def _table(model: type[BaseModel], section: str, skip: set[str]) -> str:
+    """The keys of a section, but for those that are told elsewhere."""
     rows = [
         f"| `{name}` | {values} | {default} | {text}{_marked(section, name)} |"
         for name, values, default, text in option_rows(model)
-        if name not in sections and name not in skip
+        if name not in skip
     ]
     if not rows:
         return "No keys of its own.\n"

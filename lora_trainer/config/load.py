@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
@@ -17,7 +17,7 @@ from lora_trainer.config.optimizers import AdamW
 from lora_trainer.config.peer_names import PEER_NAMES
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import KeyPath, Source, read_source
-from lora_trainer.config.structure import all_keys, section_models, type_name
+from lora_trainer.config.structure import all_keys, models_by_type, section_models, type_name
 from lora_trainer.errors import ConfigError, Problem
 
 
@@ -101,8 +101,6 @@ def _problem(path: KeyPath, details: list[ErrorDetails], source: Source) -> Prob
         return Problem(f"`{key}` needs a `type`", where, fix=f"add {key}.type; docs/config.md lists them")
     if "union_tag_invalid" in kinds:
         return _unknown_type(path, str(details[0]["ctx"]["tag"]), where)
-    if path[-1:] == ("type",) and _options_by_type(path[:-1]):
-        return _unknown_type(path[:-1], str(details[0]["input"]), where)
     expectations = dict.fromkeys(_expectation(detail) for detail in details)
     return Problem(f"`{key}`: {', or '.join(expectations)}", where, why=f"it is {details[0]['input']!r}")
 
@@ -117,7 +115,7 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
     siblings = _known_keys(path[:-1], source.data)
     section = _dotted(path[:-1]) or "the top level"
     what = f"`{_dotted(path)}` is not a setting"
-    owners = [kind for kind, keys in _options_by_type(path[:-1]).items() if name in keys]
+    owners = [kind for kind, model in _models_by_type(path[:-1]).items() if name in model.model_fields]
     if owners:
         return Problem(
             f"`{_dotted(path)}` has no effect on this `{section}.type`",
@@ -136,19 +134,16 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
 
 
 def _unknown_type(section: KeyPath, written: str, where: str | None) -> Problem:
-    known = list(_options_by_type(section))
+    known = list(_models_by_type(section))
     close = difflib.get_close_matches(written, known, n=1, cutoff=0.5)
     fix = f"did you mean `{close[0]}`? " if close else ""
     return Problem(f"`{_dotted(section)}.type: {written}` is not known", where, fix=f"{fix}known: {', '.join(known)}")
 
 
-def _options_by_type(section: KeyPath) -> dict[str, list[str]]:
-    """The keys of each type that may stand in a section where `type` decides; empty for any other section."""
+def _models_by_type(section: KeyPath) -> dict[str, type[BaseModel]]:
+    """What may stand in a section where `type` decides, a phase's too; empty for any other section."""
     names = tuple(part for part in section if isinstance(part, str))
-    models = section_models(RunConfig).get(names[:-1] if _is_phase(section) else names, [])
-    if len(models) < 2:
-        return {}
-    return {type_name(model): [*model.model_fields] for model in models}
+    return models_by_type(names[:-1] if _is_phase(section) else names)
 
 
 def _dotted(path: KeyPath) -> str:
@@ -160,17 +155,14 @@ def _dotted(path: KeyPath) -> str:
 
 def _known_keys(path: KeyPath, data: dict[str, Any]) -> list[str]:
     """The keys that the section at this path may have, as far as what is written there decides it."""
-    models = section_models(RunConfig)
     names = tuple(part for part in path if isinstance(part, str))
     node: Any = data
     for part in path:
         node = node.get(part, {}) if isinstance(node, dict) else node[int(part)]
     kind = node.get("type") if isinstance(node, dict) else None
-    candidates = models.get(names, [RunConfig] if not names else [])
     if names == ("optimizer",) and kind is None:
         kind = type_name(AdamW)
-    if kind is not None and not any("type" in model.model_fields for model in candidates):
-        inside = _options_by_type(path).get(kind, [])  # a phase holds its schedule's keys beside its own
-        return [key for model in candidates for key in model.model_fields] + inside
-    chosen = [model for model in candidates if "type" not in model.model_fields or type_name(model) == kind]
-    return [key for model in chosen or candidates for key in model.model_fields]
+    chosen = [model for own, model in _models_by_type(path).items() if own == kind]
+    if _is_phase(path) or not chosen:  # a phase holds its schedule's keys beside its own
+        chosen = [*(section_models(RunConfig).get(names, []) if names else [RunConfig]), *chosen]
+    return [key for model in chosen for key in model.model_fields]

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 
-USUAL_RANGE: dict[str, tuple[float, float]] = {
-    "adamw": (1e-5, 1e-2),
-    "adam": (1e-5, 1e-2),
-    "adamw_8bit": (1e-5, 1e-2),
-    "rmsprop": (1e-5, 1e-2),
-    "lion": (1e-6, 1e-3),
-    "schedule_free_adamw": (1e-5, 2.5e-2),
-    "adafactor": (1e-5, 1e-2),
-    "adagrad": (1e-4, 1e-1),
-    "sgd": (1e-3, 1.0),
-    "prodigy": (0.5, 2.0),
-}
 SMALL_SET, SMALL_SET_LR = 50, 5e-5
 
 
 def unusual_rates(config: RunConfig) -> Iterator[str]:
     """A sentence for each base LR outside of its optimizer's usual range."""
     kind = config.optimizer.type
-    low, high = USUAL_RANGE[kind]
+    low, high = optimizer_row(kind).usual_lr
     rates = {"optimizer.lr": config.optimizer.lr}
     rates |= {f"the LR of group {group.name}": group.lr for group in config.optimizer.groups if group.lr is not None}
     usual = f"the usual range of {kind} ({low:g} to {high:g})"

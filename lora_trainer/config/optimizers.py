@@ -1,18 +1,26 @@
-"""Options of each optimizer, by `optimizer.type`; `lora_trainer.training.optimizers` builds them."""
+"""Every optimizer, one row each: the union of the config, the known names, the plan's notes and docs follow from it.
+
+Never imports torch: a row names its builder as a text, which `lora_trainer.training.optimizers` calls. Outside
+optimizers join by the entry point group `lora_trainer.optimizers` (docs/extending.md).
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, SerializeAsAny, Tag, WrapValidator
 
-from lora_trainer.schedules.durations import Duration
 from lora_trainer.schedules.registry import LRSchedulerOptions
-from lora_trainer.strict_model import NotBool, Ratio, Section
+from lora_trainer.schedules.schedule import Duration, Horizon, to_updates
+from lora_trainer.strict_model import NotBool, NotNegative, Positive, Ratio, Section
 
+ENTRY_POINTS = "lora_trainer.optimizers"
 LearningRate = Annotated[float, Field(gt=0, lt=1), NotBool]
-NotNegative = Annotated[float, Field(ge=0), NotBool]
-Positive = Annotated[float, Field(gt=0), NotBool]
 Beta = Annotated[float, Field(ge=0, lt=1), NotBool]
 
 
@@ -40,27 +48,32 @@ class OptimizerOptions(Section):
     groups: tuple[GroupConfig, ...] = ()
     """Weights with other learning rates; the first group that matches a weight has it."""
 
+    def arguments(self, horizon: Horizon) -> dict[str, Any]:
+        """What the builder takes beside the groups of parameters: the options by their own names."""
+        return self.model_dump(exclude={"type", "groups"})
 
-class AdamW(OptimizerOptions):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
-    type: Literal["adamw"] = "adamw"
+class AdamOptions(OptimizerOptions):
+    """What Adam and its kin have."""
+
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the running mean and of the running square of the gradient."""
     eps: Positive = 1e-8
     """Added to the denominator."""
+
+
+class AdamW(AdamOptions):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    type: Literal["adamw"] = "adamw"
     weight_decay: NotNegative = 0.01
     """Decoupled decay, multiplied by the learning rate of each update."""
 
 
-class Adam(OptimizerOptions):
+class Adam(AdamOptions):
     """Adam (Kingma and Ba 2015); its weight decay is an L2 term in the gradient."""
 
     type: Literal["adam"] = "adam"
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay of the running mean and of the running square of the gradient."""
-    eps: Positive = 1e-8
-    """Added to the denominator."""
 
 
 class SGD(OptimizerOptions):
@@ -116,6 +129,9 @@ class Adafactor(OptimizerOptions):
     scale_parameter: bool = False
     """Multiply the learning rate by each tensor's root mean square."""
 
+    def arguments(self, horizon: Horizon) -> dict[str, Any]:
+        return super().arguments(horizon) | {"relative_step": False, "warmup_init": False}
+
 
 class Lion(OptimizerOptions):
     """Sign of the momentum (Chen et al. 2023). Takes a third to a tenth of AdamW's LR and more decay."""
@@ -129,14 +145,10 @@ class Lion(OptimizerOptions):
     """Decoupled decay: three to ten times AdamW's."""
 
 
-class AdamW8bit(OptimizerOptions):
+class AdamW8bit(AdamOptions):
     """AdamW with 8-bit moments (Dettmers et al. 2022). Tensors under 4096 values stay in 32 bits: most small LoRAs."""
 
     type: Literal["adamw_8bit"] = "adamw_8bit"
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay of the running mean and of the running square of the gradient."""
-    eps: Positive = 1e-8
-    """Added to the denominator."""
     weight_decay: NotNegative = 0.01
     """Decoupled decay, multiplied by the learning rate of each update."""
 
@@ -174,8 +186,94 @@ class ScheduleFreeAdamW(OptimizerOptions):
     warmup_steps: Duration = 0
     """The optimizer's own warm-up: updates, epochs ("2ep") or a share of the run ("5%")."""
 
+    def arguments(self, horizon: Horizon) -> dict[str, Any]:
+        return super().arguments(horizon) | {"warmup_steps": to_updates(self.warmup_steps, horizon)}
 
-AnyOptimizerOptions = Annotated[
-    AdamW | Adam | SGD | RMSprop | AdaGrad | Adafactor | Lion | AdamW8bit | Prodigy | ScheduleFreeAdamW,
-    Field(discriminator="type"),
-]
+
+@dataclass(frozen=True, slots=True)
+class OptimizerRow:
+    """One optimizer: the class of its options, what builds it, and what is known of it without building it."""
+
+    options: type[OptimizerOptions]
+    build: str
+    """`package.module:function`, called with the groups of parameters and the options' `arguments` by keyword."""
+    usual_lr: tuple[float, float]
+    """Base learning rates for a LoRA outside of which the plan has a note (docs/learning_rates.md)."""
+    decoupled_decay: bool = False
+    """Whether an update shrinks each weight by LR x weight decay, whatever its gradient."""
+    element_wise: bool = False
+    """Whether a weight's update depends on its own gradients alone, so that weights may lie in one flat buffer."""
+    extra: str | None = None
+    """The extra of lora_trainer that installs the builder's package, where one does."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the config (`optimizer.type`)."""
+        return self.options.model_fields["type"].default
+
+
+ROWS = (
+    OptimizerRow(AdamW, "torch.optim:AdamW", (1e-5, 1e-2), decoupled_decay=True, element_wise=True),
+    OptimizerRow(Adam, "torch.optim:Adam", (1e-5, 1e-2), element_wise=True),
+    OptimizerRow(SGD, "torch.optim:SGD", (1e-3, 1.0), element_wise=True),
+    OptimizerRow(RMSprop, "torch.optim:RMSprop", (1e-5, 1e-2), element_wise=True),
+    OptimizerRow(AdaGrad, "torch.optim:Adagrad", (1e-4, 1e-1), element_wise=True),
+    OptimizerRow(Adafactor, "transformers.optimization:Adafactor", (1e-5, 1e-2)),
+    OptimizerRow(Lion, "lion_pytorch:Lion", (1e-6, 1e-3), decoupled_decay=True, element_wise=True, extra="optimizers"),
+    OptimizerRow(AdamW8bit, "bitsandbytes.optim:AdamW8bit", (1e-5, 1e-2), decoupled_decay=True, extra="8bit"),
+    OptimizerRow(Prodigy, "prodigyopt:Prodigy", (0.5, 2.0), extra="optimizers"),
+    OptimizerRow(
+        ScheduleFreeAdamW,
+        "schedulefree:AdamWScheduleFree",
+        (1e-5, 2.5e-2),
+        decoupled_decay=True,
+        element_wise=True,
+        extra="optimizers",
+    ),
+)
+OPTIMIZERS: Mapping[str, OptimizerRow] = {row.name: row for row in ROWS}
+
+
+def outside_names() -> list[str]:
+    """Optimizers that installed packages offer."""
+    return sorted({entry.name for entry in entry_points(group=ENTRY_POINTS)} - set(OPTIMIZERS))
+
+
+def optimizer_row(name: str) -> OptimizerRow:
+    """The row of an optimizer of ours or of an installed package.
+
+    Raises:
+        ValueError: there is none of this name, or its package does not give one.
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        try:
+            row = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"the optimizer `{name}` cannot be imported: {error}") from error
+        if not isinstance(row, OptimizerRow) or row.name != name:
+            raise ValueError(f"`{entry.value}` is no OptimizerRow whose options have the type `{name}`")
+        return row
+    raise ValueError(f"`{name}` is no optimizer")
+
+
+def _tag(value: Any) -> str | None:
+    """The member of the union: a name of ours, `:outside` for an installed one, else what is written."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if kind is None:
+        return None
+    return ":outside" if str(kind) not in OPTIMIZERS and str(kind) in outside_names() else str(kind)
+
+
+def _by_its_row(value: Any, _: Any) -> OptimizerOptions:
+    """The options of an outside optimizer, checked by their own class."""
+    return value if isinstance(value, OptimizerOptions) else optimizer_row(value["type"]).options.model_validate(value)
+
+
+if TYPE_CHECKING:
+    AnyOptimizerOptions = OptimizerOptions
+else:
+    _ours = [Annotated[row.options, Tag(row.name)] for row in ROWS]
+    _outside = Annotated[SerializeAsAny[OptimizerOptions], WrapValidator(_by_its_row), Tag(":outside")]
+    AnyOptimizerOptions = Annotated[reduce(operator.or_, [*_ours, _outside]), Discriminator(_tag)]

@@ -12,9 +12,9 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from lora_trainer.config.optimizers import AdamW, AnyOptimizerOptions
 from lora_trainer.config.sweep import SweepConfig
-from lora_trainer.schedules.classic import Constant
-from lora_trainer.schedules.durations import Duration, check_period
+from lora_trainer.schedules.curves import Constant
 from lora_trainer.schedules.registry import LRSchedulerOptions
+from lora_trainer.schedules.schedule import Duration, check_period
 from lora_trainer.strict_model import Count, NotBool, Ratio, Section
 
 

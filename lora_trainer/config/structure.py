@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel
 
+from lora_trainer.config.optimizers import OptimizerOptions, optimizer_row, outside_names
 from lora_trainer.config.schema import RunConfig
+from lora_trainer.schedules.external import PluginSchedule, plugin_names
+from lora_trainer.schedules.registry import HIDDEN
 
 SectionPath = tuple[str, ...]
+UNTOLD = HIDDEN | {OptimizerOptions}
+"""Models that stand in no list: hidden rows, and what an outside optimizer's own options stand for."""
 
 
 def all_keys() -> list[str]:
@@ -35,11 +41,24 @@ def section_models(
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models named anywhere in a type annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    """The models named anywhere in a type annotation, but for those that are not told of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in UNTOLD:
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
         yield from models_in(argument)
+
+
+def models_by_type(path: SectionPath) -> dict[str, type[BaseModel]]:
+    """What each `type` of a section stands for, those of installed packages too; empty where no `type` decides."""
+    models = section_models(RunConfig).get(path, [])
+    found = {type_name(model): model for model in models} if len(models) > 1 else {}
+    if PluginSchedule in models:
+        found |= dict.fromkeys(plugin_names(), PluginSchedule)
+    if path == ("optimizer",):
+        for name in outside_names():
+            with suppress(ValueError):  # one that cannot be loaded is told of where it is asked for
+                found[name] = optimizer_row(name).options
+    return found
 
 
 def type_name(model: type[BaseModel]) -> str:

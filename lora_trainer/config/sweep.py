@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from lora_trainer.schedules.durations import Duration, check_period
+from lora_trainer.schedules.schedule import Duration, check_period
 from lora_trainer.strict_model import Count, NotBool, Section
 
 Seed = Annotated[int, Field(ge=0, lt=2**63), NotBool]

@@ -13,10 +13,8 @@ from typing import Any
 
 from lora_trainer.config.schema import RunConfig, ValidationConfig
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.schedules.durations import Horizon, ScheduleError, to_updates
 from lora_trainer.schedules.facts import facts_of
-from lora_trainer.schedules.options import ScheduleOptions
-from lora_trainer.schedules.schedule import LRSchedule
+from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, ScheduleOptions, to_updates
 
 TRAINING_FORWARDS = 2.2  # backward through a frozen UNet costs about 1.2 forwards (counted at SD 1.5's shape)
 PROBE_STRATA = 16

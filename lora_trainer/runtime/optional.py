@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from lora_trainer.errors import HostError, Problem
 
 
-def require(module: str, *, extra: str, feature: str) -> ModuleType:
-    """Import `module`, or say which extra of lora_trainer installs it.
+def load(target: str, *, feature: str, extra: str | None = None) -> Any:
+    """The object at `package.module:name`.
+
+    Args:
+        feature: what needs it, for the message.
+        extra: the extra of lora_trainer that installs the package, where one does.
 
     Raises:
-        HostError: the package is not installed.
+        HostError: it cannot be imported; the message says what to install.
     """
+    module, _, name = target.partition(":")
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
         raise HostError(
             Problem(
-                f"{feature} needs the package `{module.split('.')[0]}`, which is not installed",
+                f"{feature} needs `{target}`, which cannot be imported",
                 why=str(error),
-                fix=f"pip install 'lora_trainer[{extra}]'",
+                fix=f"pip install 'lora_trainer[{extra}]'"
+                if extra
+                else f"install or mend the package `{module.split('.')[0]}`",
             )
         ) from error

@@ -12,11 +12,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from lora_trainer.schedules.durations import Horizon, ScheduleError
-from lora_trainer.schedules.options import ScheduleOptions
-from lora_trainer.schedules.schedule import Core
+from lora_trainer.schedules.schedule import Core, Horizon, ScheduleError, ScheduleOptions
 
 ENTRY_POINTS = "lora_trainer.lr_schedules"
 Plugin = Callable[..., Callable[[int], float]]  # (num_updates, updates_per_epoch, **args) -> (update -> multiplier)
@@ -67,17 +65,14 @@ class PluginSchedule(ScheduleOptions):
     summary: ClassVar[str] = "a schedule of your own"
     limits: ClassVar[str] = "a pure function of the update, finite and not negative everywhere: checked before the run"
 
-    @field_validator("type")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if ":" not in value and value not in plugin_names():
-            raise ValueError("neither a schedule of ours, nor an entry point, nor package.module:function")
-        return value
-
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        multiplier = load_plugin(self.type)(
-            num_updates=horizon.num_updates, updates_per_epoch=horizon.updates_per_epoch, **self.args
-        )
+        function = load_plugin(self.type)
+        try:
+            multiplier = function(
+                num_updates=horizon.num_updates, updates_per_epoch=horizon.updates_per_epoch, **self.args
+            )
+        except (TypeError, ValueError) as error:
+            raise ScheduleError(f"{self.type} does not take these args: {error}") from error
         table = checked([float(multiplier(k)) for k in range(horizon.num_updates)], self.type)
         return lambda k, _: table[min(k, horizon.num_updates - 1)]
 
@@ -94,12 +89,11 @@ def load_plugin(name: str) -> Plugin:
         ScheduleError: it cannot be imported.
     """
     try:
-        for entry in entry_points(group=ENTRY_POINTS):
-            if entry.name == name:
-                return entry.load()
+        for entry in entry_points(group=ENTRY_POINTS, name=name):
+            return entry.load()
         module, _, attribute = name.partition(":")
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ScheduleError(f"the schedule `{name}` cannot be imported: {error}") from error
 
 

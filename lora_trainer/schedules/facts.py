@@ -6,10 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lora_trainer.schedules.classic import CosineWithRestarts
-from lora_trainer.schedules.options import ScheduleOptions
-from lora_trainer.schedules.registry import Phases
-from lora_trainer.schedules.schedule import LRSchedule
+from lora_trainer.schedules.schedule import LRSchedule, ScheduleOptions
 
 NEGLIGIBLE = 1e-3  # a multiplier under which an update trains next to nothing
 NEGLIGIBLE_SHARE = 0.1
@@ -80,10 +77,4 @@ def _warnings(options: ScheduleOptions, schedule: LRSchedule, multipliers: Seque
             f"{negligible} of {num_updates} updates (from {start} on) have less than a thousandth of the base LR: "
             f"they train next to nothing"
         )
-    if isinstance(options, CosineWithRestarts) and options.num_cycles == 1:
-        yield "cosine_with_restarts with one cycle never restarts: it is plain cosine"
-    if isinstance(options, Phases) and options.total(schedule.horizon) != num_updates:
-        yield (
-            f"the phases sum to {options.total(schedule.horizon)} updates, the run has {num_updates}: "
-            f"what is over is cut, what is missing holds the last phase's end"
-        )
+    yield from options.warnings(schedule.horizon)

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_trainer.schedules.durations import Horizon
-from lora_trainer.schedules.options import WarmupOptions
-from lora_trainer.schedules.schedule import Core, LRSchedule
-from lora_trainer.strict_model import Count, NotBool, Ratio
+from lora_trainer.schedules.schedule import Core, Horizon, LRSchedule, WarmupOptions
+from lora_trainer.strict_model import Count, NotBool, NotNegative, Ratio
 
 
 class Plateau(WarmupOptions):
@@ -28,7 +26,7 @@ class Plateau(WarmupOptions):
     """Factor of each reduction."""
     patience: Count = 3
     """Probes without improvement before a reduction."""
-    threshold_se: Annotated[float, Field(ge=0), NotBool] = 2.0
+    threshold_se: NotNegative = 2.0
     """Standard errors (paired over the probe's images) by which a probe must be better to count."""
     min_ratio: Ratio = 0.0
     """Floor as a share of the base LR."""
@@ -37,10 +35,7 @@ class Plateau(WarmupOptions):
 
     def resolve(self, horizon: Horizon) -> LRSchedule:
         feedback = PlateauFeedback(self.factor, self.patience, self.threshold_se, self.min_ratio)
-        laid = super().resolve(horizon)
-        return LRSchedule(
-            laid.name, horizon, feedback.multiplier, laid.warmup, laid.cooldown_updates, laid.marks, feedback
-        )
+        return replace(super().resolve(horizon), core=feedback.multiplier, feedback=feedback)
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
         return lambda k, _: 1.0

@@ -1,41 +1,32 @@
-"""Every learning-rate schedule by its name in the config (`lr_scheduler.type`)."""
+"""Every learning-rate schedule, one row each: the union of the config, the known names and the docs follow from it.
+
+Outside schedules join by the entry point group `lora_trainer.lr_schedules` (docs/extending.md).
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from lora_trainer.schedules.classic import (
-    Constant,
-    ConstantWithWarmup,
-    Cosine,
-    CosineWithRestarts,
-    Linear,
-    Polynomial,
-)
-from lora_trainer.schedules.decays import (
-    Exponential,
-    InverseSqrt,
-    MultiStep,
-    PiecewiseConstant,
-    Rex,
-    Step,
-    WarmupStableDecay,
-)
-from lora_trainer.schedules.durations import Duration, Horizon, ScheduleError, at_least_one
-from lora_trainer.schedules.external import PluginSchedule, TorchSchedule
-from lora_trainer.schedules.options import ScheduleOptions
-from lora_trainer.schedules.periodic import CosineAnnealing, CosineWarmRestarts, Cyclic, OneCycle
+from lora_trainer.schedules import curves, cycles
+from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
 from lora_trainer.schedules.plateau import Plateau
-from lora_trainer.schedules.schedule import Core, LRSchedule, Mark
-from lora_trainer.strict_model import NotBool, Section
-
-
-def _tag(value: Any) -> str | None:
-    """The member of the union: our own type, or `plugin` for any other name."""
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return None if kind is None else kind if kind in SCHEDULES else "plugin"
+from lora_trainer.schedules.schedule import (
+    Core,
+    Duration,
+    Horizon,
+    LRSchedule,
+    Mark,
+    ScheduleError,
+    ScheduleOptions,
+    at_least_one,
+)
+from lora_trainer.strict_model import Positive, Section
 
 
 def _nested(value: Any) -> Any:
@@ -51,7 +42,7 @@ class Phase(Section):
 
     steps: Duration
     """Its length: updates, epochs ("2ep") or a share of the run. Required."""
-    scale: Annotated[float, Field(gt=0), NotBool] = 1.0
+    scale: Positive = 1.0
     """Factor on the whole phase."""
     schedule: LRSchedulerOptions
     """The schedule that runs from 0 over this phase; written beside `steps`, as in {type: linear, steps: 100}."""
@@ -90,90 +81,85 @@ class Phases(ScheduleOptions):
         borders = [Mark(start, f"Phase {number}") for number, (start, _, _) in enumerate(laid, start=1) if start]
         return tuple(sorted([*inner, *borders], key=lambda mark: mark.update))
 
-    def total(self, horizon: Horizon) -> int:
-        """Updates of all phases together."""
-        return sum(at_least_one(phase.steps, horizon, "steps") for phase in self.phases)
+    def warnings(self, horizon: Horizon) -> Iterator[str]:
+        total = sum(at_least_one(phase.steps, horizon, "steps") for phase in self.phases)
+        if total != horizon.num_updates:
+            yield (
+                f"the phases sum to {total} updates, the run has {horizon.num_updates}: "
+                f"what is over is cut, what is missing holds the last phase's end"
+            )
 
     def _laid(self, horizon: Horizon) -> list[tuple[int, float, LRSchedule]]:
         """Start, scale and schedule of each phase."""
         laid, start = [], 0
         for phase in self.phases:
             length = at_least_one(phase.steps, horizon, "steps")
-            if isinstance(phase.schedule, Plateau):
-                raise ScheduleError("a phase cannot wait for the validation loss: use plateau alone")
             schedule = phase.schedule.resolve(Horizon(length, horizon.updates_per_epoch))
+            if schedule.feedback is not None:
+                raise ScheduleError("a phase cannot wait for the validation loss: use plateau alone")
             laid.append((start, phase.scale, schedule))
             start += length
         return laid
 
 
-class Ramp(ScheduleOptions):
-    """m = geometric from start_ratio to end_ratio."""
+@dataclass(frozen=True, slots=True)
+class ScheduleRow:
+    """One schedule: the class of its options, which holds the formula, and where it is shown."""
 
-    type: Literal["ramp"] = "ramp"
-    start_ratio: Annotated[float, Field(gt=0), NotBool]
-    end_ratio: Annotated[float, Field(gt=0), NotBool]
-    summary: ClassVar[str] = "r"
-    limits: ClassVar[str] = "l"
-    example: ClassVar[dict[str, Any]] = {"start_ratio": 1, "end_ratio": 2}
+    options: type[ScheduleOptions]
+    classic: bool = False
+    """Whether it is one of the six of the Stable Diffusion trainers, which are previewed together."""
+    hidden: bool = False
+    """Whether it stands in no list, page or suggestion: of use to the program alone."""
 
-    def core(self, horizon: Horizon, warmup: int) -> Core:
-        import math
-
-        low, high = math.log(self.start_ratio), math.log(self.end_ratio)
-        n = max(1, horizon.num_updates - 1)
-        return lambda k, _: math.exp((1 - k / n) * low + k / n * high)
+    @property
+    def name(self) -> str:
+        """Its name in the config (`lr_scheduler.type`)."""
+        return self.options.model_fields["type"].default
 
 
-SCHEDULES: dict[str, type[ScheduleOptions]] = {
-    "constant": Constant,
-    "constant_with_warmup": ConstantWithWarmup,
-    "linear": Linear,
-    "cosine": Cosine,
-    "cosine_with_restarts": CosineWithRestarts,
-    "polynomial": Polynomial,
-    "cosine_annealing": CosineAnnealing,
-    "cosine_warm_restarts": CosineWarmRestarts,
-    "exponential": Exponential,
-    "step": Step,
-    "multistep": MultiStep,
-    "piecewise_constant": PiecewiseConstant,
-    "inverse_sqrt": InverseSqrt,
-    "warmup_stable_decay": WarmupStableDecay,
-    "rex": Rex,
-    "one_cycle": OneCycle,
-    "cyclic": Cyclic,
-    "plateau": Plateau,
-    "phases": Phases,
-    "torch": TorchSchedule,
-    "ramp": Ramp,
-}
-CLASSIC = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+ROWS = (
+    ScheduleRow(curves.Constant, classic=True),
+    ScheduleRow(curves.ConstantWithWarmup, classic=True),
+    ScheduleRow(curves.Linear, classic=True),
+    ScheduleRow(curves.Cosine, classic=True),
+    ScheduleRow(curves.CosineWithRestarts, classic=True),
+    ScheduleRow(curves.Polynomial, classic=True),
+    ScheduleRow(cycles.CosineAnnealing),
+    ScheduleRow(cycles.CosineWarmRestarts),
+    ScheduleRow(curves.Exponential),
+    ScheduleRow(curves.Step),
+    ScheduleRow(curves.MultiStep),
+    ScheduleRow(curves.PiecewiseConstant),
+    ScheduleRow(curves.InverseSqrt),
+    ScheduleRow(curves.WarmupStableDecay),
+    ScheduleRow(curves.Rex),
+    ScheduleRow(cycles.OneCycle),
+    ScheduleRow(cycles.Cyclic),
+    ScheduleRow(Plateau),
+    ScheduleRow(Phases),
+    ScheduleRow(TorchSchedule),
+    ScheduleRow(cycles.Ramp, hidden=True),
+)
+SCHEDULES = {row.name: row.options for row in ROWS if not row.hidden}
+CLASSIC = tuple(row.name for row in ROWS if row.classic)
+HIDDEN = frozenset(row.options for row in ROWS if row.hidden)
+_NAMES = {row.name for row in ROWS}
 
-LRSchedulerOptions = Annotated[
-    Annotated[Constant, Tag("constant")]
-    | Annotated[ConstantWithWarmup, Tag("constant_with_warmup")]
-    | Annotated[Linear, Tag("linear")]
-    | Annotated[Cosine, Tag("cosine")]
-    | Annotated[CosineWithRestarts, Tag("cosine_with_restarts")]
-    | Annotated[Polynomial, Tag("polynomial")]
-    | Annotated[CosineAnnealing, Tag("cosine_annealing")]
-    | Annotated[CosineWarmRestarts, Tag("cosine_warm_restarts")]
-    | Annotated[Exponential, Tag("exponential")]
-    | Annotated[Step, Tag("step")]
-    | Annotated[MultiStep, Tag("multistep")]
-    | Annotated[PiecewiseConstant, Tag("piecewise_constant")]
-    | Annotated[InverseSqrt, Tag("inverse_sqrt")]
-    | Annotated[WarmupStableDecay, Tag("warmup_stable_decay")]
-    | Annotated[Rex, Tag("rex")]
-    | Annotated[OneCycle, Tag("one_cycle")]
-    | Annotated[Cyclic, Tag("cyclic")]
-    | Annotated[Plateau, Tag("plateau")]
-    | Annotated[Phases, Tag("phases")]
-    | Annotated[TorchSchedule, Tag("torch")]
-    | Annotated[Ramp, Tag("ramp")]
-    | Annotated[PluginSchedule, Tag("plugin")],
-    Discriminator(_tag),
-]
+
+def _tag(value: Any) -> str | None:
+    """The member of the union: a name of ours, `plugin` for an installed one or a function, else what is written."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if kind is None:
+        return None
+    name = str(kind)
+    return "plugin" if name not in _NAMES and (":" in name or name in plugin_names()) else name
+
+
+if TYPE_CHECKING:
+    LRSchedulerOptions = ScheduleOptions
+else:
+    _members = [Annotated[row.options, Tag(row.name)] for row in ROWS] + [Annotated[PluginSchedule, Tag("plugin")]]
+    LRSchedulerOptions = Annotated[reduce(operator.or_, _members), Discriminator(_tag)]
 Phase.model_rebuild()
 Phases.model_rebuild()

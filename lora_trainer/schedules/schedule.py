@@ -1,19 +1,97 @@
-"""A learning-rate schedule: a pure function of the update's index, and what a plot should mark on it.
+"""What a schedule is: a pure function of the update's index, laid over one run by the options of its type.
 
 Update k (0-based, completed updates only) uses `base_lr * multiplier(k, base_lr)`. Nothing else moves the learning
-rate: no wrapper steps it, so process count, accumulation, skipped updates and resumes cannot bend the curve.
+rate: no wrapper steps it, so process count, accumulation, skipped updates and resumes cannot bend the curve. Lengths
+are written in the units people think in: updates (100), epochs ("2ep") or a share of the run ("5%").
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from lora_trainer.schedules.durations import Horizon
+from pydantic import BeforeValidator, Field
+
+from lora_trainer.strict_model import NotBool, Ratio, Section
 
 Core = Callable[[int, float], float]  # (update index, base LR) -> multiplier
+_DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ep|%)")
+
+
+class ScheduleError(ValueError):
+    """The options cannot be laid over this run; the message says why and what to write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Horizon:
+    """What a run is measured against: N optimizer updates in all, and how many of them make an epoch."""
+
+    num_updates: int
+    updates_per_epoch: int
+
+
+def check_duration(value: Any) -> Any:
+    """Accept a whole number >= 0 (as 100 or 1e2), "2ep" or "5%".
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    whole = isinstance(value, float) and value.is_integer()
+    if whole or (isinstance(value, int) and not isinstance(value, bool)):
+        if value < 0:
+            raise ValueError("a length is not negative")
+        return int(value)
+    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        share = isinstance(value, float) and 0 < value < 1
+        meant = f'; {value:g} of the run is "{100 * value:g}%"' if share else ""
+        raise ValueError(f'a length is a whole number of updates (100), epochs ("2ep") or a percentage ("5%"){meant}')
+    if match["unit"] == "%" and float(match["number"]) > 100:
+        raise ValueError("a percentage of the run is at most 100%")
+    return value.strip()
+
+
+def check_period(value: Any) -> Any:
+    """Accept a duration that is not 0, or None.
+
+    Raises:
+        ValueError: it is 0.
+    """
+    if value is not None and check_duration(value) in (0, "0%", "0ep"):
+        raise ValueError("a period is at least 1; write null for never")
+    return value
+
+
+Duration = Annotated[int | str, BeforeValidator(check_duration)]
+
+
+def to_updates(duration: int | str, horizon: Horizon) -> int:
+    """The duration in optimizer updates: rounded half up and at least 1, unless it is written as nothing (0)."""
+    if isinstance(duration, int):
+        return duration
+    match = _DURATION.fullmatch(duration)
+    assert match is not None, f"unchecked duration {duration!r}"
+    number = float(match["number"])
+    if number == 0:
+        return 0
+    whole = horizon.updates_per_epoch if match["unit"] == "ep" else horizon.num_updates / 100
+    return max(1, math.floor(number * whole + 0.5))
+
+
+def at_least_one(duration: int | str, horizon: Horizon, name: str) -> int:
+    """The duration in updates.
+
+    Raises:
+        ScheduleError: it is none.
+    """
+    updates = to_updates(duration, horizon)
+    if updates < 1:
+        raise ScheduleError(f"`{name}` is at least one update")
+    return updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +158,99 @@ class LRSchedule:
     def lr(self, k: int, base_lr: float) -> float:
         """The learning rate of update k."""
         return base_lr * self.multiplier(k, base_lr)
+
+
+class ScheduleOptions(Section):
+    """What every schedule type has: a name, and a way to be laid over a run."""
+
+    type: str
+    cooldown_steps: Duration = 0
+    """Length of a last linear fall to zero, on top of the schedule's own shape."""
+
+    summary: ClassVar[str]
+    limits: ClassVar[str]
+    example: ClassVar[dict[str, Any]] = {}
+    """Options that show the schedule off: all that it requires, for previews."""
+
+    @abstractmethod
+    def core(self, horizon: Horizon, warmup: int) -> Core:
+        """The multiplier after the warm-up, as a function of (update index, base LR)."""
+
+    def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
+        """What a plot shows beside the end of the warm-up."""
+        return ()
+
+    def warnings(self, horizon: Horizon) -> Iterator[str]:
+        """What is allowed over this run but probably not meant, beyond what the curve itself shows."""
+        return iter(())
+
+    def warmup_over(self, horizon: Horizon) -> Warmup:
+        """The rise before the core; none unless the schedule takes a warm-up."""
+        return Warmup(0)
+
+    def resolve(self, horizon: Horizon) -> LRSchedule:
+        """Lay the options over a run.
+
+        Raises:
+            ScheduleError: the options do not fit its length.
+        """
+        warmup = self.warmup_over(horizon)
+        cooldown = to_updates(self.cooldown_steps, horizon)
+        if warmup.num_updates + cooldown > horizon.num_updates:
+            raise ScheduleError(
+                f"warm-up ({warmup.num_updates}) and cool-down ({cooldown}) are longer than the run's "
+                f"{horizon.num_updates} updates"
+            )
+        marks = self.marks(horizon, warmup.num_updates)
+        if warmup.num_updates:
+            marks = (Mark(warmup.num_updates, "End of warmup"), *marks)
+        if cooldown:
+            marks = (*marks, Mark(horizon.num_updates - cooldown, "Start of cooldown"))
+        core = self.core(horizon, warmup.num_updates)
+        in_order = tuple(sorted(marks, key=lambda mark: mark.update))
+        return LRSchedule(self.type, horizon, core, warmup, cooldown, in_order)
+
+
+class WarmupOptions(ScheduleOptions):
+    """A schedule that may rise at first."""
+
+    warmup_steps: Duration = 0
+    """Length of the rise from zero: updates (100), epochs ("2ep") or a share of the run ("5%")."""
+    warmup_shape: Literal["linear", "cosine"] = "linear"
+    """Form of the rise."""
+    warmup_start: Literal["zero", "one"] | Annotated[float, Field(ge=0, lt=1), NotBool] = "zero"
+    """Multiplier of the first update: `zero` (as diffusers), `one` ((k+1)/W, no update is spent at 0) or a ratio."""
+
+    def warmup_over(self, horizon: Horizon) -> Warmup:
+        num_updates = to_updates(self.warmup_steps, horizon)
+        if num_updates and num_updates >= horizon.num_updates:
+            raise ScheduleError(
+                f"a warm-up of {num_updates} updates does not fit into a run of {horizon.num_updates}: the base "
+                f'learning rate would never be reached. Write a share of the run, as in warmup_steps: "5%"'
+            )
+        start = 0.0 if self.warmup_start == "zero" else self.warmup_start
+        return Warmup(num_updates, start, self.warmup_shape)
+
+
+class DecayOptions(WarmupOptions):
+    """A schedule that falls over the whole rest of the run."""
+
+    end: Literal["exclusive", "inclusive"] = "exclusive"
+    """`exclusive` as diffusers: the floor is reached one update after the last; `inclusive`: at the last update."""
+
+    def progress(self, horizon: Horizon, warmup: int) -> Callable[[int], float]:
+        """The share p of the fall that is done at update k: (k - W) / (N - W), or / (N - 1 - W) inclusively."""
+        length = horizon.num_updates - warmup - (1 if self.end == "inclusive" else 0)
+        return lambda k: min(1.0, (k - warmup) / max(1, length))
+
+
+class FlooredDecayOptions(DecayOptions):
+    """A fall that may stop at a share of the base LR."""
+
+    min_ratio: Ratio = 0.0
+    """Floor as a share of the base LR; the curve is lifted onto it, the warm-up is not."""
+
+    def floored(self, core: Callable[[float], float], horizon: Horizon, warmup: int) -> Core:
+        """A core given as a function of the progress p, lifted onto the floor."""
+        progress, floor = self.progress(horizon, warmup), self.min_ratio
+        return lambda k, _: floor + (1 - floor) * core(progress(k))

@@ -1,80 +1,30 @@
-"""Every optimizer by its name in the config (`optimizer.type`), built from its options.
-
-Those that are not torch's own come from well-kept packages, imported only where they are used.
-"""
+"""Build the optimizer that a config names, and read what is special about some of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from lora_trainer.config.optimizers import OptimizerOptions, ScheduleFreeAdamW
-from lora_trainer.runtime.optional import require
-from lora_trainer.schedules.durations import Horizon, to_updates
-
-Groups = list[dict[str, Any]]
-
-
-def _torch(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """Our option names are torch's argument names."""
-    return lambda groups, options, _: kind(groups, **_arguments(options))
-
-
-def _adafactor(groups: Groups, options: OptimizerOptions, _: Horizon) -> torch.optim.Optimizer:
-    from transformers.optimization import Adafactor
-
-    return Adafactor(groups, relative_step=False, warmup_init=False, **_arguments(options))
-
-
-def _lion(groups: Groups, options: OptimizerOptions, _: Horizon) -> torch.optim.Optimizer:
-    package = require("lion_pytorch", extra="optimizers", feature="optimizer.type: lion")
-    return package.Lion(groups, **_arguments(options))
-
-
-def _adamw_8bit(groups: Groups, options: OptimizerOptions, _: Horizon) -> torch.optim.Optimizer:
-    package = require("bitsandbytes", extra="8bit", feature="optimizer.type: adamw_8bit")
-    return package.optim.AdamW8bit(groups, **_arguments(options))
-
-
-def _prodigy(groups: Groups, options: OptimizerOptions, _: Horizon) -> torch.optim.Optimizer:
-    package = require("prodigyopt", extra="optimizers", feature="optimizer.type: prodigy")
-    return package.Prodigy(groups, **_arguments(options))
-
-
-def _schedule_free(groups: Groups, options: OptimizerOptions, horizon: Horizon) -> torch.optim.Optimizer:
-    assert isinstance(options, ScheduleFreeAdamW)
-    package = require("schedulefree", extra="optimizers", feature="optimizer.type: schedule_free_adamw")
-    arguments = _arguments(options) | {"warmup_steps": to_updates(options.warmup_steps, horizon)}
-    optimizer = package.AdamWScheduleFree(groups, **arguments)
-    optimizer.train()
-    return optimizer
-
-
-OPTIMIZERS: dict[str, Callable[[Groups, Any, Horizon], torch.optim.Optimizer]] = {
-    "adamw": _torch(torch.optim.AdamW),
-    "adam": _torch(torch.optim.Adam),
-    "sgd": _torch(torch.optim.SGD),
-    "rmsprop": _torch(torch.optim.RMSprop),
-    "adagrad": _torch(torch.optim.Adagrad),
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "adamw_8bit": _adamw_8bit,
-    "prodigy": _prodigy,
-    "schedule_free_adamw": _schedule_free,
-}
+from lora_trainer.config.optimizers import OptimizerOptions, optimizer_row
+from lora_trainer.runtime.optional import load
+from lora_trainer.schedules.schedule import Horizon
 
 
 def build_optimizer(
     options: OptimizerOptions, groups: Sequence[Sequence[torch.nn.Parameter]], horizon: Horizon
 ) -> torch.optim.Optimizer:
-    """The optimizer over groups of parameters.
+    """Build the optimizer over groups of parameters, ready to train.
 
     Raises:
         HostError: its package is not installed; the message names the extra.
     """
-    return OPTIMIZERS[options.type]([{"params": list(group)} for group in groups], options, horizon)
+    row = optimizer_row(options.type)
+    build = load(row.build, extra=row.extra, feature=f"optimizer.type: {options.type}")
+    optimizer = build([{"params": list(group)} for group in groups], **options.arguments(horizon))
+    if callable(getattr(optimizer, "train", None)):  # a schedule-free one starts in neither of its modes
+        optimizer.train()
+    return optimizer
 
 
 def evaluated_weights(optimizer: torch.optim.Optimizer) -> list[torch.Tensor] | None:
@@ -100,7 +50,3 @@ def step_size(optimizer: torch.optim.Optimizer) -> float | None:
     """The estimate d of a parameter-free optimizer: its effective learning rate is d x LR; None for others."""
     estimate = optimizer.param_groups[0].get("d")
     return None if estimate is None else float(estimate)
-
-
-def _arguments(options: OptimizerOptions) -> dict[str, Any]:
-    return options.model_dump(exclude={"type", "groups"})

@@ -19,8 +19,8 @@ from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.experiments.sweep.fewer_seeds import worse_arms
 from lora_trainer.experiments.sweep.short_runs import plan_short_runs
-from lora_trainer.schedules.durations import Horizon
 from lora_trainer.schedules.registry import SCHEDULES
+from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.training.pruning_rules import StopRules
 
 Sweep = Callable[..., Path]

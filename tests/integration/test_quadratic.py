@@ -9,8 +9,8 @@ import torch
 from pydantic import TypeAdapter
 
 from lora_trainer.config.optimizers import AnyOptimizerOptions
-from lora_trainer.schedules.durations import Horizon
 from lora_trainer.schedules.registry import SCHEDULES
+from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.training.optimizers import build_optimizer
 
 CURVATURE = 4.0  # of the loss c x^2 / 2, so plain SGD multiplies x by 1 - lr c at each update

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from lora_trainer.cli import train as train_command
-from lora_trainer.config.optimizers import AdamW
+from lora_trainer.config.optimizers import OPTIMIZERS, AdamW
 from lora_trainer.errors import ConfigError, ExitCode, HostError, StoppedBySignal
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows
-from lora_trainer.training.optimizers import OPTIMIZERS
 
 SHOWN = ("sample={prompts: [x], num_inference_steps: 1, every_steps: 2}", "export.every_steps=2")
 WATCHED = ("validation={fraction: 0.3, every_steps: 1, max_cost: 1.0}", "data.crop=random")

@@ -11,7 +11,7 @@ from test_resume import rows, stop_after
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.planning.run_plan import lay_groups
-from lora_trainer.schedules.durations import Horizon
+from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.tracking.metrics import step_rows
 
 Train = Callable[..., Path]

@@ -16,8 +16,8 @@ from worlds import run_in_world
 
 from lora_trainer.diffusion.objective import Objective
 from lora_trainer.errors import ExitCode, HostError
-from lora_trainer.schedules.durations import Horizon
 from lora_trainer.schedules.registry import SCHEDULES
+from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.tracking.metrics import read_rows, step_rows
 
 GLOBAL_BATCH = 16

@@ -8,9 +8,8 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from lora_trainer.schedules.durations import Horizon, ScheduleError, check_duration, to_updates
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
-from lora_trainer.schedules.schedule import LRSchedule
+from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, check_duration, to_updates
 
 GOLDEN = {
     "linear": ({"warmup_steps": 2}, [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),

@@ -25,8 +25,8 @@ from lora_trainer.evidence.diagnosis.run_facts import RunFacts
 from lora_trainer.evidence.diagnosis.series import detrended_scatter, theil_sen
 from lora_trainer.evidence.diagnosis.trial_log import RunLog, TrialLog, paired
 from lora_trainer.planning.run_plan import plan_run
-from lora_trainer.schedules.durations import Horizon
 from lora_trainer.schedules.registry import SCHEDULES
+from lora_trainer.schedules.schedule import Horizon
 
 SEEDS = range(5000, 5030)  # not those of the calibration
 FAULTS = [state for state in CASES if state.is_fault]

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer.config.lr_notes import USUAL_RANGE
-from lora_trainer.config.optimizers import AdamW
+from lora_trainer.config.optimizers import OPTIMIZERS, AdamW
 from lora_trainer.config.presets import PRESETS
 from lora_trainer.planning.run_plan import updates_per_epoch
 
@@ -98,7 +97,7 @@ def test_the_usual_ranges_are_those_of_the_notes() -> None:
         for kinds, low, high in table(ADVICE, "### Usual ranges")
         for kind in kinds.split(", ")
     }
-    assert told == USUAL_RANGE
+    assert told == {name: row.usual_lr for name, row in OPTIMIZERS.items()}
 
 
 def test_the_arithmetic_of_the_page_is_the_plans() -> None:

@@ -12,7 +12,7 @@ from lora_trainer.data.holdout import split_by_folder, split_by_fraction, with_w
 from lora_trainer.data.records import Dataset, Record
 from lora_trainer.errors import DataError
 from lora_trainer.planning.run_plan import plan_validation
-from lora_trainer.schedules.durations import Horizon
+from lora_trainer.schedules.schedule import Horizon
 
 
 def record(number: int) -> Record:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lora_trainer.config.load import check_source
-from lora_trainer.config.lr_notes import USUAL_RANGE, small_set_note, unusual_rates
+from lora_trainer.config.lr_notes import small_set_note, unusual_rates
+from lora_trainer.config.optimizers import OPTIMIZERS
 from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source, set_value
@@ -19,7 +20,7 @@ def config(**optimizer: Any) -> RunConfig:
     return check_source(Source(BASE | {"optimizer": optimizer, "lr_scheduler": {"type": "constant"}}))
 
 
-@pytest.mark.parametrize("kind", USUAL_RANGE)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_defaults_are_usual(kind: str) -> None:
     assert list(unusual_rates(config(type=kind, **({"lr": 0.1} if kind == "sgd" else {})))) == []
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from test_schedules import EXAMPLES
 
-from lora_trainer.schedules.durations import Horizon
 from lora_trainer.schedules.facts import ScheduleFacts, facts_of
 from lora_trainer.schedules.registry import SCHEDULES
+from lora_trainer.schedules.schedule import Horizon
 
 
 def facts(name: str, num_updates: int = 1000, **options: Any) -> ScheduleFacts:

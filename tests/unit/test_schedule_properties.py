@@ -10,9 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lora_trainer.schedules.durations import Horizon, ScheduleError, to_updates
 from lora_trainer.schedules.registry import SCHEDULES
-from lora_trainer.schedules.schedule import LRSchedule
+from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, to_updates
 
 BASE_LR = 1e-3
 ROUNDING = 1e-12

@@ -9,18 +9,25 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch.optim import lr_scheduler as theirs
 
-from lora_trainer.schedules.durations import Horizon, ScheduleError
-from lora_trainer.schedules.registry import SCHEDULES, LRSchedulerOptions
-from lora_trainer.schedules.schedule import LRSchedule
+from lora_trainer.cli.schedules import list_schedules
+from lora_trainer.config.describe import describe
+from lora_trainer.config.load import check_source
+from lora_trainer.config.source import Source
+from lora_trainer.config.structure import all_keys, models_by_type
+from lora_trainer.errors import ConfigError
+from lora_trainer.schedules.registry import CLASSIC, ROWS, SCHEDULES, LRSchedulerOptions
+from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError
 
+BASE = {"name": "x", "model": {"path": "b"}, "data": {"dir": "d"}, "train": {"max_steps": 9}}
 EXAMPLES: dict[str, dict[str, Any]] = {name: options.example for name, options in SCHEDULES.items()}
 
 
 def laid(name: str, num_updates: int, updates_per_epoch: int = 10, **options: Any) -> LRSchedule:
-    return SCHEDULES[name](**options).resolve(Horizon(num_updates, updates_per_epoch))
+    kinds = {row.name: row.options for row in ROWS}
+    return kinds[name](**options).resolve(Horizon(num_updates, updates_per_epoch))
 
 
 def curve(schedule: LRSchedule, num_updates: int, base_lr: float = 1.0) -> list[float]:
@@ -216,16 +223,70 @@ def test_a_function_by_dotted_path_is_a_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "args", "said"),
     [
-        (f"{__name__}:falls_below_zero", "gives -1.0 at update 2"),
-        ("no.such.module:f", "cannot be imported"),
-        (f"{__name__}:absent", "cannot be imported"),
+        (f"{__name__}:falls_below_zero", {}, "gives -1.0 at update 2"),
+        (f"{__name__}:sawtooth", {"lwo": 0.2}, "does not take these args: .*lwo"),
+        ("no.such.module:f", {}, "cannot be imported"),
+        (f"{__name__}:absent", {}, "cannot be imported"),
+        (":absent", {}, "cannot be imported"),
+        (".:absent", {}, "cannot be imported"),
     ],
 )
-def test_what_is_no_schedule_of_ones_own(path: str, said: str) -> None:
+def test_what_is_no_schedule_of_ones_own(path: str, args: dict[str, Any], said: str) -> None:
     with pytest.raises(ScheduleError, match=said):
-        TypeAdapter(LRSchedulerOptions).validate_python({"type": path}).resolve(Horizon(10, 5))
+        TypeAdapter(LRSchedulerOptions).validate_python({"type": path, "args": args}).resolve(Horizon(10, 5))
+
+
+def test_a_ramp_takes_the_same_factor_at_every_update() -> None:
+    values = curve(laid("ramp", 5, start_ratio=0.01, end_ratio=100), 5)
+    assert values == pytest.approx([0.01, 0.1, 1, 10, 100])
+    assert values == [math.exp((1 - k / 4) * math.log(0.01) + k / 4 * math.log(100)) for k in range(5)]
+    assert curve(laid("ramp", 3, start_ratio=1, end_ratio=0.25), 3) == pytest.approx([1, 0.5, 0.25])
+    assert laid("ramp", 1, start_ratio=0.5, end_ratio=8).multiplier(0, 1e-4) == pytest.approx(0.5)
+    cooled = laid("ramp", 10, start_ratio=0.1, end_ratio=1, cooldown_steps=4)
+    assert cooled.multiplier(9, 1) == pytest.approx(0.25)
+    assert cooled.warmup.num_updates == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"end_ratio": 1}, {"start_ratio": 0, "end_ratio": 1}, {"start_ratio": 1, "end_ratio": -1}]
+)
+def test_the_ends_of_a_ramp_are_given_and_above_zero(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(LRSchedulerOptions).validate_python({"type": "ramp", **options})
+
+
+def test_a_hidden_schedule_is_used_by_name_and_stands_in_no_list() -> None:
+    options = TypeAdapter(LRSchedulerOptions).validate_python({"type": "ramp", "start_ratio": 0.1, "end_ratio": 1})
+    assert options.resolve(Horizon(2, 1)).name == "ramp"
+    assert "ramp" not in SCHEDULES
+    assert "ramp" not in models_by_type(("lr_scheduler",))
+    assert not any(key.endswith(("start_ratio", "end_ratio")) for key in all_keys())
+    assert not any(word in describe() for word in ("start_ratio", "end_ratio", "type: ramp"))
+    assert "ramp" not in dict(list_schedules())
+    with pytest.raises(ConfigError) as caught:
+        check_source(Source(BASE | {"lr_scheduler": {"type": "rampp"}}))
+    assert "ramp`" not in str(caught.value)
+    assert "known: constant, constant_with_warmup, linear" in str(caught.value)
+    check_source(Source(BASE | {"lr_scheduler": options.model_dump()}))
+
+
+def test_union_names_and_classic_six_follow_from_the_rows() -> None:
+    rows = {row.name: row for row in ROWS}
+    assert len(rows) == len(ROWS)
+    for name, row in rows.items():
+        chosen = TypeAdapter(LRSchedulerOptions).validate_python({"type": name, **row.options.example})
+        assert type(chosen) is row.options
+    assert list(SCHEDULES) == [name for name, row in rows.items() if not row.hidden]
+    assert set(CLASSIC) == {
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+    }
 
 
 @pytest.mark.parametrize(

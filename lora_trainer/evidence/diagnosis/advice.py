@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_trainer.config.optimizers import Prodigy
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.evidence.diagnosis.finding import Advice, Finding, State
 from lora_trainer.evidence.diagnosis.run_facts import RunFacts
@@ -28,7 +29,7 @@ def advise(finding: Finding, log: TrialLog, run: RunFacts) -> tuple[Advice, ...]
 def _scaled_lr(config: RunConfig, factor: float, why: str) -> Advice:
     """The base LR times a factor; for Prodigy, whose LR stays 1, the factor on its own estimate."""
     optimizer = config.optimizer
-    key, value = ("d_coef", optimizer.d_coef) if optimizer.type == "prodigy" else ("lr", optimizer.lr)
+    key, value = ("d_coef", optimizer.d_coef) if isinstance(optimizer, Prodigy) else ("lr", optimizer.lr)
     also = ", and the LRs of optimizer.groups alike" if any(group.lr for group in optimizer.groups) else ""
     scaled = value * factor if key == "d_coef" else min(value * factor, HIGHEST_LR)
     return Advice(f"{why}{also}", f"optimizer.{key}", float(f"{scaled:.3g}"))

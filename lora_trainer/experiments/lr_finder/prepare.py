@@ -19,7 +19,7 @@ from lora_trainer.experiments.lr_finder.verification import FACTORS
 from lora_trainer.planning.prepare import Prepared, prepare, prepare_like
 from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS, lay_groups
 from lora_trainer.runtime.launch import Launch
-from lora_trainer.schedules.registry import Ramp
+from lora_trainer.schedules.cycles import Ramp
 from lora_trainer.training.group import Member, TrialGroup
 
 BELOW_USUAL, ABOVE_USUAL = 100, 10_000

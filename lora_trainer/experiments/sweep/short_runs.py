@@ -25,7 +25,7 @@ from lora_trainer.evidence.statistics.compare import ranked
 from lora_trainer.experiments.sweep.record import Json
 from lora_trainer.experiments.sweep.results import arms_of
 from lora_trainer.planning.run_plan import lay_groups
-from lora_trainer.schedules.durations import Horizon, to_updates
+from lora_trainer.schedules.schedule import Horizon, to_updates
 
 RULE = "sweep.prune.short_runs"
 LENGTHS = ("train", "train.max_steps", "train.epochs")

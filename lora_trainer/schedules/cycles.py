@@ -1,4 +1,4 @@
-"""Schedules that rise again: cosine annealing, warm restarts, one cycle, triangles.
+"""Schedules that rise again: cosine annealing, warm restarts, one cycle, triangles; and the LR finder's ramp.
 
 Formulas: torch.optim.lr_scheduler (CosineAnnealingLR, CosineAnnealingWarmRestarts, OneCycleLR, CyclicLR); periods count
 from the end of the warm-up.
@@ -11,12 +11,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_trainer.schedules.durations import Duration, Horizon, ScheduleError, at_least_one
-from lora_trainer.schedules.options import ScheduleOptions, WarmupOptions
-from lora_trainer.schedules.schedule import Core, Mark
-from lora_trainer.strict_model import Count, NotBool, Ratio
-
-NotNegative = Annotated[float, Field(ge=0), NotBool]
+from lora_trainer.schedules.schedule import (
+    Core,
+    Duration,
+    Horizon,
+    Mark,
+    ScheduleError,
+    ScheduleOptions,
+    WarmupOptions,
+    at_least_one,
+)
+from lora_trainer.strict_model import Count, NotBool, NotNegative, Positive, Ratio
 
 
 class CosineAnnealing(WarmupOptions):
@@ -145,6 +150,28 @@ class Cyclic(ScheduleOptions):
             return low + (1 - low) * height * shrink
 
         return triangle
+
+
+class Ramp(ScheduleOptions):
+    """m = start_ratio^(1 - s) end_ratio^s with s = k / (N - 1): the same factor from each update to the next."""
+
+    type: Literal["ramp"] = "ramp"
+    start_ratio: Positive
+    """Multiplier of the first update. Required."""
+    end_ratio: Positive
+    """Multiplier of the last update. Required."""
+    example: ClassVar[dict[str, Any]] = {"start_ratio": 0.01, "end_ratio": 1.0}
+    summary: ClassVar[str] = "a geometric rise through all learning rates that may be of use (Smith 2017)"
+    limits: ClassVar[str] = "finds a learning rate and trains nothing well"
+
+    def core(self, horizon: Horizon, warmup: int) -> Core:
+        start, end, last = math.log(self.start_ratio), math.log(self.end_ratio), horizon.num_updates - 1
+
+        def ramp(k: int, _: float) -> float:
+            share = min(1.0, k / last) if last else 0.0
+            return math.exp((1 - share) * start + share * end)
+
+        return ramp
 
 
 def _cosine(start: float, end: float, share: float) -> float:

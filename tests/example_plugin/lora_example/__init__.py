@@ -1,0 +1,1 @@
+"""A plug-in for lora_trainer: one schedule and one optimizer."""
