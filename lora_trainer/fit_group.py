@@ -19,7 +19,6 @@ from lora_trainer.prepare import results_to_come
 from lora_trainer.probing import Probing
 from lora_trainer.resume import check_kept_curve, restore
 from lora_trainer.runtime import Runtime, start_runtime
-from lora_trainer.stopping import StopRules
 from lora_trainer.sweep.groups import TrialGroup
 from lora_trainer.sweep.record import began_otherwise
 from lora_trainer.tracking.console import Screen
@@ -189,5 +188,4 @@ def _probing(group: TrialGroup, parts: Assembly) -> Probing | None:
     validation = group.shared.plan.validation
     if parts.validator is None or validation is None:
         return None
-    rules = StopRules.of(group.prune, group.shared.plan.horizon, validation.every)
-    return Probing(parts.validator, parts.passes, validation.every, group.num_updates, rules=rules)
+    return Probing(parts.validator, parts.passes, validation.every, group.num_updates, diverged=group.prune.diverged)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_trainer.data.holdout import HELD_OUT
-from lora_trainer.stopping import StopRules
-from lora_trainer.trial import Trial
+from lora_trainer.trial import Ending, Trial
 from lora_trainer.validation import ProbeReading, Validator
 
 
@@ -26,7 +25,7 @@ class Probing:
     """Every process measures its share and comes to the same conclusions.
 
     Args:
-        rules: which trials a probe ends; without them none.
+        diverged: held-out loss over the base's from which a trial ends (`sweep.prune.diverged`).
     """
 
     def __init__(
@@ -36,11 +35,10 @@ class Probing:
         every: int,
         num_updates: int,
         *,
-        rules: StopRules | None = None,
+        diverged: float | None = None,
     ) -> None:
-        self._rules = rules or StopRules()
         self._validator, self._passes = validator, passes
-        self._every, self._num_updates = every, num_updates
+        self._every, self._num_updates, self._diverged = every, num_updates, diverged
 
     def is_due(self, step: int) -> bool:
         """Whether the probes are measured after this many updates."""
@@ -56,12 +54,12 @@ class Probing:
         readings = self._readings()
         trials = [trial for members in self._passes for trial in members if trial.is_live]
         measured = [_conclude(trial, step, readings[trial.source.name]) for trial in trials]
-        if step < self._num_updates:
-            losses = {each.trial.name: each.readings[HELD_OUT].relative for each in measured}
-            endings = self._rules.endings(step, losses)
-            for trial in trials:
-                if trial.name in endings:
-                    trial.end(endings[trial.name])
+        if step < self._num_updates and self._diverged is not None:
+            for each in measured:
+                loss = each.readings[HELD_OUT].relative
+                if not loss < self._diverged:  # NaN too
+                    reason = f"held-out loss {loss:.4g} times the base's, {self._diverged:g} allowed"
+                    each.trial.end(Ending(step, "stopped", f"sweep.prune.diverged: {reason}"))
         return measured
 
     def _readings(self) -> dict[str, dict[str, ProbeReading]]:

@@ -29,7 +29,6 @@ LAYERS: list[tuple[str, float]] = [
     ("lora_trainer.assembly", 3.8),
     ("lora_trainer.update", 3.5),
     ("lora_trainer.probing", 3.5),
-    ("lora_trainer.stopping", 3.4),
     ("lora_trainer.proof", 3.5),
     ("lora_trainer.validation", 3),
     ("lora_trainer.cache", 3),
