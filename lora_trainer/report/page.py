@@ -130,11 +130,11 @@ def verdict_views(groups: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
 
 
 def waiting_notes(records: Sequence[RunRecord]) -> list[str]:
-    """Runs that no verdict counts: those that go on, and those that a sweep stopped."""
-    goes_on = [run.name for run in records if not run.is_finished and run.failure is None and run.ending is None]
-    pruned = [run.name for run in records if run.ending is not None and run.failure is None]
-    told = {"unfinished": goes_on, "stopped early": pruned}
-    return [f"{what}, not in any verdict: {', '.join(names)}" for what, names in told.items() if names]
+    """Runs that have no loss at their end: those that go on, and those that a sweep stopped."""
+    goes_on = [run.name for run in records if not run.is_finished and run.failure is None]
+    stopped = [run.name for run in records if run.ending is not None and run.ending["event"] == "stopped"]
+    told = {"unfinished, not in any verdict": goes_on, "stopped early, which counts as failed": stopped}
+    return [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
 
 
 def headline(

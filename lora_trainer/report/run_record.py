@@ -69,14 +69,14 @@ class RunRecord:
 
     @property
     def ending(self) -> Row | None:
-        """The event by which a sweep ended this trial before its last update: `failed` or `stopped`."""
+        """The event by which a sweep ended this trial before its last update: `failed`, or `stopped` by a rule."""
         return next((row for row in self.events if row["event"] in ("failed", "stopped")), None)
 
     @property
     def failure(self) -> str | None:
-        """Why the run has no result that counts; None while it may still get one, and where it was pruned."""
+        """Why the run has no result and counts against its arm; None while it may still get one."""
         if self.ending is not None:
-            return str(self.ending["reason"]) if self.ending["event"] == "failed" else None
+            return str(self.ending["reason"])
         if self.exit.get("status") == "numeric stop":
             return str(self.exit.get("message", "numbers were not finite"))
         last = self.final
@@ -87,9 +87,8 @@ class RunRecord:
     @property
     def status(self) -> str:
         if self.failure is not None:
-            return f"failed at step {self.step}: {self.failure}"
-        if self.ending is not None:
-            return f"stopped at step {self.ending['step']}: {self.ending['reason']}"
+            how = "failed" if self.ending is None else self.ending["event"]
+            return f"{how} at step {self.step}: {self.failure}"
         return "finished" if self.is_finished else f"unfinished: step {self.step} of {self.num_updates}"
 
     def probe(self, name: str = HELD_OUT) -> list[Row]:

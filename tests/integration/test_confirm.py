@@ -63,6 +63,15 @@ def test_each_setting_is_led_by_its_best_lr_over_all_seeds(recorded: Callable[..
     assert (chosen.name, chosen.seeds, chosen.began) == ("toy-confirm", (3, 4, 5, 6, 7), False)
 
 
+def test_an_arm_that_diverged_on_a_seed_leads_nothing(recorded: Callable[..., Any]) -> None:
+    rows = [trial("constant", lr, seed, 1000 * lr) for lr in (1e-4, 1e-3) for seed in (1, 2, 3)]
+    rows += [trial("linear", 1e-3, seed, 0.8) for seed in (1, 2, 3)]
+    rows += [{**trial("linear", 3e-3, 1, None, "stopped"), "step": 0}]  # never begun: says nothing of the arm
+    rows += [trial("linear", 3e-3, seed, 0.7) for seed in (2, 3)]
+    rows[2] = {**trial("constant", 1e-4, 3, None, "stopped"), "step": 10}
+    assert list(plan_confirmation(recorded(*rows)).losses) == ["linear-lr3e-3", "constant-lr1e-3"]
+
+
 def test_an_unfinished_sweep_has_no_leaders(recorded: Callable[..., Any]) -> None:
     rows = [trial("constant", 1e-3, 1, 0.6), trial("linear", 1e-3, 1, None, "running")]
     with pytest.raises(ConfigError, match="1 trials go on, linear-lr1e-3-seed1 first"):

@@ -212,6 +212,23 @@ def test_failed_runs_rank_last_and_unfinished_ones_wait(tmp_path: Path) -> None:
     assert status["linear"] == "unfinished: step 30 of 40"
 
 
+def test_an_arm_does_not_win_on_the_seeds_that_it_survived(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"steady-{seed}", loss=0.9 + 0.001 * seed, seed=seed) for seed in range(5)]
+    reason = "sweep.prune.diverged: held-out loss 3 times the base's, 2 allowed"
+    for seed in range(5):
+        own = {"loss": 0.3} if seed > 1 else {"loss": 3.0, "done": 10, "ending": ("stopped", reason)}
+        runs.append(write_run(tmp_path / f"reckless-{seed}", schedule="rex", seed=seed, **own))
+    page = build_page(read_runs(runs), None, Rules())
+    assert page.headline == "Not tested: rex failed on seed 0, 1."
+    (verdict,) = page.verdicts
+    assert [(row[0], row[-1]) for row in verdict.arms.rows] == [
+        ("cosine", "not tested"),
+        ("rex", "failed on seed 0, 1"),
+    ]
+    assert page.notes == ("stopped early, which counts as failed: reckless-0, reckless-1",)
+    assert page.runs.rows[5][:4] == ("rex, seed 0", "0", f"stopped at step 10: {reason}", "not measured")
+
+
 def test_arms_are_named_by_what_differs(tmp_path: Path) -> None:
     def names(*runs: Path) -> list[str]:
         return [group.name for group in arms(read_runs(runs))]
@@ -284,7 +301,7 @@ def test_a_sweep_is_read_by_its_own_names_and_what_was_stopped_says_why(tmp_path
     assert page.title == "sweep"
     assert page.headline.startswith("On 3 paired seeds (held-out loss, same peak LR 0.001, 3 pairs corrected")
     assert page.runs.rows[-1][:3] == ("later", "1", "stopped at step 20: clearly worse than rex-lr1e-4")
-    assert page.notes == ("stopped early, not in any verdict: later",)
+    assert page.notes == ("stopped early, which counts as failed: later",)
     assert page.commands == ("lora-trainer sweep --config sweep/config.yaml", "lora-trainer report sweep")
 
 
