@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,9 +91,10 @@ class GroupRecorder:
         """The probes in each trial's log, the best three on the screen."""
         for recorder in self._recorders:
             recorder.validation(progress, [each for each in measured if each.trial is recorder.trial])
-        leading = sorted(measured, key=lambda each: each.readings[HELD_OUT].relative)[:3]
+        losses = {each.trial.name: each.readings[HELD_OUT].relative for each in measured}
+        leading = sorted(filter(lambda name: math.isfinite(losses[name]), losses), key=losses.__getitem__)[:3]
         if progress.step and leading:
-            said = ", ".join(f"{each.trial.name} {each.readings[HELD_OUT].relative:.4f}" for each in leading)
+            said = ", ".join(f"{name} {losses[name]:.4f}" for name in leading)
             self._screen.say(f"step {progress.step}: held-out loss over the base's, smallest first: {said}")
         self._note_endings()
 

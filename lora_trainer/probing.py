@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ def _conclude(trial: Trial, step: int, readings: dict[str, ProbeReading]) -> Mea
         for group in trial.groups
         if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items)
     )
-    is_best = trial.best is None or held_out.relative < trial.best.relative
+    is_best = math.isfinite(held_out.relative) and (trial.best is None or held_out.relative < trial.best.relative)
     if is_best:
         trial.remember_best(step, held_out.relative)
     return Measurement(trial, readings, reduced, is_best)

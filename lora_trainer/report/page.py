@@ -22,6 +22,7 @@ from lora_trainer.report.run_plots import band_plot, curve_plots
 from lora_trainer.report.run_record import RunRecord, not_begun, read_runs
 from lora_trainer.report.sample_table import SampleTable, sample_table
 from lora_trainer.report.verdict_view import VerdictView, verdict_view
+from lora_trainer.tracking.metrics import probe_fault
 from lora_trainer.verdict.arms import confirming, questions
 from lora_trainer.verdict.compare import Rules
 from lora_trainer.verdict.wording import judge
@@ -182,7 +183,8 @@ def _run_row(group: ArmRuns, run: RunRecord) -> tuple[str, ...]:
     if last is None or best is None or run.failure is not None:
         return (*start, *[NOT_MEASURED] * 5)
     trained = run.probe("train")
-    gap = f"{last['relative'] - trained[-1]['relative']:+.4f}" if trained else NOT_MEASURED
+    known = trained and probe_fault(trained[-1]) is None
+    gap = f"{last['relative'] - trained[-1]['relative']:+.4f}" if known else NOT_MEASURED
     return (*start, f"{last['relative']:.4f}", f"{last['se']:.4f}", f"{best['relative']:.4f}", str(best["step"]), gap)
 
 

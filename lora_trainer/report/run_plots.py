@@ -13,6 +13,7 @@ from lora_trainer.report.curves import smoothed
 from lora_trainer.report.figure import INK, MARKERS, NUM_COLOURS, SERIES, Plot, Table, draw
 from lora_trainer.report.line_plot import Line, line_plot
 from lora_trainer.report.run_record import Row, RunRecord
+from lora_trainer.tracking.metrics import probe_fault
 
 PROBES = {HELD_OUT: "Held-out loss", TRAIN: "Loss on training images", PRIOR: "Loss on prior images"}
 BAND_NAMES = ("least noise", "less noise", "more noise", "most noise")
@@ -57,7 +58,7 @@ def probe_plot(groups: Sequence[ArmRuns], probe: str, title: str) -> Plot | None
 
 
 def _probe_line(group: ArmRuns, probe: str) -> Line | None:
-    by_seed = [_finite(run.probe(probe), "relative") for run in group.runs]
+    by_seed = [[row for row in run.probe(probe) if probe_fault(row) is None] for run in group.runs]
     by_seed = [readings for readings in by_seed if readings]
     if not by_seed:
         return None
@@ -117,11 +118,6 @@ def band_plot(groups: Sequence[ArmRuns]) -> Plot | None:
 def _last_bands(group: ArmRuns) -> np.ndarray | None:
     bands = [run.final["bands"] for run in group.runs if run.final is not None and run.failure is None]
     return np.mean(bands, axis=0) if bands else None
-
-
-def _finite(rows: Sequence[Row], key: str) -> list[Row]:
-    """Rows with a number: infinities and NaN stand in the log as words."""
-    return [row for row in rows if isinstance(row[key], float | int)]
 
 
 def _steps(run: RunRecord) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.tracking.metrics import read_rows
+from lora_trainer.tracking.metrics import probe_fault, read_rows
 from lora_trainer.verdict.wording import Purpose
 
 SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
@@ -79,10 +79,7 @@ class RunRecord:
             return str(self.ending["reason"])
         if self.exit.get("status") == "numeric stop":
             return str(self.exit.get("message", "numbers were not finite"))
-        last = self.final
-        if last is not None and not isinstance(last["relative"], float):
-            return f"the held-out loss at step {last['step']} is {last['relative']}"
-        return None
+        return None if self.final is None else probe_fault(self.final)
 
     @property
     def status(self) -> str:
@@ -104,7 +101,7 @@ class RunRecord:
     @property
     def best(self) -> Row | None:
         """The smallest held-out reading."""
-        readings = [row for row in self.probe() if isinstance(row["relative"], float)]
+        readings = [row for row in self.probe() if probe_fault(row) is None]
         return min(readings, key=lambda row: row["relative"], default=None)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,16 @@ def finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [finite(value) for value in content]
     return content
+
+
+def probe_fault(row: Mapping[str, Any]) -> str | None:
+    """Why the loss of a `validation` row counts for nothing: it is no finite number. None where it is one."""
+    value = row["relative"]
+    return (
+        f"the {row['probe'].replace('_', '-')} loss at step {row['step']} is {value}"
+        if isinstance(value, str)
+        else None
+    )
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

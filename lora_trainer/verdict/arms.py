@@ -33,6 +33,12 @@ class Arm:
     lrs_tried: tuple[float, ...] = ()
     """Peak LRs of its setting that were tried and left out before; its own need not be among them."""
 
+    def __post_init__(self) -> None:
+        """A seed whose loss is not finite has failed."""
+        lost = {seed: f"its loss is {loss}" for seed, loss in self.losses.items() if not math.isfinite(loss)}
+        object.__setattr__(self, "failed", {**lost, **self.failed})
+        object.__setattr__(self, "losses", {seed: loss for seed, loss in self.losses.items() if seed not in lost})
+
     @property
     def mean_loss(self) -> float:
         """Over its seeds; infinite without any, or where a seed failed, so that such an arm ranks last."""

@@ -215,6 +215,16 @@ def test_a_plateau_reduces_after_patience_probes_without_clear_improvement() -> 
     assert [feedback.multiplier(k, 1.0) for k in (0, 29, 30, 60, 80)] == [1, 1, 0.5, 0.25, 0.2]
 
 
+def test_a_probe_that_is_not_finite_is_no_plateaus_best() -> None:
+    feedback = PlateauFeedback(factor=0.5, patience=2, threshold_se=2.0, min_ratio=0.2)
+    assert [feedback.observe(step, [value, 1.0]) for step, value in enumerate((float("inf"), 1.0, float("nan")))] == [
+        False,
+        False,
+        False,
+    ]
+    assert feedback.state() == {"reductions": [], "best": [1.0, 1.0], "bad": 1}
+
+
 def test_a_plateau_in_the_loop_is_recorded_and_moves_the_lr(train_toy: Callable[..., Path]) -> None:
     plateau = "lr_scheduler={type: plateau, patience: 1, threshold_se: 1000, factor: 0.1}"
     run_dir = train_toy(plateau, "validation={fraction: 0.3, every_steps: 2, max_cost: 1.0}", "train.max_steps=8")

@@ -229,6 +229,19 @@ def test_an_arm_does_not_win_on_the_seeds_that_it_survived(tmp_path: Path) -> No
     assert page.runs.rows[5][:4] == ("rex, seed 0", "0", f"stopped at step 10: {reason}", "not measured")
 
 
+def test_a_run_whose_probe_was_not_finite_has_failed(tmp_path: Path) -> None:
+    """As `tracking.metrics.finite` writes them."""
+    fields = {"relative": "nan", "se": "nan", "bands": ["nan"] * 4, "items": ["nan"] * 3}
+    ends = [{"event": "validation", "step": STEPS, "probe": probe, **fields} for probe in ("held_out", "train")]
+    lost = write_run(tmp_path / "lost", schedule="rex", events=ends)
+    blind = write_run(tmp_path / "blind", events=ends[1:])  # of the training images alone
+    page = build_page(read_runs([lost, blind]), None, Rules())
+    assert page.headline == "Not tested: rex failed on seed 1."
+    assert [row[0] for row in page.verdicts[0].arms.rows] == ["cosine", "rex"]
+    assert page.runs.rows[0][2:4] == ("failed at step 40: the held-out loss at step 40 is nan", "not measured")
+    assert page.runs.rows[1][3:] == ("0.9500", "0.0020", "0.9500", "40", "not measured")
+
+
 def test_arms_are_named_by_what_differs(tmp_path: Path) -> None:
     def names(*runs: Path) -> list[str]:
         return [group.name for group in arms(read_runs(runs))]

@@ -11,6 +11,7 @@ from scipy import stats
 
 from lora_trainer.verdict.arms import Arm, Question, questions
 from lora_trainer.verdict.compare import Outcome, Rules, compare, smallest_effect
+from lora_trainer.verdict.leaders import leaders
 from lora_trainer.verdict.paired import holm_factors, paired_test, same_sign_share
 from lora_trainer.verdict.wording import judge
 
@@ -176,6 +177,16 @@ def test_worse_than_the_base_is_said() -> None:
     assert said(arm("a", 1.02), arm("b", 1.05, 1), confirmed=True).endswith(
         "a is better than b; on average none of these is better than the base."
     )
+
+
+def test_a_loss_that_is_no_number_neither_ties_nor_wins() -> None:
+    for value in ("nan", "inf", "-inf"):
+        lost = Arm("lost", "lost", 1e-4, 1.0, {**arm("x", 0.5).losses, 3: float(value)})
+        assert lost.failed == {3: f"its loss is {value}"}
+        verdict = judge(Question(LABEL, (lost, arm("a", 0.95), arm("b", 0.95, 1))))
+        assert [a.name for a in verdict.unbeaten] == ["a", "b"]
+        assert verdict.arms[-1] == lost
+        assert leaders([lost, arm("a", 0.95)], 2) == [arm("a", 0.95)]
 
 
 def grid(settings: Mapping[str, float], lrs: tuple[float, ...]) -> list[Arm]:
