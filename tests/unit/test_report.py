@@ -10,12 +10,14 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from run_directories import STEPS, write_run, write_sweep
 
 from lora_trainer.commands.report import report
 from lora_trainer.errors import ConfigError
 from lora_trainer.report.comparison import arms, hindrances, pairing_notes
+from lora_trainer.report.line_plot import Line, line_plot
 from lora_trainer.report.page import build_page, render, without_paths, write_report
 from lora_trainer.report.run_record import read_run, read_runs
 from lora_trainer.verdict.compare import Rules
@@ -169,6 +171,21 @@ def test_a_plots_numbers_are_the_logs(compared: list[Path]) -> None:
     assert [row[0] for row in held_out.rows] == ["0", "10", "20", "30", "40"]
     assert held_out.rows[2][1] == "0.985"
     assert "Last values: constant-0 0.97" in by_title["Held-out loss, relative to the base"].summary
+
+
+@pytest.mark.parametrize(("lowest", "labels"), [(0.06, ["0.1", "0.2", "0.5"]), (1e-4, ["0.001", "0.01", "0.1"])])
+def test_a_log_axis_has_plain_numbers(lowest: float, labels: list[str]) -> None:
+    values = np.geomspace(lowest, 0.7, 20).tolist()
+    plot = line_plot("loss", "Loss", "loss", [Line("a", (0, 0), range(20), values)])
+    texts = re.findall(r">\s*([^<>]+?)\s*</text>", plot.svg)
+    assert set(labels) < set(texts)
+    assert not [text for text in texts if re.search(r"[$\\{}^]", text)]
+
+
+def test_what_is_a_tenth_of_the_rest_but_for_rounding_needs_no_log_axis() -> None:
+    curves = [[1e-3, 1e-4 * (1 + rounding)] for rounding in (-1e-15, 0.0, 1e-15)]
+    plots = [line_plot("lr", "LR", "LR", [Line("a", (0, 0), [1, 2], values)]).svg for values in curves]
+    assert len(set(plots)) == 1
 
 
 def test_a_single_run_claims_nothing_about_seeds(compared: list[Path]) -> None:
