@@ -126,9 +126,10 @@ def _lrs_tried(arms: Sequence[Arm]) -> list[float]:
 
 
 def _at_the_edge(settings: Mapping[str, Sequence[Arm]]) -> Iterable[str]:
+    """Settings whose best LR is the smallest or the largest tried, once each of their LRs has a result."""
     for name, group in settings.items():
-        lrs = _lrs_tried(group)
-        chosen = tuned(group).peak_lr
-        if chosen in (lrs[0], lrs[-1]):
-            end = "smallest" if chosen == lrs[0] else "largest"
-            yield f"{name} did best at the {end} LR tried ({chosen:.3g}): its best LR may lie beyond"
+        lrs, best = _lrs_tried(group), best_lr(group)
+        waiting = any(not arm.losses and not arm.failed for arm in group)
+        if not waiting and not best.failed and best.peak_lr in (lrs[0], lrs[-1]):
+            end = "smallest" if best.peak_lr == lrs[0] else "largest"
+            yield f"{name} did best at the {end} LR tried ({best.peak_lr:.3g}): its best LR may lie beyond"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,6 +218,17 @@ def test_lrs_are_tuned_per_setting_or_the_table_says_that_they_are_equal() -> No
 def test_a_best_lr_at_the_edge_of_those_tried_is_said() -> None:
     asked = questions(grid({"constant": 0.95, "cosine": 0.94}, (1e-4, 3e-4, 9e-4)))
     assert asked[0].notes[0] == "constant did best at the smallest LR tried (0.0001): its best LR may lie beyond"
+
+
+@pytest.mark.parametrize(
+    "unknown", [{"losses": {}}, {"losses": {}, "failed": {0: "not finite"}}], ids=["not measured", "failed"]
+)
+def test_no_lr_is_called_the_best_before_it_was_measured(unknown: dict[str, Any]) -> None:
+    arms = grid({"constant": 0.95, "cosine": 0.94}, (1e-4, 3e-4, 9e-4))
+    none = [replace(each, **unknown) if each.setting == "constant" else each for each in arms]
+    assert [note.split()[0] for note in questions(none)[0].notes] == ["cosine"]
+    some = [replace(each, losses={}) if each.peak_lr > 1e-4 else each for each in arms]
+    assert questions(some)[0].notes == ()
 
 
 def test_different_lrs_without_tuning_are_labelled() -> None:
