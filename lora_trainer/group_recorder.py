@@ -19,6 +19,7 @@ from lora_trainer.sampling import Sampler
 from lora_trainer.sweep.groups import TrialGroup
 from lora_trainer.tracking.console import Screen, TrainingLine
 from lora_trainer.update import UpdateResult
+from lora_trainer.verdict.ties import levels
 
 METRICS_BYTES, TRUNK = "metrics_bytes", "trunk"
 """What a group's checkpoint says of a trial: the length of its log, and which other one is still computed for it."""
@@ -92,7 +93,8 @@ class GroupRecorder:
         for recorder in self._recorders:
             recorder.validation(progress, [each for each in measured if each.trial is recorder.trial])
         losses = {each.trial.name: each.readings[HELD_OUT].relative for each in measured}
-        leading = sorted(filter(lambda name: math.isfinite(losses[name]), losses), key=losses.__getitem__)[:3]
+        level = levels(filter(math.isfinite, losses.values()))
+        leading = sorted((name for name in losses if losses[name] in level), key=lambda name: level[losses[name]])[:3]
         if progress.step and leading:
             said = ", ".join(f"{name} {losses[name]:.4f}" for name in leading)
             self._screen.say(f"step {progress.step}: held-out loss over the base's, smallest first: {said}")

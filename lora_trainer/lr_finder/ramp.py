@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 MIN_POINTS = 30
@@ -25,4 +24,4 @@ class Ramp:
     def lr(self, k: int) -> float:
         """The learning rate of update k; the first and the last are exactly `start_lr` and `end_lr`."""
         share = k / (self.num_updates - 1)
-        return math.exp((1 - share) * math.log(self.start_lr) + share * math.log(self.end_lr))
+        return self.start_lr ** (1 - share) * self.end_lr**share

@@ -25,6 +25,7 @@ from lora_trainer.report.verdict_view import VerdictView, verdict_view
 from lora_trainer.tracking.metrics import probe_fault
 from lora_trainer.verdict.arms import confirming, questions
 from lora_trainer.verdict.compare import Rules
+from lora_trainer.verdict.ties import ROUNDING
 from lora_trainer.verdict.wording import judge
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -153,7 +154,8 @@ def headline(
     if last is None:
         return f"{run.step} of {run.num_updates} updates are done; the held-out loss at the end was {NOT_MEASURED}."
     best = run.best
-    earlier = f", and was smallest at step {best['step']} ({best['relative']:.4f})" if best and best != last else ""
+    fell = best is not None and last["relative"] - best["relative"] > ROUNDING
+    earlier = f", and was smallest at step {best['step']} ({best['relative']:.4f})" if best and fell else ""
     return (
         f"After {run.step} updates the held-out loss is {last['relative']:.4f} of the base's{earlier}; the standard "
         f"error of {last['se']:.4f} is this run's precision over its {len(last['items'])} images and says nothing "

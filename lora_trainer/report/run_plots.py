@@ -14,6 +14,7 @@ from lora_trainer.report.figure import INK, MARKERS, NUM_COLOURS, SERIES, Plot, 
 from lora_trainer.report.line_plot import Line, line_plot
 from lora_trainer.report.run_record import Row, RunRecord
 from lora_trainer.tracking.metrics import probe_fault
+from lora_trainer.verdict.ties import smallest
 
 PROBES = {HELD_OUT: "Held-out loss", TRAIN: "Loss on training images", PRIOR: "Loss on prior images"}
 BAND_NAMES = ("least noise", "less noise", "more noise", "most noise")
@@ -99,7 +100,8 @@ def band_plot(groups: Sequence[ArmRuns]) -> Plot | None:
         return None
     title = f"Held-out loss by timestep, {RELATIVE}"
     rows = tuple((group.name, *(f"{value:.4f}" for value in bands)) for group, bands in measured)
-    lowest = [min(measured, key=lambda each: each[1][band])[0].name for band in range(len(BAND_NAMES))]
+    losses = np.transpose([bands for _, bands in measured])
+    lowest = [measured[smallest(band.tolist())][0].name for band in losses]
     named = "; ".join(f"{band}: {name}" for band, name in zip(BAND_NAMES, lowest, strict=True))
     summary = f"{title}, after the last update, in four parts of the timestep range. Lowest number at {named}."
 

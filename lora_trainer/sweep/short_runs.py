@@ -24,8 +24,7 @@ from lora_trainer.plan import lay_groups
 from lora_trainer.schedules.durations import Horizon, to_updates
 from lora_trainer.sweep.record import Json
 from lora_trainer.sweep.results import arms_of
-from lora_trainer.verdict.arms import by_setting
-from lora_trainer.verdict.compare import ranked
+from lora_trainer.verdict.arms import by_setting, ranked
 
 RULE = "sweep.prune.short_runs"
 LENGTHS = ("train", "train.max_steps", "train.epochs")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lora_trainer.verdict.ties import levels
+
 MIN_TUNED_LRS = 3
 MIN_TUNED_SPAN = 9.0  # the largest LR over the smallest: x1/3, 1, x3
 _ROUNDING = 1 - 1e-6
@@ -92,7 +94,7 @@ def confirming(arms: Sequence[Arm]) -> Question:
 
 
 def tuned(arms: Sequence[Arm]) -> Arm:
-    """One setting's arm at its best LR: the smallest mean loss, of equals the smaller LR.
+    """One setting's arm at its best LR.
 
     The seeds that choose are those that judge, which flatters a setting with many nearly equal LRs a little: measured
     in docs/verdicts.md, and the reason to confirm on fresh seeds. An LR at which a run failed is chosen only if all
@@ -104,7 +106,13 @@ def tuned(arms: Sequence[Arm]) -> Arm:
 
 def best_lr(arms: Sequence[Arm]) -> Arm:
     """Of one setting's arms that with the smallest mean loss, of equals the one with the smaller LR."""
-    return min(arms, key=lambda arm: (arm.mean_loss, arm.peak_lr))
+    return ranked(arms)[0]
+
+
+def ranked(arms: Sequence[Arm]) -> list[Arm]:
+    """The smallest mean loss first, arms with a failed seed last; of equals the smaller LR, then the first given."""
+    level = levels(arm.mean_loss for arm in arms)
+    return sorted(arms, key=lambda arm: (level[arm.mean_loss], arm.peak_lr))
 
 
 def by_setting(arms: Iterable[Arm]) -> dict[str, list[Arm]]:

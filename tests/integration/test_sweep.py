@@ -342,6 +342,14 @@ def test_status_reads_a_stopped_sweep(
     assert "seed2  waiting, update 0 of 6, 2 trials" in said
 
 
+@pytest.mark.parametrize("rounding", [-1e-10, 1e-10])
+def test_trials_that_differ_by_rounding_are_shown_in_their_order(rounding: float) -> None:
+    row = {"status": "finished", "step": 6, "num_updates": 6, "reason": None, "best": None}
+    losses = {"b": 0.9, "a": 0.9 + rounding, "best": 0.8, "none": None}
+    trials = [{**row, "name": name, "final": loss and {"relative": loss, "step": 6}} for name, loss in losses.items()]
+    assert [name for name, _ in sweep_status.result_rows({"trials": trials})] == ["best", "b", "a", "none"]
+
+
 def test_a_config_without_a_sweep_section_is_told(toy_config: Path) -> None:
     with pytest.raises(ConfigError, match="there is no `sweep` section"):
         sweep_command.sweep(toy_config, [])

@@ -376,6 +376,21 @@ def test_the_diagnosis_last_told_stands_with_its_advice(tmp_path: Path) -> None:
     assert "<p>Diagnosis: not measured.</p>" in render(build_page(read_runs([blind]), None, Rules()))
 
 
+@pytest.mark.parametrize("rounding", [-1e-10, 0.0, 1e-10])
+def test_runs_that_differ_by_rounding_stand_in_their_order(tmp_path: Path, rounding: float) -> None:
+    losses = {"b": 0.95 + rounding, "a": 0.95 - rounding, "c": 0.96}
+    runs = [write_run(tmp_path / name, schedule=name, loss=loss) for name, loss in losses.items()]
+    page = build_page(read_runs(runs), None, Rules())
+    assert page.items is not None and page.bands is not None
+    assert [row[0] for row in page.items.rows] == ["b − a", "b − c"]
+    assert page.items.rows[0][3] == "0.000 %"
+    assert "Lowest number at least noise: b; less noise: b;" in page.bands.summary
+    flat = {"event": "validation", "probe": "held_out", "se": 0.002, "bands": [0.9] * 4, "items": [0.9] * 3}
+    probes = [{**flat, "step": 20, "relative": 0.9}, {**flat, "step": STEPS, "relative": 0.9 + rounding}]
+    alone = build_page(read_runs([write_run(tmp_path / "alone", probes=(), events=probes)]), None, Rules())
+    assert alone.headline.startswith("After 40 updates the held-out loss is 0.9000 of the base's; the standard error")
+
+
 def test_the_precision_of_single_runs_is_shown_as_that(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a", loss=0.94), write_run(tmp_path / "b", loss=0.97, schedule="rex")]
     page = build_page(read_runs(runs), None, Rules())

@@ -11,7 +11,8 @@ import pytest
 import verdict_rates
 from scipy import stats
 
-from lora_trainer.verdict.arms import Arm, Question, questions
+from lora_trainer.report.verdict_view import arms_table, pairs_table
+from lora_trainer.verdict.arms import Arm, Question, questions, tuned
 from lora_trainer.verdict.compare import Outcome, Rules, compare, smallest_effect
 from lora_trainer.verdict.leaders import leaders
 from lora_trainer.verdict.paired import holm_factors, paired_test, same_sign_share
@@ -145,13 +146,43 @@ def test_the_sentence_of_a_win() -> None:
 
 def test_the_sentence_of_a_tie_prefers_the_smaller_lr() -> None:
     start = "On 5 paired seeds (held-out loss, same peak LR 1e-4, one pair): no difference shown between "
-    constant, linear = arm("constant", 0.95, 1), arm("linear", 0.95, budget=0.5)
+    linear, constant = arm("linear", 0.95, budget=0.5), arm("constant", 0.95, 1)
     tie = "; the tie goes to the smaller LR over the run, linear (budget 0.50)."
-    assert said(constant, linear) == start + "linear and constant" + tie
+    assert said(constant, linear) == start + "constant and linear" + tie
     assert judge(Question(LABEL, (constant, linear))).choice == linear
     low = arm("low", 0.95, lr=3e-5)
     assert said(constant, low).endswith("the tie goes to the smaller LR, low (3e-05).")
     assert said(constant, arm("other", 0.95)).endswith("their LRs are equal too, so take either.")
+
+
+def test_last_bits_decide_no_order_choice_or_word() -> None:
+    """Losses and budgets that are equal but for rounding, whichever way it fell: everything reads the same."""
+
+    def rounded(sign: int) -> list[Arm]:
+        stream = np.random.default_rng(0)
+        tied = [arm("b", 1.0, 2), arm("a", 1.0, 2), arm("worse", 1.1, 1)]
+        return [
+            replace(
+                each,
+                losses={seed: loss + sign * 1e-8 * stream.normal() for seed, loss in each.losses.items()},
+                lr_budget=0.5 + sign * 1e-16 * place,
+            )
+            for place, each in enumerate(tied)
+        ]
+
+    told = set()
+    for sign in (-1, 0, 1):
+        arms = rounded(sign)
+        verdict = judge(Question(LABEL, tuple(arms)))
+        assert [each.name for each in verdict.arms] == ["b", "a", "worse"]
+        assert verdict.choice == arms[0]
+        assert verdict.pairs[0].differences == (0.0,) * 5
+        told.add((verdict.sentence, pairs_table(verdict).rows, arms_table(verdict).rows))
+    ((sentence, pairs, _),) = told
+    assert "no difference shown between b and a; b and a are each better than worse" in sentence
+    assert "take either; on average none of these is better than the base" in sentence
+    assert pairs[0][:4] == ("b − a", "0.000 %", "0.000 to 0.000", "0.000 to 0.000")
+    assert tuned([replace(each, peak_lr=lr) for each, lr in zip(arms, (3e-4, 1e-4, 2e-4), strict=True)]).peak_lr == 1e-4
 
 
 def test_the_sentence_of_a_part_win() -> None:
