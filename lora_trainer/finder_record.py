@@ -106,7 +106,7 @@ def _finding_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, s
 
 def _fork_rows(finder: PreparedFinder, forks: ForkVerdict) -> Iterator[tuple[str, str]]:
     for fork in forks.readings:
-        said = "diverged" if fork.gain is None else f"gain {fork.gain:+.3%} +- {fork.se:.3%}"
+        said = "diverged" if fork.gain is None else f"gain {fork.gain:+z.3%} +- {fork.se:.3%}"
         if fork.behind:
             said += f", {fork.behind:.3%} +- {fork.behind_se:.3%} behind the best"
         yield f"fork {fork.lr:.1e}", said

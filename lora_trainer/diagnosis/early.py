@@ -43,7 +43,7 @@ class EarlyReport:
         """For people."""
         per, se = 100 * self.gain_per_update, 100 * self.gain_per_update_se
         sure = "" if abs(self.gain_per_update) > 2 * self.gain_per_update_se else ": not clear of 0 yet"
-        said = [f"held-out loss gains {per:+.4f} +- {se:.4f} % of the base's per update{sure}"]
+        said = [f"held-out loss gains {per:+z.4f} +- {se:.4f} % of the base's per update{sure}"]
         if self.instability is None:
             said.append("instability not measured (needs five probes)")
         else:
@@ -51,7 +51,7 @@ class EarlyReport:
         if self.train_gain is None:
             said.append("whether validation follows training was not measured")
         elif self.train_gain <= ROUNDING:
-            said.append(f"the training images gained nothing yet ({self.train_gain:+.4f})")
+            said.append(f"the training images gained nothing yet ({self.train_gain:+z.4f})")
         else:
             correlation = "" if self.correlation is None else f", correlation of their changes {self.correlation:.2f}"
             said.append(f"validation gains {self.gain / self.train_gain:.0%} of what training gains{correlation}")

@@ -186,7 +186,7 @@ def _run_row(group: ArmRuns, run: RunRecord) -> tuple[str, ...]:
         return (*start, *[NOT_MEASURED] * 5)
     trained = run.probe("train")
     known = trained and probe_fault(trained[-1]) is None
-    gap = f"{last['relative'] - trained[-1]['relative']:+.4f}" if known else NOT_MEASURED
+    gap = f"{last['relative'] - trained[-1]['relative']:+z.4f}" if known else NOT_MEASURED
     return (*start, f"{last['relative']:.4f}", f"{last['se']:.4f}", f"{best['relative']:.4f}", str(best["step"]), gap)
 
 
