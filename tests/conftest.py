@@ -80,6 +80,17 @@ def sweep(toy_config: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def private_names(monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """User and host of this process, under names that stand in no file by chance."""
+    user, host = "the-user-of-this-test", "the-host-of-this-test"
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(variable, user)
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    monkeypatch.setattr("platform.node", lambda: host)
+    return user, host
+
+
+@pytest.fixture
 def program() -> Callable[..., object]:
     """Start a command in a process of its own, with this interpreter's packages and without network."""
     import subprocess

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import run_directory
 from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.evidence.statistics.ties import levels
 from lora_trainer.experiments.sweep.confirmation import confirmation_directory
 from lora_trainer.experiments.sweep.record import ENDED, Json, read_sweep, refreshed
 from lora_trainer.tracking.console import Screen
@@ -38,13 +39,17 @@ def show_status(config_file: Path, overrides: Sequence[str], *, confirmation: bo
 
 
 def result_rows(content: Json) -> Iterator[tuple[str, str]]:
-    """Trials by their last held-out loss, or their smallest while they are trained, relative to the base's."""
+    """Trials by their last held-out loss, or their smallest while they are trained, relative to the base's.
+
+    Those of equal loss stand in the order of the sweep.
+    """
 
     def place(trial: Json) -> float:
         probe = trial["final"] or trial["best"]
         return probe["relative"] if probe else float("inf")
 
-    for trial in sorted(content["trials"], key=place):
+    level = levels(map(place, content["trials"]))
+    for trial in sorted(content["trials"], key=lambda trial: level[place(trial)]):
         words = [f"{trial['status']} at {trial['step']}/{trial['num_updates']}"]
         probes = [(name, trial[name]) for name in ("final", "best") if trial[name] is not None]
         words += [f"{name} {probe['relative']:.4f} (step {probe['step']})" for name, probe in probes]

@@ -127,16 +127,6 @@ def _sweep(config: RunConfig) -> Iterator[Conflict]:
             "one loss scale for all trials would tie them together: a trial's overflow would skip the others' updates",
         )
 
-    behind = config.sweep.prune.behind
-    if behind is not None and behind.accept_bias is None:
-        yield Conflict(
-            ("sweep", "prune", "behind"),
-            "`sweep.prune.behind` compares different schedules at an equal step, which misleads",
-            "write accept_bias: equal-step beside it, or remove it (prune.worse_after_seeds compares complete runs)",
-            "a schedule that decays late is behind until it does: measured, the best at half-time was the best at the "
-            "end in 2 of 5 seeds",
-        )
-
 
 def _inert(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
     if isinstance(config.optimizer, SGD) and config.optimizer.nesterov and not config.optimizer.momentum:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from lora_trainer.schedules.schedule import Duration, check_period
+from lora_trainer.schedules.schedule import check_period
 from lora_trainer.strict_model import Count, NotBool, Section
 
 Seed = Annotated[int, Field(ge=0, lt=2**63), NotBool]
@@ -55,17 +55,6 @@ class ShortRunsConfig(Section):
     """Learning rates of each setting that are then trained in full."""
 
 
-class BehindConfig(Section):
-    """Stop the trials that are behind at one moment, whatever their schedules. This misleads: docs/sweeps.md."""
-
-    at: Annotated[Duration, AfterValidator(check_period)]
-    """The first probe from here on ranks the trials of each group. Required."""
-    keep: Annotated[int, Field(ge=1), NotBool]
-    """Trials that go on. Required."""
-    accept_bias: Literal["equal-step"] | None = None
-    """`equal-step`: at an equal step schedules that decay late look worse than they end. Refused without this word."""
-
-
 class PruneConfig(Section):
     """Trials that end early or are not begun. Everything is off unless set; what was stopped and why is reported."""
 
@@ -74,7 +63,6 @@ class PruneConfig(Section):
     short_runs: ShortRunsConfig | None = None
     worse_after_seeds: Annotated[int, Field(ge=3), NotBool] | None = None
     """From this many finished seeds on, an arm that another is shown to be better than gets no further seeds."""
-    behind: BehindConfig | None = None
 
 
 class ConfirmConfig(Section):

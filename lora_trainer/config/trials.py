@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,17 +139,38 @@ def _grid(grid: Mapping[str, Sequence[Any]], source: Source) -> Iterator[Arm]:
 
 
 def _random(config: RandomConfig, source: Source) -> Iterator[Arm | Problem]:
-    """Draw i of a key depends on (seed, i, key) alone."""
+    """Arm i depends on (seed, i, key) and on the arms drawn before it, each of which differs from the others."""
     places = {key: source.place(("sweep", "random", key)) for key in config.draws}
     for key, spec in config.draws.items():
         if (fault := _draw_fault(spec)) is not None:
             yield Problem(f"`{key}`: {fault}", places[key], fix="as in {log_uniform: [1e-5, 1e-3]}")
             return
+    drawn: dict[str, dict[str, Any]] = {}
     for index in range(1, config.num + 1):
-        overrides = {
-            key: _draw(spec, random.Random(f"{config.seed}|{index}|{key}")) for key, spec in config.draws.items()
-        }
+        if (new := _new_draw(config, index, drawn)) is None:
+            what = f"`sweep.random` asks for {config.num} arms, and its draws allow {len(drawn)}"
+            fix = f"write num: {len(drawn)}, or widen the draws"
+            yield Problem(what, source.place(("sweep", "random", "num")), fix=fix)
+            return
+        drawn |= new
+    for index, overrides in enumerate(drawn.values(), start=1):
         yield Arm(f"random{index}", overrides, places)
+
+
+def _new_draw(config: RandomConfig, index: int, drawn: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """The first draw that is none of those drawn, under its text; None where there is none.
+
+    Of n + 1 arms drawn alike, each would be missed in 100 (n + 1) draws once in e^100 times.
+    """
+    for attempt in range(100 * (len(drawn) + 1)):
+        again = f"|{attempt}" if attempt else ""
+        overrides = {
+            key: _draw(spec, random.Random(f"{config.seed}|{index}|{key}{again}")) for key, spec in config.draws.items()
+        }
+        text = json.dumps(overrides, sort_keys=True, default=str)
+        if text not in drawn:
+            return {text: overrides}
+    return None
 
 
 def _draw_fault(spec: Mapping[str, Sequence[Any]]) -> str | None:

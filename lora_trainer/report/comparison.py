@@ -43,7 +43,7 @@ class ArmRuns:
         return self.name if len(self.runs) == 1 else f"{self.name}, seed {run.seed}"
 
     def as_arm(self, purpose: Purpose) -> Arm | None:
-        """Its final held-out losses by seed, and the seeds that failed; unfinished and pruned runs are left out.
+        """Its final held-out losses by seed, and the seeds that failed or were stopped; unfinished runs are left out.
 
         Args:
             purpose: of the runs to look at. None where it has none of them.

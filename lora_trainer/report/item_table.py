@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lora_trainer.evidence.statistics.paired import paired_test
+from lora_trainer.evidence.statistics.ties import smallest
 from lora_trainer.report.comparison import ArmRuns
 from lora_trainer.report.figure import Table
 from lora_trainer.report.run_record import Row
@@ -16,7 +17,10 @@ CAPTION = (
 
 
 def item_table(groups: Sequence[ArmRuns]) -> Table | None:
-    """Each run against the one with the smallest held-out loss of its seed, paired by image; None without a pair."""
+    """Each run against the one with the smallest held-out loss of its seed, paired by image; None without a pair.
+
+    They stand in the order given, and of equal losses the first is the smallest.
+    """
     finals: dict[int, list[tuple[str, Row]]] = {}
     for group in groups:
         for run in group.runs:
@@ -27,8 +31,8 @@ def item_table(groups: Sequence[ArmRuns]) -> Table | None:
 
 
 def _rows(seed: int, named: Sequence[tuple[str, Row]]) -> Iterator[tuple[str, ...]]:
-    (best, least), *others = sorted(named, key=lambda each: each[1]["relative"])
-    for name, final in others:
+    best, least = named[place := smallest([final["relative"] for _, final in named])]
+    for name, final in (*named[:place], *named[place + 1 :]):
         differences = [100 * (a - b) for a, b in zip(least["items"], final["items"], strict=True)]
         test = paired_test(differences)
-        yield f"{best} − {name}", str(seed), str(len(differences)), f"{test.mean:.3f} %", f"{test.se:.3f}"
+        yield f"{best} − {name}", str(seed), str(len(differences)), f"{test.mean:z.3f} %", f"{test.se:.3f}"

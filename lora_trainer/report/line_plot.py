@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_trainer.report.figure import DASHES, NUM_COLOURS, SERIES, Plot, Table, draw
 from lora_trainer.report.sample_grid import spread
@@ -47,14 +48,26 @@ def line_plot(
                 low, high = np.asarray(line.low)[kept], np.asarray(line.high)[kept]
                 axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(steps, np.asarray(line.values)[kept], color=colour, linestyle=dashes)
-        axes.set(xlabel="Steps", ylabel=ylabel, yscale="log" if _spans_a_decade(lines) else "linear")
+        axes.set(xlabel="Steps", ylabel=ylabel)
+        if _spans_a_decade(lines):
+            _scale_by_decades(axes)
 
     return Plot(title, summary, draw(name, summary, paint), numbers(title, lines, digits))
 
 
 def _spans_a_decade(lines: Sequence[Line]) -> bool:
+    """Clearly: a schedule that ends at a tenth of its peak may reach it from either side by rounding."""
     lowest = min(min(line.values) for line in lines)
-    return lowest > 0 and max(max(line.values) for line in lines) > 10 * lowest
+    return lowest > 0 and max(max(line.values) for line in lines) > 10.001 * lowest
+
+
+def _scale_by_decades(axes: Axes) -> None:
+    """A log axis with plain numbers: matplotlib's own labels are TeX, which the page's texts are not read as."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def numbers(title: str, lines: Sequence[Line], digits: str) -> Table:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from lora_trainer import __version__
 from lora_trainer.evidence.statistics.arms import confirming, questions
 from lora_trainer.evidence.statistics.compare import Rules
+from lora_trainer.evidence.statistics.ties import ROUNDING
 from lora_trainer.evidence.statistics.wording import judge
 from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, hindrances, pairing_notes, varied
 from lora_trainer.report.diagnosis_table import NOT_MEASURED, diagnosis_table
@@ -26,7 +27,7 @@ from lora_trainer.report.run_record import RunRecord, not_begun, read_runs
 from lora_trainer.report.sample_table import SampleTable, sample_table
 from lora_trainer.report.verdict_view import VerdictView, verdict_view
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.metrics import damage_note
+from lora_trainer.tracking.metrics import damage_note, probe_fault
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATOR = "lora_trainer report"
@@ -132,11 +133,11 @@ def verdict_views(groups: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
 
 
 def waiting_notes(records: Sequence[RunRecord]) -> list[str]:
-    """Runs that no verdict counts: those that go on, and those that a sweep stopped."""
-    goes_on = [run.name for run in records if not run.is_finished and run.failure is None and run.ending is None]
-    pruned = [run.name for run in records if run.ending is not None and run.failure is None]
-    told = {"unfinished": goes_on, "stopped early": pruned}
-    return [f"{what}, not in any verdict: {', '.join(names)}" for what, names in told.items() if names]
+    """Runs that have no loss at their end: those that go on, and those that a sweep stopped."""
+    goes_on = [run.name for run in records if not run.is_finished and run.failure is None]
+    stopped = [run.name for run in records if run.ending is not None and run.ending["event"] == "stopped"]
+    told = {"unfinished, not in any verdict": goes_on, "stopped early, which counts as failed": stopped}
+    return [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
 
 
 def damage_notes(groups: Sequence[ArmRuns]) -> list[str]:
@@ -160,7 +161,8 @@ def headline(
     if last is None:
         return f"{run.step} of {run.num_updates} updates are done; the held-out loss at the end was {NOT_MEASURED}."
     best = run.best
-    earlier = f", and was smallest at step {best['step']} ({best['relative']:.4f})" if best and best != last else ""
+    fell = best is not None and last["relative"] - best["relative"] > ROUNDING
+    earlier = f", and was smallest at step {best['step']} ({best['relative']:.4f})" if best and fell else ""
     return (
         f"After {run.step} updates the held-out loss is {last['relative']:.4f} of the base's{earlier}; the standard "
         f"error of {last['se']:.4f} is this run's precision over its {len(last['items'])} images and says nothing "
@@ -190,7 +192,8 @@ def _run_row(group: ArmRuns, run: RunRecord) -> tuple[str, ...]:
     if last is None or best is None or run.failure is not None:
         return (*start, *[NOT_MEASURED] * 5)
     trained = run.probe("train")
-    gap = f"{last['relative'] - trained[-1]['relative']:+.4f}" if trained else NOT_MEASURED
+    known = trained and probe_fault(trained[-1]) is None
+    gap = f"{last['relative'] - trained[-1]['relative']:+z.4f}" if known else NOT_MEASURED
     return (*start, f"{last['relative']:.4f}", f"{last['se']:.4f}", f"{best['relative']:.4f}", str(best["step"]), gap)
 
 

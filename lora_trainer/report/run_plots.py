@@ -8,11 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lora_trainer.data.holdout import HELD_OUT, PRIOR, TRAIN
+from lora_trainer.evidence.statistics.ties import smallest
 from lora_trainer.report.comparison import ArmRuns
 from lora_trainer.report.curves import smoothed
 from lora_trainer.report.figure import INK, MARKERS, NUM_COLOURS, SERIES, Plot, Table, draw
 from lora_trainer.report.line_plot import Line, line_plot
 from lora_trainer.report.run_record import Row, RunRecord
+from lora_trainer.tracking.metrics import probe_fault
 
 PROBES = {HELD_OUT: "Held-out loss", TRAIN: "Loss on training images", PRIOR: "Loss on prior images"}
 BAND_NAMES = ("least noise", "less noise", "more noise", "most noise")
@@ -57,7 +59,7 @@ def probe_plot(groups: Sequence[ArmRuns], probe: str, title: str) -> Plot | None
 
 
 def _probe_line(group: ArmRuns, probe: str) -> Line | None:
-    by_seed = [_finite(run.probe(probe), "relative") for run in group.runs]
+    by_seed = [[row for row in run.probe(probe) if probe_fault(row) is None] for run in group.runs]
     by_seed = [readings for readings in by_seed if readings]
     if not by_seed:
         return None
@@ -98,7 +100,8 @@ def band_plot(groups: Sequence[ArmRuns]) -> Plot | None:
         return None
     title = f"Held-out loss by timestep, {RELATIVE}"
     rows = tuple((group.name, *(f"{value:.4f}" for value in bands)) for group, bands in measured)
-    lowest = [min(measured, key=lambda each: each[1][band])[0].name for band in range(len(BAND_NAMES))]
+    losses = np.transpose([bands for _, bands in measured])
+    lowest = [measured[smallest(band.tolist())][0].name for band in losses]
     named = "; ".join(f"{band}: {name}" for band, name in zip(BAND_NAMES, lowest, strict=True))
     summary = f"{title}, after the last update, in four parts of the timestep range. Lowest number at {named}."
 
@@ -117,11 +120,6 @@ def band_plot(groups: Sequence[ArmRuns]) -> Plot | None:
 def _last_bands(group: ArmRuns) -> np.ndarray | None:
     bands = [run.final["bands"] for run in group.runs if run.final is not None and run.failure is None]
     return np.mean(bands, axis=0) if bands else None
-
-
-def _finite(rows: Sequence[Row], key: str) -> list[Row]:
-    """Rows with a number: infinities and NaN stand in the log as words."""
-    return [row for row in rows if isinstance(row[key], float | int)]
 
 
 def _steps(run: RunRecord) -> list[int]:

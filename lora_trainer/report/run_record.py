@@ -12,7 +12,7 @@ from typing import Any
 from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.wording import Purpose
-from lora_trainer.tracking.metrics import read_lines
+from lora_trainer.tracking.metrics import probe_fault, read_lines
 
 SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
 SWEEP_FILE = "sweep.json"
@@ -71,27 +71,23 @@ class RunRecord:
 
     @property
     def ending(self) -> Row | None:
-        """The event by which a sweep ended this trial before its last update: `failed` or `stopped`."""
+        """The event by which a sweep ended this trial before its last update: `failed`, or `stopped` by a rule."""
         return next((row for row in self.events if row["event"] in ("failed", "stopped")), None)
 
     @property
     def failure(self) -> str | None:
-        """Why the run has no result that counts; None while it may still get one, and where it was pruned."""
+        """Why the run has no result and counts against its arm; None while it may still get one."""
         if self.ending is not None:
-            return str(self.ending["reason"]) if self.ending["event"] == "failed" else None
+            return str(self.ending["reason"])
         if self.exit.get("status") == "numeric stop":
             return str(self.exit.get("message", "numbers were not finite"))
-        last = self.final
-        if last is not None and not isinstance(last["relative"], float):
-            return f"the held-out loss at step {last['step']} is {last['relative']}"
-        return None
+        return None if self.final is None else probe_fault(self.final)
 
     @property
     def status(self) -> str:
         if self.failure is not None:
-            return f"failed at step {self.step}: {self.failure}"
-        if self.ending is not None:
-            return f"stopped at step {self.ending['step']}: {self.ending['reason']}"
+            how = "failed" if self.ending is None else self.ending["event"]
+            return f"{how} at step {self.step}: {self.failure}"
         return "finished" if self.is_finished else f"unfinished: step {self.step} of {self.num_updates}"
 
     def probe(self, name: str = HELD_OUT) -> list[Row]:
@@ -107,7 +103,7 @@ class RunRecord:
     @property
     def best(self) -> Row | None:
         """The smallest held-out reading."""
-        readings = [row for row in self.probe() if isinstance(row["relative"], float)]
+        readings = [row for row in self.probe() if probe_fault(row) is None]
         return min(readings, key=lambda row: row["relative"], default=None)
 
     @property

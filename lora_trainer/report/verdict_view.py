@@ -69,9 +69,9 @@ def _gain(arm: Arm, level: float) -> str:
         return "–"
     gains = [_PERCENT * (1 - loss) for loss in arm.losses.values()]
     if len(gains) == 1:
-        return f"{gains[0]:.2f} %"
+        return f"{gains[0]:z.2f} %"
     low, high = paired_test(gains).interval(level)
-    return f"{np.mean(gains):.2f} % ({low:.2f} to {high:.2f})"
+    return f"{np.mean(gains):z.2f} % ({low:z.2f} to {high:z.2f})"
 
 
 def _place(arm: Arm, verdict: Verdict) -> str:
@@ -96,7 +96,7 @@ def pairs_table(verdict: Verdict) -> Table:
         rows.append(
             (
                 name,
-                f"{-_PERCENT * pair.test.mean:.3f} %",
+                f"{-_PERCENT * pair.test.mean:z.3f} %",
                 _interval(pair.interval),
                 _interval(pair.adjusted_interval),
                 f"{pair.adjusted_p:.3g}",
@@ -111,7 +111,7 @@ def pairs_table(verdict: Verdict) -> Table:
 def _interval(bounds: tuple[float, float]) -> str:
     """Of worse minus better, told as better minus worse: negative is a smaller loss."""
     low, high = sorted(-_PERCENT * bound for bound in bounds)
-    return f"{low:.3f} to {high:.3f}"
+    return f"{low:z.3f} to {high:z.3f}"
 
 
 def _difference_plot(verdict: Verdict, tested: Sequence[Pair], number: int) -> Plot:
@@ -165,7 +165,7 @@ def _by_seed(pairs: Sequence[Pair]) -> Table:
     rows = []
     for pair in pairs:
         by_seed = dict(zip(pair.seeds, pair.differences, strict=True))
-        values = (f"{-_PERCENT * by_seed[seed]:.3f}" if seed in by_seed else "–" for seed in seeds)
+        values = (f"{-_PERCENT * by_seed[seed]:z.3f}" if seed in by_seed else "–" for seed in seeds)
         rows.append((f"{pair.better.name} − {pair.worse.name}", *values))
     header = ("pair", *(f"seed {seed}" for seed in seeds))
     return Table("Difference of loss by seed, in percent of the base's loss", header, tuple(rows))

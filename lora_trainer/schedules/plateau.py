@@ -61,7 +61,8 @@ class PlateauFeedback:
 
     def observe(self, step: int, items: Sequence[float]) -> bool:
         """Look at a probe after `step` completed updates; whether the LR falls from the next update on."""
-        if self.best is None or is_clearly_lower(items, self.best, self.threshold_se):
+        finite = all(map(math.isfinite, items))
+        if finite and (self.best is None or is_clearly_lower(items, self.best, self.threshold_se)):
             self.best, self.bad = list(items), 0
             return False
         self.bad += 1

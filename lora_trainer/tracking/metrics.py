@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,13 @@ def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
     """Each line of a metrics file as `parse_row` reads it; a last one that a kill cut short is left out."""
     with path.open("rb") as file:
         yield from (parse_row(line) for line in file if line.endswith(b"\n"))
+
+
+def probe_fault(row: Mapping[str, Any]) -> str | None:
+    """Why the loss of a `validation` row counts for nothing: it is no finite number. None where it is one."""
+    value = row["relative"]
+    named = row["probe"].replace("_", "-")
+    return f"the {named} loss at step {row['step']} is {value}" if isinstance(value, str) else None
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from lora_trainer.errors import HostError, Problem
+from lora_trainer.evidence.statistics.ties import levels
 from lora_trainer.storage import disk_space
 from lora_trainer.storage.checkpoint import prune, save_checkpoint
 from lora_trainer.tracking.console import Screen, TrainingLine
@@ -88,9 +90,11 @@ class GroupWriter:
                     with self._disk_faults(step, "best LoRA"):
                         writer.export_best(step)
             writer.diagnose(step)
-        leading = sorted(measurements, key=lambda own: own.held_out.relative)[:3]
+        losses = {own.trial.name: own.held_out.relative for own in measurements}
+        level = levels(filter(math.isfinite, losses.values()))
+        leading = sorted((name for name in losses if losses[name] in level), key=lambda name: level[losses[name]])[:3]
         if step and leading and not (self._is_solo or self._group.log_only):
-            listed = ", ".join(f"{own.trial.name} {own.held_out.relative:.4f}" for own in leading)
+            listed = ", ".join(f"{name} {losses[name]:.4f}" for name in leading)
             self._screen.say(f"step {step}: held-out loss over the base's, smallest first: {listed}")
         self._tell_endings()
 

@@ -23,7 +23,6 @@ from lora_trainer.tracking.console import Screen
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.group import Member, TrialGroup
 from lora_trainer.training.optimizer_step import OptimizerStep
-from lora_trainer.training.pruning_rules import PruningRules
 from lora_trainer.training.trial import Trial, passes_of
 from lora_trainer.training.validation import Validator
 from lora_trainer.training.validation_schedule import ValidationSchedule
@@ -91,8 +90,8 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     if config.validation is not None and planned is not None:
         probe = config.validation
         validator = Validator(denoiser, cache.probes, cache.prompts, seed=probe.seed, batch_size=probe.batch_size)
-        rules = PruningRules(group.prune.diverged)
-        validation = ValidationSchedule(validator, passes, planned.every, group.num_updates, rules)
+        diverged = group.prune.diverged
+        validation = ValidationSchedule(validator, passes, planned.every, group.num_updates, diverged)
     return Setup(denoiser, cache.prompts, trials, trials_per_pass, optimizer_step, validation, group.num_updates)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_trainer.data.holdout import HELD_OUT
-from lora_trainer.training.pruning_rules import PruningRules
-from lora_trainer.training.trial import Trial
+from lora_trainer.training.trial import Ending, Trial
 from lora_trainer.training.validation import ProbeReading, Validator
 
 
@@ -34,7 +34,8 @@ class ValidationSchedule:
     passes: Sequence[Sequence[Trial]]
     every: int
     num_updates: int
-    rules: PruningRules
+    diverged: float | None = None
+    """Held-out loss over the base's from which a trial ends (`sweep.prune.diverged`)."""
 
     def is_due(self, step: int) -> bool:
         """Whether the probes are measured after this many updates."""
@@ -50,10 +51,11 @@ class ValidationSchedule:
         readings = self._readings()
         trials = [trial for members in self.passes for trial in members if trial.is_live]
         measured = [_conclude(trial, step, readings[trial.computed_by.name]) for trial in trials]
-        if step < self.num_updates:
+        if step < self.num_updates and self.diverged is not None:
             for each in measured:
-                if (ending := self.rules.ending(step, each.held_out.relative)) is not None:
-                    each.trial.end(ending)
+                if not (loss := each.held_out.relative) < self.diverged:  # NaN too
+                    reason = f"held-out loss {loss:.4g} times the base's, {self.diverged:g} allowed"
+                    each.trial.end(Ending(step, "stopped", f"sweep.prune.diverged: {reason}"))
         return measured
 
     def _readings(self) -> dict[str, dict[str, ProbeReading]]:
@@ -74,7 +76,7 @@ def _conclude(trial: Trial, step: int, readings: dict[str, ProbeReading]) -> Mea
         for group in trial.groups
         if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items)
     )
-    is_best = trial.best is None or held_out.relative < trial.best.relative
+    is_best = math.isfinite(held_out.relative) and (trial.best is None or held_out.relative < trial.best.relative)
     if is_best:
         trial.remember_best(step, held_out.relative)
     return Measurement(trial, readings, reduced, is_best)

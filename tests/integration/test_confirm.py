@@ -14,7 +14,6 @@ from lora_trainer.cli.confirm import confirm
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError
 from lora_trainer.experiments.sweep.confirmation import plan_confirmation
-from lora_trainer.training import fit_group as fit_group_module
 
 Sweep = Callable[..., Path]
 GRID = "grid: {lr_scheduler: [{type: constant}, {type: linear}], optimizer.lr: [1e-4, 1e-3, 3e-3]}"
@@ -61,6 +60,15 @@ def test_each_setting_is_led_by_its_best_lr_over_all_seeds(recorded: Callable[..
     assert list(chosen.arms) == ["linear-lr1e-3", "constant-lr1e-3"]
     assert chosen.arms["linear-lr1e-3"] == {"lr_scheduler": {"type": "linear"}, "optimizer.lr": 1e-3}
     assert (chosen.name, chosen.seeds, chosen.began) == ("toy-confirm", (3, 4, 5, 6, 7), False)
+
+
+def test_an_arm_that_diverged_on_a_seed_leads_nothing(recorded: Callable[..., Any]) -> None:
+    rows = [trial("constant", lr, seed, 1000 * lr) for lr in (1e-4, 1e-3) for seed in (1, 2, 3)]
+    rows += [trial("linear", 1e-3, seed, 0.8) for seed in (1, 2, 3)]
+    rows += [{**trial("linear", 3e-3, 1, None, "stopped"), "step": 0}]  # never begun: says nothing of the arm
+    rows += [trial("linear", 3e-3, seed, 0.7) for seed in (2, 3)]
+    rows[2] = {**trial("constant", 1e-4, 3, None, "stopped"), "step": 10}
+    assert list(plan_confirmation(recorded(*rows)).losses) == ["linear-lr3e-3", "constant-lr1e-3"]
 
 
 def test_an_unfinished_sweep_has_no_leaders(recorded: Callable[..., Any]) -> None:

@@ -7,9 +7,11 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_resume import stop_after
 from toys import WATCHED
@@ -17,9 +19,11 @@ from toys import WATCHED
 from lora_trainer.cli import sweep as sweep_command
 from lora_trainer.cli import sweep_status
 from lora_trainer.cli import train as train_command
+from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
+from lora_trainer.experiments.sweep.confirmation import plan_confirmation
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows, step_rows
-from lora_trainer.training import fit_group as fit_group_module
+from lora_trainer.training.validation import Validator
 
 Sweep = Callable[..., Path]
 
@@ -259,6 +263,58 @@ def test_a_diverged_trial_is_stopped_where_that_was_asked(sweep: Sweep) -> None:
     assert tame["status"] == "finished"
 
 
+def test_a_probe_that_is_not_finite_breaks_no_record(
+    sweep: Sweep, toy_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest, seen = Validator.measure_packed, list[int]()
+
+    def measure_packed(self: Validator, weights: Any) -> Any:
+        """NaN for the first trial always; infinite for the second at its first probe only."""
+        readings = honest(self, weights)
+        seen.append(len(readings))
+        broken = {0: np.nan, 1: np.inf} if len(seen) == 1 else {0: np.nan}
+        for place, value in broken.items():
+            own = readings[place]["held_out"]
+            readings[place]["held_out"] = replace(own, losses_NS=own.losses_NS * value)
+        return readings
+
+    monkeypatch.setattr(Validator, "measure_packed", measure_packed)
+    arms = "lost: {lr_scheduler: {type: plateau, patience: 1}}, back: {lr_scheduler: {type: constant}}, sound: {}"
+    section = f"{{trials: {{{arms}}}, trials_per_pass: 3}}"
+    done = sweep(section, "checkpoint.every_steps=3")
+    assert seen == [3, 3]
+    lost, back, sound = results(done).values()
+    reason = "the held-out loss at step 6 is nan"
+    assert (lost["status"], lost["step"], lost["reason"]) == ("failed", 6, reason)
+    assert lost["final"] is lost["best"] is None
+    assert (back["status"], back["best"]) == ("finished", back["final"])
+    assert sound["final"]["relative"] < 1
+    page = (done / "report.html").read_text()
+    assert f"failed at step 6: {reason}" in page
+    assert "plateau-patience1 failed on seed 42" in page
+    capsys.readouterr()
+    sweep_status.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
+    said = capsys.readouterr().out
+    assert "3 of 3 trials ended" in said
+    assert re.search(rf"lost-seed42 +failed at 6/6, {reason}", said)
+    assert plan_confirmation(load_sweep(toy_config, [WATCHED, f"sweep={section}"])[0]).losses.keys() == {
+        "back",
+        "sound",
+    }
+
+
+def test_a_probe_that_is_no_number_is_stopped_as_diverged(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Validator.measure_packed
+
+    def measure_packed(self: Validator, weights: Any) -> Any:
+        (own,) = honest(self, weights)
+        return [{name: replace(reading, losses_NS=reading.losses_NS * np.nan) for name, reading in own.items()}]
+
+    monkeypatch.setattr(Validator, "measure_packed", measure_packed)
+    (trial,) = results(sweep("{prune: {diverged: 2}}")).values()
+    assert (trial["status"], trial["step"], trial["best"]) == ("stopped", 3, None)
+
+
 def test_a_measured_plan_writes_nothing_but_the_cache(
     sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,6 +339,14 @@ def test_status_reads_a_stopped_sweep(
     assert "0 of 4 trials ended" in said
     assert "seed1  running, update 5 of 6, 2 trials" in said
     assert "seed2  waiting, update 0 of 6, 2 trials" in said
+
+
+@pytest.mark.parametrize("rounding", [-1e-10, 1e-10])
+def test_trials_that_differ_by_rounding_are_shown_in_their_order(rounding: float) -> None:
+    row = {"status": "finished", "step": 6, "num_updates": 6, "reason": None, "best": None}
+    losses = {"b": 0.9, "a": 0.9 + rounding, "best": 0.8, "none": None}
+    trials = [{**row, "name": name, "final": loss and {"relative": loss, "step": 6}} for name, loss in losses.items()]
+    assert [name for name, _ in sweep_status.result_rows({"trials": trials})] == ["best", "b", "a", "none"]
 
 
 def test_a_config_without_a_sweep_section_is_told(toy_config: Path) -> None:

@@ -189,7 +189,7 @@ def test_the_best_lora_is_kept_by_the_probe(train_toy: Callable[..., Path]) -> N
     run_dir = train_toy(WATCHED, "optimizer.lr=2e-3")
     readings = events(run_dir, "validation", probe="held_out")
     assert [row["step"] for row in readings] == [0, 2, 4, 6]
-    assert readings[0]["relative"] == 1.0
+    assert readings[0]["relative"] == pytest.approx(1, abs=1e-12)
     assert readings[-1]["relative"] < 1.0
     assert (run_dir / "toy-best.safetensors").is_file()
     again = train_toy(WATCHED, "validation.keep_best=false", name="without")
@@ -213,6 +213,16 @@ def test_a_plateau_reduces_after_patience_probes_without_clear_improvement() -> 
     assert reduced == [False, False, False, True, False, False, True, False, True]
     assert feedback.reductions == [30, 60, 80]
     assert [feedback.multiplier(k, 1.0) for k in (0, 29, 30, 60, 80)] == [1, 1, 0.5, 0.25, 0.2]
+
+
+def test_a_probe_that_is_not_finite_is_no_plateaus_best() -> None:
+    feedback = PlateauFeedback(factor=0.5, patience=2, threshold_se=2.0, min_ratio=0.2)
+    assert [feedback.observe(step, [value, 1.0]) for step, value in enumerate((float("inf"), 1.0, float("nan")))] == [
+        False,
+        False,
+        False,
+    ]
+    assert feedback.state() == {"reductions": [], "best": [1.0, 1.0], "bad": 1}
 
 
 def test_a_plateau_in_the_loop_is_recorded_and_moves_the_lr(train_toy: Callable[..., Path]) -> None:

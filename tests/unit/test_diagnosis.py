@@ -206,6 +206,8 @@ def test_lr_history_knows_warmup_restarts_and_drops() -> None:
     assert history("multistep", milestones=[30, 60]).drops == [30, 60]
     assert history("rex").drops == []
     assert history("linear").multiplier == pytest.approx(0.01)
+    for rounding in (-1e-15, 0.0, 1e-15):
+        assert LRHistory(np.asarray([1e-3, 5e-5 * (1 + rounding)])).multiplier == 0.05
     assert LRHistory(np.asarray([0.0, 0.1, 0.2])).is_warming_up
 
 
@@ -248,6 +250,14 @@ def test_the_early_report_comes_after_an_epoch_and_a_tenth() -> None:
     assert later is not None and later.step == 50
     assert later.instability == pytest.approx(0, abs=1e-9)
     assert "validation gains 100% of what training gains" in later.sentences[-1]
+
+
+def test_what_moves_by_rounding_alone_has_no_instability_and_no_correlation() -> None:
+    log, run = climbing_log(levels=[0.2 - 1e-9 * step for step in (0, 2, 1, 3, 3, 4)], steps=50)
+    report = early_report(log, replace(run, updates_per_epoch=45))
+    assert report is not None and report.step == 50
+    assert (report.instability, report.correlation) == (None, None)
+    assert report.sentences[-1].startswith("the training images gained nothing yet")
 
 
 def write_live(folder: Path, rows: list[dict[str, Any]], run: RunFacts, *, kill_after: int | None = None) -> bytes:

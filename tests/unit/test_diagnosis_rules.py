@@ -50,6 +50,13 @@ def test_a_small_gain_that_will_be_a_large_one_by_the_end_has_started() -> None:
     assert answer(State.NEVER_STARTED, log, num_updates=100).status == "not found"
 
 
+@pytest.mark.parametrize("rounding", [-1e-9, 0.0, 1e-9])
+def test_no_gain_is_told_without_the_sign_of_its_rounding(rounding: float) -> None:
+    still = [[1, 1 + rounding]] * 5  # the log has nine digits
+    found = answer(State.NEVER_STARTED, log_of(held_out=still, train=still))
+    assert found.evidence.startswith("best held-out gain over the base 0.0000 (0.0 SE) by step 40")
+
+
 def test_a_loss_that_rises_is_not_called_never_started() -> None:
     still = [[1, 1]] * 5
     assert answer(State.NEVER_STARTED, log_of(held_out=still, train=still)).status == "found"

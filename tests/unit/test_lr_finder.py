@@ -32,8 +32,9 @@ def points(gains: list[float], se: float = 0.01) -> list[Point]:
 
 def test_ramp_is_geometric_with_exact_ends() -> None:
     np.testing.assert_allclose(LRS, np.geomspace(1e-6, 1, 100), rtol=1e-12)
-    assert LRS[0] == pytest.approx(1e-6, rel=1e-15)
-    assert LRS[-1] == 1.0
+    for start, end in ((1e-6, 1.0), (1e-7, 0.1), (3e-5, 0.9)):
+        ramp = Ramp(start, end, 100)
+        assert (ramp.lr(0), ramp.lr(99)) == (start, end)
     assert LRS[1] / LRS[0] == pytest.approx(RAMP.ratio)
 
 
@@ -171,7 +172,15 @@ def test_of_two_forks_that_overlap_the_smaller_is_chosen() -> None:
     forks = [fork(1e-4, 0.1), fork(3e-4, 0.2), Fork(1e-3, START - 0.201 + 0.05 * other)]
     verdict = judge_forks(forks, START)
     assert verdict.choice == 3e-4
-    assert "cannot be told apart" in verdict.reason
+    assert verdict.reason == "3.0e-04 and 1.0e-03 cannot be told apart: the smaller one"
+
+
+def test_of_two_forks_that_rounding_tells_apart_the_smaller_is_named_first() -> None:
+    plain = START - 0.2 + 0.01 * NOISE
+    for rounding in (-1e-12, 1e-12):
+        verdict = judge_forks([Fork(1e-4, plain + rounding * NOISE), Fork(3e-4, plain)], START)
+        assert verdict.choice == 1e-4
+        assert verdict.reason.startswith("1.0e-04 and 3.0e-04 cannot be told apart")
 
 
 def test_forks_without_gain_choose_nothing() -> None:

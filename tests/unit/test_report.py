@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import getpass
 import re
-import socket
 from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from run_directories import STEPS, write_run, write_sweep
 
@@ -17,6 +16,7 @@ from lora_trainer.cli.report import report
 from lora_trainer.errors import ConfigError
 from lora_trainer.evidence.statistics.compare import Rules
 from lora_trainer.report.comparison import arms, hindrances, pairing_notes
+from lora_trainer.report.line_plot import Line, line_plot
 from lora_trainer.report.page import build_page, render, without_paths, write_report
 from lora_trainer.report.run_record import read_run, read_runs
 
@@ -119,7 +119,7 @@ def test_what_others_wrote_is_escaped(html: str) -> None:
     assert "{{ 7 * 7 }}" in html
 
 
-def test_no_path_user_or_host_is_told(tmp_path: Path) -> None:
+def test_no_path_user_or_host_is_told(tmp_path: Path, private_names: tuple[str, str]) -> None:
     message = f"no such file {tmp_path}/secret/base.safetensors (at /home/someone/x.png)"
     run = write_run(
         tmp_path / "runs" / "a",
@@ -130,7 +130,7 @@ def test_no_path_user_or_host_is_told(tmp_path: Path) -> None:
     html = page_of([run], tmp_path / "report.html")
     assert "…/base.safetensors (at …/x.png)" in html
     assert "…/list" in html
-    for told in (str(tmp_path), "/home/someone", "/srv/weights", socket.gethostname(), f"/{getpass.getuser()}/"):
+    for told in (str(tmp_path), "/home/someone", "/srv/weights", *private_names):
         assert told not in html
 
 
@@ -169,6 +169,21 @@ def test_a_plots_numbers_are_the_logs(compared: list[Path]) -> None:
     assert [row[0] for row in held_out.rows] == ["0", "10", "20", "30", "40"]
     assert held_out.rows[2][1] == "0.985"
     assert "Last values: constant-0 0.97" in by_title["Held-out loss, relative to the base"].summary
+
+
+@pytest.mark.parametrize(("lowest", "labels"), [(0.06, ["0.1", "0.2", "0.5"]), (1e-4, ["0.001", "0.01", "0.1"])])
+def test_a_log_axis_has_plain_numbers(lowest: float, labels: list[str]) -> None:
+    values = np.geomspace(lowest, 0.7, 20).tolist()
+    plot = line_plot("loss", "Loss", "loss", [Line("a", (0, 0), range(20), values)])
+    texts = re.findall(r">\s*([^<>]+?)\s*</text>", plot.svg)
+    assert set(labels) < set(texts)
+    assert not [text for text in texts if re.search(r"[$\\{}^]", text)]
+
+
+def test_what_is_a_tenth_of_the_rest_but_for_rounding_needs_no_log_axis() -> None:
+    curves = [[1e-3, 1e-4 * (1 + rounding)] for rounding in (-1e-15, 0.0, 1e-15)]
+    plots = [line_plot("lr", "LR", "LR", [Line("a", (0, 0), [1, 2], values)]).svg for values in curves]
+    assert len(set(plots)) == 1
 
 
 def test_a_single_run_claims_nothing_about_seeds(compared: list[Path]) -> None:
@@ -210,6 +225,36 @@ def test_failed_runs_rank_last_and_unfinished_ones_wait(tmp_path: Path) -> None:
     status = {row[0]: row[2] for row in page.runs.rows}
     assert status["rex"] == "failed at step 20: 3 updates in a row had a loss that is not finite"
     assert status["linear"] == "unfinished: step 30 of 40"
+
+
+def test_an_arm_does_not_win_on_the_seeds_that_it_survived(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"steady-{seed}", loss=0.9 + 0.001 * seed, seed=seed) for seed in range(5)]
+    reason = "sweep.prune.diverged: held-out loss 3 times the base's, 2 allowed"
+    for seed in range(5):
+        own = {"loss": 0.3} if seed > 1 else {"loss": 3.0, "done": 10, "ending": ("stopped", reason)}
+        runs.append(write_run(tmp_path / f"reckless-{seed}", schedule="rex", seed=seed, **own))
+    page = build_page(read_runs(runs), None, Rules())
+    assert page.headline == "Not tested: rex failed on seed 0, 1."
+    (verdict,) = page.verdicts
+    assert [(row[0], row[-1]) for row in verdict.arms.rows] == [
+        ("cosine", "not tested"),
+        ("rex", "failed on seed 0, 1"),
+    ]
+    assert page.notes == ("stopped early, which counts as failed: reckless-0, reckless-1",)
+    assert page.runs.rows[5][:4] == ("rex, seed 0", "0", f"stopped at step 10: {reason}", "not measured")
+
+
+def test_a_run_whose_probe_was_not_finite_has_failed(tmp_path: Path) -> None:
+    """As `tracking.metrics.finite` writes them."""
+    fields = {"relative": "nan", "se": "nan", "bands": ["nan"] * 4, "items": ["nan"] * 3}
+    ends = [{"event": "validation", "step": STEPS, "probe": probe, **fields} for probe in ("held_out", "train")]
+    lost = write_run(tmp_path / "lost", schedule="rex", events=ends)
+    blind = write_run(tmp_path / "blind", events=ends[1:])  # of the training images alone
+    page = build_page(read_runs([lost, blind]), None, Rules())
+    assert page.headline == "Not tested: rex failed on seed 1."
+    assert [row[0] for row in page.verdicts[0].arms.rows] == ["cosine", "rex"]
+    assert page.runs.rows[0][2:4] == ("failed at step 40: the held-out loss at step 40 is nan", "not measured")
+    assert page.runs.rows[1][3:] == ("0.9500", "0.0020", "0.9500", "40", "not measured")
 
 
 def test_arms_are_named_by_what_differs(tmp_path: Path) -> None:
@@ -284,7 +329,7 @@ def test_a_sweep_is_read_by_its_own_names_and_what_was_stopped_says_why(tmp_path
     assert page.title == "sweep"
     assert page.headline.startswith("On 3 paired seeds (held-out loss, same peak LR 0.001, 3 pairs corrected")
     assert page.runs.rows[-1][:3] == ("later", "1", "stopped at step 20: clearly worse than rex-lr1e-4")
-    assert page.notes == ("stopped early, not in any verdict: later",)
+    assert page.notes == ("stopped early, which counts as failed: later",)
     assert page.commands == ("lora-trainer sweep --config sweep/config.yaml", "lora-trainer report sweep")
 
 
@@ -327,6 +372,21 @@ def test_the_diagnosis_last_told_stands_with_its_advice(tmp_path: Path) -> None:
     assert page.diagnosis.rows[0] == ("cosine", "oscillating", "high", "step 30: oscillating it is", advice)
     assert [row[:2] for row in page.diagnosis.rows[1:]] == [("rex", "no fault told"), ("linear", "not measured")]
     assert "<p>Diagnosis: not measured.</p>" in render(build_page(read_runs([blind]), None, Rules()))
+
+
+@pytest.mark.parametrize("rounding", [-1e-10, 0.0, 1e-10])
+def test_runs_that_differ_by_rounding_stand_in_their_order(tmp_path: Path, rounding: float) -> None:
+    losses = {"b": 0.95 + rounding, "a": 0.95 - rounding, "c": 0.96}
+    runs = [write_run(tmp_path / name, schedule=name, loss=loss) for name, loss in losses.items()]
+    page = build_page(read_runs(runs), None, Rules())
+    assert page.items is not None and page.bands is not None
+    assert [row[0] for row in page.items.rows] == ["b − a", "b − c"]
+    assert page.items.rows[0][3] == "0.000 %"
+    assert "Lowest number at least noise: b; less noise: b;" in page.bands.summary
+    flat = {"event": "validation", "probe": "held_out", "se": 0.002, "bands": [0.9] * 4, "items": [0.9] * 3}
+    probes = [{**flat, "step": 20, "relative": 0.9}, {**flat, "step": STEPS, "relative": 0.9 + rounding}]
+    alone = build_page(read_runs([write_run(tmp_path / "alone", probes=(), events=probes)]), None, Rules())
+    assert alone.headline.startswith("After 40 updates the held-out loss is 0.9000 of the base's; the standard error")
 
 
 def test_the_precision_of_single_runs_is_shown_as_that(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,28 @@ def test_what_is_added_later_renames_and_redraws_nothing(tmp_path: Path) -> None
     many = trials(tmp_path, f"  random: {{num: 4, adapter.rank: {{choice: [2, 3]}}, {draws}}}\n  seeds: [1, 2]")
     assert [t.name for t in few] == [t.name for t in many if t.seed == 1][:2]
     assert [t.overrides["optimizer.lr"] for t in few] == [t.overrides["optimizer.lr"] for t in many][:2]
+
+
+def test_no_arm_is_drawn_twice_and_what_was_drawn_stays(tmp_path: Path) -> None:
+    """Of 60 draws among 101 values of four digits many would collide; those before the first that did are as ever."""
+    draws = "optimizer.lr: {uniform: [0.1, 0.11]}"
+    many = [trial.overrides["optimizer.lr"] for trial in trials(tmp_path, f"  random: {{num: 60, {draws}}}")]
+    assert len(set(many)) == 60
+    plain = [float(f"{random.Random(f'0|{index}|optimizer.lr').uniform(0.1, 0.11):.4g}") for index in range(1, 61)]
+    assert len(set(plain)) < 50
+    first = next(index for index in range(60) if plain[index] in plain[:index])
+    assert many[:first] == plain[:first]
+    few = trials(tmp_path, f"  random: {{num: 20, {draws}}}")
+    assert [trial.overrides["optimizer.lr"] for trial in few] == many[:20]
+
+
+def test_a_space_that_is_used_up_is_told_with_its_size(tmp_path: Path) -> None:
+    space = "adapter.rank: {choice: [4, 8, 4, 16]}, lr_scheduler: {choice: [{type: constant}, {type: rex}]}"
+    made = trials(tmp_path, f"  random: {{num: 6, {space}}}")
+    assert len({str(trial.overrides) for trial in made}) == 6
+    text = refusal(tmp_path, f"  random: {{num: 100000, {space}}}")
+    assert "sweep.yaml:9: `sweep.random` asks for 100000 arms, and its draws allow 6" in text
+    assert "write num: 6, or widen the draws" in text
 
 
 def test_a_sweep_of_seeds_alone_has_one_arm(tmp_path: Path) -> None:

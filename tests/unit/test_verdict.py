@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from benchmarks.evaluation import verdict_rates
-from lora_trainer.evidence.statistics.arms import Arm, Question, questions
+from lora_trainer.evidence.statistics.arms import Arm, Question, questions, tuned
 from lora_trainer.evidence.statistics.compare import Outcome, Rules, compare, smallest_effect
+from lora_trainer.evidence.statistics.leaders import leaders
 from lora_trainer.evidence.statistics.paired import holm_factors, paired_test, same_sign_share
 from lora_trainer.evidence.statistics.wording import judge
+from lora_trainer.report.verdict_view import arms_table, pairs_table
 
 SEEDS = range(5)
 SEED_PART = np.array([0.004, -0.002, 0.001, -0.003, 0.002])
@@ -142,13 +146,43 @@ def test_the_sentence_of_a_win() -> None:
 
 def test_the_sentence_of_a_tie_prefers_the_smaller_lr() -> None:
     start = "On 5 paired seeds (held-out loss, same peak LR 1e-4, one pair): no difference shown between "
-    constant, linear = arm("constant", 0.95, 1), arm("linear", 0.95, budget=0.5)
+    linear, constant = arm("linear", 0.95, budget=0.5), arm("constant", 0.95, 1)
     tie = "; the tie goes to the smaller LR over the run, linear (budget 0.50)."
-    assert said(constant, linear) == start + "linear and constant" + tie
+    assert said(constant, linear) == start + "constant and linear" + tie
     assert judge(Question(LABEL, (constant, linear))).choice == linear
     low = arm("low", 0.95, lr=3e-5)
     assert said(constant, low).endswith("the tie goes to the smaller LR, low (3e-05).")
     assert said(constant, arm("other", 0.95)).endswith("their LRs are equal too, so take either.")
+
+
+def test_last_bits_decide_no_order_choice_or_word() -> None:
+    """Losses and budgets that are equal but for rounding, whichever way it fell: everything reads the same."""
+
+    def rounded(sign: int) -> list[Arm]:
+        stream = np.random.default_rng(0)
+        tied = [arm("b", 1.0, 2), arm("a", 1.0, 2), arm("worse", 1.1, 1)]
+        return [
+            replace(
+                each,
+                losses={seed: loss + sign * 1e-8 * stream.normal() for seed, loss in each.losses.items()},
+                lr_budget=0.5 + sign * 1e-16 * place,
+            )
+            for place, each in enumerate(tied)
+        ]
+
+    told = set()
+    for sign in (-1, 0, 1):
+        arms = rounded(sign)
+        verdict = judge(Question(LABEL, tuple(arms)))
+        assert [each.name for each in verdict.arms] == ["b", "a", "worse"]
+        assert verdict.choice == arms[0]
+        assert verdict.pairs[0].differences == (0.0,) * 5
+        told.add((verdict.sentence, pairs_table(verdict).rows, arms_table(verdict).rows))
+    ((sentence, pairs, _),) = told
+    assert "no difference shown between b and a; b and a are each better than worse" in sentence
+    assert "take either; on average none of these is better than the base" in sentence
+    assert pairs[0][:4] == ("b − a", "0.000 %", "0.000 to 0.000", "0.000 to 0.000")
+    assert tuned([replace(each, peak_lr=lr) for each, lr in zip(arms, (3e-4, 1e-4, 2e-4), strict=True)]).peak_lr == 1e-4
 
 
 def test_the_sentence_of_a_part_win() -> None:
@@ -178,6 +212,16 @@ def test_worse_than_the_base_is_said() -> None:
     )
 
 
+def test_a_loss_that_is_no_number_neither_ties_nor_wins() -> None:
+    for value in ("nan", "inf", "-inf"):
+        lost = Arm("lost", "lost", 1e-4, 1.0, {**arm("x", 0.5).losses, 3: float(value)})
+        assert lost.failed == {3: f"its loss is {value}"}
+        verdict = judge(Question(LABEL, (lost, arm("a", 0.95), arm("b", 0.95, 1))))
+        assert [a.name for a in verdict.unbeaten] == ["a", "b"]
+        assert verdict.arms[-1] == lost
+        assert leaders([lost, arm("a", 0.95)], 2) == [arm("a", 0.95)]
+
+
 def grid(settings: Mapping[str, float], lrs: tuple[float, ...]) -> list[Arm]:
     return [
         arm(f"{name}-{lr:g}", mean + 0.01 * abs(np.log(lr / 1e-4)), lr=lr, setting=name)
@@ -205,6 +249,17 @@ def test_lrs_are_tuned_per_setting_or_the_table_says_that_they_are_equal() -> No
 def test_a_best_lr_at_the_edge_of_those_tried_is_said() -> None:
     asked = questions(grid({"constant": 0.95, "cosine": 0.94}, (1e-4, 3e-4, 9e-4)))
     assert asked[0].notes[0] == "constant did best at the smallest LR tried (0.0001): its best LR may lie beyond"
+
+
+@pytest.mark.parametrize(
+    "unknown", [{"losses": {}}, {"losses": {}, "failed": {0: "not finite"}}], ids=["not measured", "failed"]
+)
+def test_no_lr_is_called_the_best_before_it_was_measured(unknown: dict[str, Any]) -> None:
+    arms = grid({"constant": 0.95, "cosine": 0.94}, (1e-4, 3e-4, 9e-4))
+    none = [replace(each, **unknown) if each.setting == "constant" else each for each in arms]
+    assert [note.split()[0] for note in questions(none)[0].notes] == ["cosine"]
+    some = [replace(each, losses={}) if each.peak_lr > 1e-4 else each for each in arms]
+    assert questions(some)[0].notes == ()
 
 
 def test_different_lrs_without_tuning_are_labelled() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from lora_trainer.evidence.diagnosis.run_facts import RunFacts
 from lora_trainer.evidence.diagnosis.series import detrended_scatter
 from lora_trainer.evidence.diagnosis.trial_log import TrialLog
+from lora_trainer.evidence.statistics.ties import ROUNDING
 
 EARLY_SHARE = 0.1
 CHANGES_FOR_SCATTER, CHANGES_FOR_CORRELATION = 4, 3
@@ -42,15 +43,15 @@ class EarlyReport:
         """For people."""
         per, se = 100 * self.gain_per_update, 100 * self.gain_per_update_se
         sure = "" if abs(self.gain_per_update) > 2 * self.gain_per_update_se else ": not clear of 0 yet"
-        said = [f"held-out loss gains {per:+.4f} +- {se:.4f} % of the base's per update{sure}"]
+        said = [f"held-out loss gains {per:+z.4f} +- {se:.4f} % of the base's per update{sure}"]
         if self.instability is None:
             said.append("instability not measured (needs five probes)")
         else:
             said.append(f"changes between probes scatter by {self.instability:.2f} of the gain")
         if self.train_gain is None:
             said.append("whether validation follows training was not measured")
-        elif self.train_gain <= 0:
-            said.append(f"the training images gained nothing yet ({self.train_gain:+.4f})")
+        elif self.train_gain <= ROUNDING:
+            said.append(f"the training images gained nothing yet ({self.train_gain:+z.4f})")
         else:
             correlation = "" if self.correlation is None else f", correlation of their changes {self.correlation:.2f}"
             said.append(f"validation gains {self.gain / self.train_gain:.0%} of what training gains{correlation}")
@@ -74,13 +75,13 @@ def _report(log: TrialLog, last: int) -> EarlyReport:
     correlation = None
     if both and last >= CHANGES_FOR_CORRELATION:
         changes = np.diff(train_means), np.diff(held_out_means)
-        correlation = float(np.corrcoef(*changes)[0, 1]) if min(map(np.ptp, changes)) > 0 else None
+        correlation = float(np.corrcoef(*changes)[0, 1]) if min(map(np.ptp, changes)) > ROUNDING else None
     return EarlyReport(
         step=step,
         gain=-rise.mean,
         gain_per_update=-rise.mean / step,
         gain_per_update_se=rise.se / step,
-        instability=scatter / abs(rise.mean) if scatter is not None and rise.mean != 0 else None,
+        instability=scatter / abs(rise.mean) if scatter is not None and abs(rise.mean) > ROUNDING else None,
         train_gain=-train.change(0, last).mean if both else None,
         correlation=correlation,
     )

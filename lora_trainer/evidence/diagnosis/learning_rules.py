@@ -161,7 +161,7 @@ def never_started(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     probes = [own for own in (probe, log.train) if len(own) == len(probe)]
     gains = [own.change(0, int(np.argmin(own.means))) for own in probes]
     evidence = (
-        f"best held-out gain over the base {probe.gain:.4f} ({-gains[0].z:.1f} SE) by step {probe.steps[-1]} "
+        f"best held-out gain over the base {probe.gain:z.4f} ({-gains[0].z:z.1f} SE) by step {probe.steps[-1]} "
         f"of {run.num_updates}"
     )
     to_come = run.num_updates / probe.steps[-1]
@@ -204,7 +204,7 @@ def _flat(log: TrialLog, run: RunFacts, limits: Thresholds, state: State) -> Fin
     (share, includes_zero), *train = falls
     first, last = probe.steps[window[0]], probe.steps[window[-1]]
     evidence = (
-        f"over steps {first}-{last} the held-out loss fell by {share:.1%} of its gain of {probe.gain:.4f}, "
+        f"over steps {first}-{last} the held-out loss fell by {share:z.1%} of its gain of {probe.gain:z.4f}, "
         f"at {history.multiplier:.2f} of the peak LR"
     )
     numbers = {"fall_share": share, "multiplier": history.multiplier}

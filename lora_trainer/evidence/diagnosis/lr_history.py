@@ -15,6 +15,11 @@ JUMP_SUDDEN = 3.0
 """... and by this many times the change before it: a steep curve is no jump."""
 
 
+def share_of_peak(lr: float, peak: float) -> float:
+    """Without the last digits, so that a decay to just a twentieth is one on every processor."""
+    return round(float(lr / peak), 9) if peak > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class LRHistory:
     """LR of each completed update, of the first group of weights; `lrs[s - 1]` led to step s."""
@@ -34,7 +39,7 @@ class LRHistory:
     @property
     def multiplier(self) -> float:
         """The newest LR as a share of the highest so far."""
-        return float(self.lrs[-1] / self.lrs.max()) if len(self.lrs) and self.lrs.max() > 0 else 0.0
+        return share_of_peak(self.lrs[-1], self.lrs.max()) if len(self.lrs) else 0.0
 
     @cached_property
     def restarts(self) -> list[int]:

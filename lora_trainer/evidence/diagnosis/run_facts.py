@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_trainer.config.schema import RunConfig
+from lora_trainer.evidence.diagnosis.lr_history import share_of_peak
 from lora_trainer.planning.run_plan import RunPlan
 
 
@@ -22,5 +23,5 @@ class RunFacts:
     def of(cls, plan: RunPlan, config: RunConfig) -> RunFacts:
         """Those of a planned run; its first group of weights stands for all."""
         group = plan.lr_groups[0]
-        final = group.lr_end / group.lr_peak if group.lr_peak > 0 else 0.0
+        final = share_of_peak(group.lr_end, group.lr_peak)
         return cls(plan.num_updates, plan.updates_per_epoch, final, config)

@@ -30,7 +30,7 @@ def overfit(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     gap = float(values[-1] - train.means[-1]) - float(values[best] - train.means[best])
     evidence = (
         f"held-out loss best at step {held_out.steps[best]} ({values[best]:.4f} of the base's), now "
-        f"{values[-1]:.4f}: {_lost(lost)}; gap to the training images {gap:+.4f} since"
+        f"{values[-1]:.4f}: {_lost(lost)}; gap to the training images {gap:+z.4f} since"
     )
     numbers = {"best_step": held_out.steps[best], "lost_share": min(lost, 1e6), "gap": gap}
     newest = range(len(held_out) - REPEATS, len(held_out))
@@ -60,7 +60,7 @@ def forgetting(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     rises = [prior.change(0, index) for index in (-2, -1)]
     each = all(prior.all_above(index, limits.forgetting_rise) for index in (-2, -1))
     evidence = (
-        f"loss on prior images {prior.means[-1]:.4f} of the base's ({rises[-1].z:+.1f} SE) at step {prior.steps[-1]}"
+        f"loss on prior images {prior.means[-1]:.4f} of the base's ({rises[-1].z:+z.1f} SE) at step {prior.steps[-1]}"
     )
     numbers = {"rise": rises[-1].mean, "rise_se": rises[-1].se}
     clear = each or all(rise.z > limits.forgetting_se for rise in rises)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lora_trainer.evidence.statistics.ties import levels
+
 MIN_TUNED_LRS = 3
 MIN_TUNED_SPAN = 9.0  # the largest LR over the smallest: x1/3, 1, x3
 _ROUNDING = 1 - 1e-6
@@ -32,6 +34,12 @@ class Arm:
     """Why a seed's run has no loss."""
     lrs_tried: tuple[float, ...] = ()
     """Peak LRs of its setting that were tried and left out before; its own need not be among them."""
+
+    def __post_init__(self) -> None:
+        """A seed whose loss is not finite has failed."""
+        lost = {seed: f"its loss is {loss}" for seed, loss in self.losses.items() if not math.isfinite(loss)}
+        object.__setattr__(self, "failed", {**lost, **self.failed})
+        object.__setattr__(self, "losses", {seed: loss for seed, loss in self.losses.items() if seed not in lost})
 
     @property
     def mean_loss(self) -> float:
@@ -86,7 +94,7 @@ def confirming(arms: Sequence[Arm]) -> Question:
 
 
 def tuned(arms: Sequence[Arm]) -> Arm:
-    """One setting's arm at its best LR: the smallest mean loss, of equals the smaller LR.
+    """One setting's arm at its best LR.
 
     The seeds that choose are those that judge, which flatters a setting with many nearly equal LRs a little: measured
     in docs/verdicts.md, and the reason to confirm on fresh seeds. An LR at which a run failed is chosen only if all
@@ -98,7 +106,13 @@ def tuned(arms: Sequence[Arm]) -> Arm:
 
 def best_lr(arms: Sequence[Arm]) -> Arm:
     """Of one setting's arms that with the smallest mean loss, of equals the one with the smaller LR."""
-    return min(arms, key=lambda arm: (arm.mean_loss, arm.peak_lr))
+    return ranked(arms)[0]
+
+
+def ranked(arms: Sequence[Arm]) -> list[Arm]:
+    """The smallest mean loss first, arms with a failed seed last; of equals the smaller LR, then the first given."""
+    level = levels(arm.mean_loss for arm in arms)
+    return sorted(arms, key=lambda arm: (level[arm.mean_loss], arm.peak_lr))
 
 
 def by_setting(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
@@ -120,9 +134,10 @@ def _lrs_tried(arms: Sequence[Arm]) -> list[float]:
 
 
 def _at_the_edge(settings: Mapping[str, Sequence[Arm]]) -> Iterable[str]:
+    """Settings whose best LR is the smallest or the largest tried, once each of their LRs has a result."""
     for name, group in settings.items():
-        lrs = _lrs_tried(group)
-        chosen = tuned(group).peak_lr
-        if chosen in (lrs[0], lrs[-1]):
-            end = "smallest" if chosen == lrs[0] else "largest"
-            yield f"{name} did best at the {end} LR tried ({chosen:.3g}): its best LR may lie beyond"
+        lrs, best = _lrs_tried(group), best_lr(group)
+        waiting = any(not arm.losses and not arm.failed for arm in group)
+        if not waiting and not best.failed and best.peak_lr in (lrs[0], lrs[-1]):
+            end = "smallest" if best.peak_lr == lrs[0] else "largest"
+            yield f"{name} did best at the {end} LR tried ({best.peak_lr:.3g}): its best LR may lie beyond"

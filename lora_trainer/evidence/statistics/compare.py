@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import combinations
 
-from lora_trainer.evidence.statistics.arms import Arm
+from lora_trainer.evidence.statistics.arms import Arm, ranked
 from lora_trainer.evidence.statistics.paired import PairedTest, holm_factors, paired_test, same_sign_share
+from lora_trainer.evidence.statistics.ties import ROUNDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +35,16 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two arms on their common seeds; `better` is the one with the smaller mean loss there, shown or not."""
+    """Two arms on their common seeds; `better` is the one with the smaller mean loss there, shown or not.
+
+    Of equals it is the one that ranks first.
+    """
 
     better: Arm
     worse: Arm
     seeds: tuple[int, ...]
     differences: tuple[float, ...]
-    """Loss of `worse` minus loss of `better`, seed by seed."""
+    """Loss of `worse` minus loss of `better`, seed by seed; 0 where it is rounding."""
     outcome: Outcome
     why: str
     """What stood against a difference; empty where one is shown."""
@@ -76,17 +80,13 @@ def compare(arms: Sequence[Arm], rules: Rules | None = None) -> tuple[Pair, ...]
     return tuple(judged.get(index, pair) for index, pair in enumerate(_with_reasons(laid, reasons)))
 
 
-def ranked(arms: Sequence[Arm]) -> list[Arm]:
-    """The smallest mean loss first, arms with a failed seed last; of equals the smaller LR first."""
-    return sorted(arms, key=lambda arm: (arm.mean_loss, arm.peak_lr, arm.lr_sum))
-
-
 def _lay(one: Arm, other: Arm) -> Pair:
     """Two arms on their common seeds, not judged yet."""
     seeds = tuple(sorted(set(one.losses) & set(other.losses)))
-    differences = tuple(other.losses[seed] - one.losses[seed] for seed in seeds)
-    if sum(differences) < 0:
-        one, other, differences = other, one, tuple(-value for value in differences)
+    rises = [other.losses[seed] - one.losses[seed] for seed in seeds]
+    differences = tuple(rise if abs(rise) > ROUNDING else 0.0 for rise in rises)
+    if sum(differences) < -ROUNDING:
+        one, other, differences = other, one, tuple(0.0 - value for value in differences)
     return Pair(one, other, seeds, differences, Outcome.NOT_TESTED, "")
 
 

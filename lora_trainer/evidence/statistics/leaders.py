@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_trainer.evidence.statistics.arms import Arm, best_lr, by_setting
-from lora_trainer.evidence.statistics.compare import ranked
+from lora_trainer.evidence.statistics.arms import Arm, best_lr, by_setting, ranked
 
 
 def leaders(arms: Sequence[Arm], num: int) -> list[Arm]:

@@ -106,7 +106,7 @@ def _reading_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, s
 
 def _run_rows(finder: PreparedFinder, verification: Verification) -> Iterator[tuple[str, str]]:
     for run in verification.readings:
-        told = "diverged" if run.gain is None else f"gain {run.gain:+.3%} +- {run.se:.3%}"
+        told = "diverged" if run.gain is None else f"gain {run.gain:+z.3%} +- {run.se:.3%}"
         if run.behind:
             told += f", {run.behind:.3%} +- {run.behind_se:.3%} behind the best"
         yield f"short run {run.lr:.1e}", told

@@ -66,8 +66,8 @@ def judge(runs: Sequence[ShortRun], start_NS: np.ndarray) -> Verification:
         second = readings[ranked[1]]
         assert second.behind is not None and second.behind_se is not None
         if second.behind <= OVERLAP_SE * second.behind_se:
-            choice = min(top.lr, second.lr)
-            reason = f"{top.lr:.1e} and {second.lr:.1e} cannot be told apart: the smaller one"
+            choice, larger = sorted((top.lr, second.lr))
+            reason = f"{choice:.1e} and {larger:.1e} cannot be told apart: the smaller one"
     return Verification(choice, reason, tuple(readings))
 
 

@@ -16,7 +16,7 @@ from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.metrics import read_rows
+from lora_trainer.tracking.metrics import probe_fault, read_rows
 from lora_trainer.training.group import Member, TrialGroup
 
 FORMAT = 1
@@ -229,9 +229,12 @@ def _with_results(trial: Json, sweep_dir: Path, *, done: bool) -> Json:
     log = sweep_dir / trial["folder"] / METRICS_FILE
     rows = list(read_rows(log)) if log.exists() else []
     probes = [r for r in rows if r.get("event") == "validation" and r["probe"] == HELD_OUT]
-    measured = [{key: row[key] for key in _PROBE_FIELDS} for row in probes if row["step"] > 0]
+    readings = [row for row in probes if row["step"] > 0]
+    measured = [{key: row[key] for key in _PROBE_FIELDS} for row in readings if probe_fault(row) is None]
     step = max((row["step"] for row in rows), default=0)
     ending = next((row for row in rows if row.get("event") in ("failed", "stopped")), None)
+    if ending is None and done and readings and (fault := probe_fault(readings[-1])) is not None:
+        ending = {"event": "failed", "step": step, "reason": fault}
     status = ending["event"] if ending else "finished" if done else "running" if rows else "waiting"
     return {
         **trial,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_trainer.evidence.statistics.arms import Arm
-from lora_trainer.experiments.sweep.record import ENDED, Json
+from lora_trainer.experiments.sweep.record import ENDED, Json, never_begun
 
 
 def unfinished_trials(content: Json) -> list[str]:
@@ -12,7 +12,11 @@ def unfinished_trials(content: Json) -> list[str]:
 
 
 def arms_of(content: Json) -> list[Arm]:
-    """Every arm with the held-out losses of its finished seeds and the reasons of its failed ones, in their order."""
+    """Every arm, in their order, with the held-out losses of its finished seeds and why others have none.
+
+    A seed that was begun and then stopped counts against its arm as one that failed does: else an arm would win on the
+    seeds that it survived. One that was not begun counts as nothing.
+    """
     rows: dict[str, list[Json]] = {}
     for trial in content["trials"]:
         rows.setdefault(trial["arm"], []).append(trial)
@@ -22,5 +26,7 @@ def arms_of(content: Json) -> list[Arm]:
 def _arm(name: str, trials: list[Json]) -> Arm:
     first = trials[0]
     losses = {t["seed"]: float(t["final"]["relative"]) for t in trials if t["final"] is not None}
-    failed = {t["seed"]: str(t["reason"]) for t in trials if t["status"] == "failed"}
+    idle = never_begun({"trials": trials})
+    ended = [t for t in trials if t["status"] in ("failed", "stopped") and t["name"] not in idle]
+    failed = {t["seed"]: str(t["reason"]) for t in ended}
     return Arm(name, first["setting"], first["peak_lr"], first["lr_budget"], losses, failed)
