@@ -1,100 +1,20 @@
-"""What may differ between a run and its resume: one table of all settings and facts, each at exactly one level.
-
-`refuse`: it decides what is learned, so a resume with another value is refused unless `resume.allow_changes` names it.
-`say`: it may change the last bits or the speed; the change is told and the run goes on. `free`: it changes neither.
-"""
+"""What may differ between a run and its resume, by the levels of `schema.LEVELS`."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from lora_trainer.config.schema import ResumeConfig, RunConfig
+from lora_trainer.config.schema import CURVE_LENGTH, FACTS, LEVELS, Level, ResumeConfig, RunConfig
 from lora_trainer.config.structure import section_models, type_name
 from lora_trainer.errors import ConfigError, Problem
 
-Level = Literal["refuse", "say", "free"]
 Identity = dict[str, Any]
-CURVE_LENGTH = "lr curve length"
-"""The number of updates that the LR curves are laid over."""
-
-SETTINGS: dict[str, Level] = {
-    "name": "free",
-    "output_dir": "free",
-    "seed": "refuse",
-    "model.path": "free",
-    "model.family": "free",
-    "model.revision": "free",
-    "model.prediction_type": "refuse",
-    "data.dir": "free",
-    "data.sources": "free",
-    "data.resolution": "refuse",
-    "data.crop": "refuse",
-    "data.crops_per_image": "refuse",
-    "data.flip": "refuse",
-    "data.captions.extension": "free",
-    "data.captions.missing": "free",
-    "data.captions.lines": "free",
-    "data.captions.too_long": "free",
-    "data.captions.dropout": "refuse",
-    "data.cache_dir": "free",
-    "adapter.type": "refuse",
-    "adapter.rank": "refuse",
-    "adapter.alpha": "refuse",
-    "adapter.targets": "refuse",
-    "adapter.dropout": "refuse",
-    "adapter.use_rslora": "refuse",
-    "adapter.use_dora": "refuse",
-    "objective.min_snr_gamma": "refuse",
-    "optimizer.*": "refuse",
-    "lr_scheduler.*": "refuse",
-    "train.max_steps": "refuse",
-    "train.epochs": "refuse",
-    "train.batch_size": "say",
-    "train.gradient_accumulation_steps": "say",
-    "train.gradient_checkpointing": "say",
-    "train.max_grad_norm": "refuse",
-    "train.ema_decay": "refuse",
-    "train.precision": "refuse",
-    "train.threads": "say",
-    "validation.dir": "free",
-    "validation.fraction": "refuse",
-    "validation.prior_dir": "free",
-    "validation.seed": "refuse",
-    "validation.every_steps": "refuse",
-    "validation.batch_size": "say",
-    "validation.max_cost": "refuse",
-    "validation.keep_best": "free",
-    "sample.*": "free",
-    "checkpoint.*": "free",
-    "resume.*": "free",
-    "export.*": "free",
-    "tracking.*": "free",
-    "sweep.*": "free",
-}
-"""Every key of the configuration; `section.*` stands for all keys of a section."""
-
-FACTS: dict[str, Level] = {
-    "base content": "refuse",
-    "data content": "refuse",
-    "data order": "refuse",
-    "validation content": "refuse",
-    "global batch": "refuse",
-    CURVE_LENGTH: "refuse",
-    "num_processes": "say",
-    "device": "say",
-    "torch": "say",
-    "diffusers": "say",
-    "peft": "say",
-    "accelerate": "say",
-}
-"""What no setting says. Files count by content: their names and places are free."""
-
 RESOLVED = ("model.prediction_type", "train.precision", "train.threads")
 """Settings that are compared as what their `auto` became, once that is known."""
 
@@ -124,8 +44,7 @@ class Changes:
 
 def level_of(key: str) -> Level | None:
     """The level of a setting or fact; None where the table has no row for it."""
-    table = SETTINGS | FACTS
-    return table.get(key) or table.get(f"{key.partition('.')[0]}.*")
+    return LEVELS.get(key) or LEVELS.get(f"{key.partition('.')[0]}.*")
 
 
 def identity_fields(config: RunConfig) -> Identity:

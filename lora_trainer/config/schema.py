@@ -1,6 +1,6 @@
 """The whole configuration, section by section. What is written here is what `docs/config.md` says.
 
-`identity.py` says of each field whether it may change between a run and its resume.
+`LEVELS` at its foot says of each field whether it may change between a run and its resume.
 """
 
 from __future__ import annotations
@@ -255,3 +255,95 @@ class RunConfig(Section):
     export: ExportConfig = ExportConfig()
     tracking: TrackingConfig = TrackingConfig()
     sweep: SweepConfig | None = None
+
+
+Level = Literal["refuse", "say", "free"]
+CURVE_LENGTH = "lr curve length"
+"""Fact: the number of updates that the LR curves are laid over."""
+FACTS = (
+    "base content",
+    "data content",
+    "data order",
+    "validation content",
+    "global batch",
+    CURVE_LENGTH,
+    "num_processes",
+    "device",
+    "torch",
+    "diffusers",
+    "peft",
+    "accelerate",
+)
+"""What a run's identity holds beside its settings. Files count by content: their names and places are free."""
+
+LEVELS: dict[str, Level] = {
+    "name": "free",
+    "output_dir": "free",
+    "seed": "refuse",
+    "model.path": "free",
+    "model.family": "free",
+    "model.revision": "free",
+    "model.prediction_type": "refuse",
+    "data.dir": "free",
+    "data.sources": "free",
+    "data.resolution": "refuse",
+    "data.crop": "refuse",
+    "data.crops_per_image": "refuse",
+    "data.flip": "refuse",
+    "data.captions.extension": "free",
+    "data.captions.missing": "free",
+    "data.captions.lines": "free",
+    "data.captions.too_long": "free",
+    "data.captions.dropout": "refuse",
+    "data.cache_dir": "free",
+    "adapter.type": "refuse",
+    "adapter.rank": "refuse",
+    "adapter.alpha": "refuse",
+    "adapter.targets": "refuse",
+    "adapter.dropout": "refuse",
+    "adapter.use_rslora": "refuse",
+    "adapter.use_dora": "refuse",
+    "objective.min_snr_gamma": "refuse",
+    "optimizer.*": "refuse",
+    "lr_scheduler.*": "refuse",
+    "train.max_steps": "refuse",
+    "train.epochs": "refuse",
+    "train.batch_size": "say",
+    "train.gradient_accumulation_steps": "say",
+    "train.gradient_checkpointing": "say",
+    "train.max_grad_norm": "refuse",
+    "train.ema_decay": "refuse",
+    "train.precision": "refuse",
+    "train.threads": "say",
+    "validation.dir": "free",
+    "validation.fraction": "refuse",
+    "validation.prior_dir": "free",
+    "validation.seed": "refuse",
+    "validation.every_steps": "refuse",
+    "validation.batch_size": "say",
+    "validation.max_cost": "refuse",
+    "validation.keep_best": "free",
+    "sample.*": "free",
+    "checkpoint.*": "free",
+    "resume.*": "free",
+    "export.*": "free",
+    "tracking.*": "free",
+    "sweep.*": "free",
+    "base content": "refuse",
+    "data content": "refuse",
+    "data order": "refuse",
+    "validation content": "refuse",
+    "global batch": "refuse",
+    CURVE_LENGTH: "refuse",
+    "num_processes": "say",
+    "device": "say",
+    "torch": "say",
+    "diffusers": "say",
+    "peft": "say",
+    "accelerate": "say",
+}
+"""How a resume takes another value of a setting or fact; `section.*` stands for all keys of a section.
+
+`refuse`: it decides what is learned, so another value is refused unless `resume.allow_changes` names it. `say`: it may
+move the last bits or the speed, which is told. `free`: neither.
+"""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from lora_trainer.config.identity import CURVE_LENGTH, identity_fields
+from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.lr_notes import unusual_rates
 from lora_trainer.config.places import (
     CHECKPOINTS,
@@ -24,7 +24,7 @@ from lora_trainer.config.places import (
     report_file,
     run_directory,
 )
-from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.schema import CURVE_LENGTH, RunConfig
 from lora_trainer.data.holdout import Split, no_split, split_by_folder, split_by_fraction, with_watched
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
 from lora_trainer.errors import ConfigError, HostError, ModelError, Problem
