@@ -22,9 +22,9 @@ from benchmarks.evaluation.diagnosis_judgement import Labelled, confusion, markd
 from benchmarks.evaluation.diagnosis_runs import LABORATORIES, SEEDS, runs_of
 from benchmarks.evaluation.synthetic_runs import CASES, synthetic_run
 from lora_trainer.evidence.diagnosis.diagnose import RULES
-from lora_trainer.evidence.diagnosis.finding import State
-from lora_trainer.evidence.diagnosis.thresholds import Thresholds
-from lora_trainer.evidence.diagnosis.trial_log import TrialLog
+from lora_trainer.evidence.diagnosis.findings import State
+from lora_trainer.evidence.diagnosis.log import TrialLog
+from lora_trainer.evidence.diagnosis.rules import Thresholds
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.console import Screen

@@ -9,10 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 from lora_trainer.evidence.diagnosis.diagnose import diagnose
-from lora_trainer.evidence.diagnosis.finding import State
-from lora_trainer.evidence.diagnosis.run_facts import RunFacts
-from lora_trainer.evidence.diagnosis.thresholds import Thresholds
-from lora_trainer.evidence.diagnosis.trial_log import TrialLog
+from lora_trainer.evidence.diagnosis.findings import State
+from lora_trainer.evidence.diagnosis.log import RunFacts, TrialLog
+from lora_trainer.evidence.diagnosis.rules import Thresholds
 
 Row = dict[str, Any]
 Table = dict[str, Any]
@@ -40,7 +39,7 @@ class Labelled:
 
     def logs_at_probes(self) -> Iterator[TrialLog]:
         """The growing log whenever the trainer would look at it: after the probes of a step, and at the end."""
-        log = TrialLog(str(self.rows[0].get("trial", self.label)))
+        log = TrialLog()
         for row, following in pairwise([*self.rows, {}]):
             log.add(row)
             if not following or (row.get("event") == "validation" and following.get("event") != "validation"):

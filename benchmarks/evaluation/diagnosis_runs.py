@@ -22,8 +22,8 @@ from benchmarks.evaluation.diagnosis_images import grays, shapes, zinnias
 from benchmarks.evaluation.diagnosis_judgement import Labelled
 from demo.world.zinnia import TRIGGER
 from lora_trainer.config.trials import load_sweep
-from lora_trainer.evidence.diagnosis.finding import State
-from lora_trainer.evidence.diagnosis.run_folder import read_run
+from lora_trainer.evidence.diagnosis.findings import State
+from lora_trainer.evidence.diagnosis.log import read_run
 from lora_trainer.experiments.sweep.prepare import prepare_sweep
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.storage import atomic_files

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.evidence.diagnosis.finding import State
-from lora_trainer.evidence.diagnosis.run_facts import RunFacts
-from lora_trainer.evidence.diagnosis.trial_log import TrialLog
+from lora_trainer.evidence.diagnosis.findings import State
+from lora_trainer.evidence.diagnosis.log import RunFacts, TrialLog
 from lora_trainer.schedules.registry import SCHEDULES
 from lora_trainer.schedules.schedule import Horizon
 
@@ -234,7 +233,7 @@ def synthetic_run(state: State, seed: int) -> tuple[list[Row], RunFacts]:
 def synthetic_log(state: State, seed: int) -> tuple[TrialLog, RunFacts]:
     """The same as the rules see it."""
     rows, run = synthetic_run(state, seed)
-    log = TrialLog(TRIAL)
+    log = TrialLog()
     for row in rows:
         log.add(row)
     return log, run

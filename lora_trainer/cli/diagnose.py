@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.config.places import CONFIG_FILE, METRICS_FILE
 from lora_trainer.errors import ExitCode
-from lora_trainer.evidence.diagnosis.diagnose import Diagnosis, diagnose
-from lora_trainer.evidence.diagnosis.early import EarlyReport, early_report
-from lora_trainer.evidence.diagnosis.finding import Status
-from lora_trainer.evidence.diagnosis.live import finding_lines
-from lora_trainer.evidence.diagnosis.run_facts import RunFacts
-from lora_trainer.evidence.diagnosis.run_folder import CONFIG, METRICS, read_run
+from lora_trainer.evidence.diagnosis.diagnose import Diagnosis, EarlyReport, diagnose, early_report, finding_lines
+from lora_trainer.evidence.diagnosis.findings import Status
+from lora_trainer.evidence.diagnosis.log import RunFacts, read_run
 from lora_trainer.storage.atomic_files import to_json
 from lora_trainer.tracking.console import Screen
 from lora_trainer.tracking.metrics import damage_note, finite
@@ -25,21 +23,18 @@ def diagnose_run(run_dir: Path, *, as_json: bool, check: bool) -> ExitCode:
         ConfigError: the folder holds no run.
     """
     log, run = read_run(run_dir)
-    judged = [(diagnose(trial, run), early_report(trial, run)) for trial in log.trials.values()]
+    diagnosis, early = diagnose(log, run), early_report(log, run)
     screen = Screen()
     if as_json:
-        content = {
-            "run": str(run_dir),
-            "damaged_lines": log.num_damaged,
-            "trials": [_as_json(*each) for each in judged],
-        }
+        trial = _as_json(diagnosis, early)
+        content = {"run": str(run_dir), "damaged_lines": log.num_damaged, "trials": [trial]}
         screen.say(to_json(finite(content)).decode().rstrip())
     else:
         if log.num_damaged:
-            screen.say(damage_note(str(run_dir / METRICS), log.num_damaged))
-        for line in (line for each in judged for line in _lines(*each, run, run_dir)):
+            screen.say(damage_note(str(run_dir / METRICS_FILE), log.num_damaged))
+        for line in _lines(diagnosis, early, run, run_dir):
             screen.say(line)
-    return ExitCode.FAULT_FOUND if check and any(diagnosis.faults for diagnosis, _ in judged) else ExitCode.DONE
+    return ExitCode.FAULT_FOUND if check and diagnosis.faults else ExitCode.DONE
 
 
 def _as_json(diagnosis: Diagnosis, early: EarlyReport | None) -> dict[str, Any]:
@@ -52,7 +47,7 @@ def _lines(diagnosis: Diagnosis, early: EarlyReport | None, run: RunFacts, run_d
         yield from finding_lines(finding)
     overrides = [advice.override for finding in diagnosis.faults for advice in finding.advice if advice.override]
     if overrides:
-        again = f"lora-trainer train -c {run_dir / CONFIG} name={run.config.name}-2"
+        again = f"lora-trainer train -c {run_dir / CONFIG_FILE} name={run.config.name}-2"
         yield f"\nOne change at a time; the first would be\n  {again} '{overrides[0]}'"
     if early is not None:
         yield f"\nEarly report, step {early.step}"

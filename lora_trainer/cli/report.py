@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.evidence.statistics.compare import Rules
+from lora_trainer.evidence.statistics.verdict import Rules
 from lora_trainer.report.page import GENERATOR, write_report
 from lora_trainer.tracking.console import Screen
 

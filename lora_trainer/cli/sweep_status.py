@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import run_directory
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.evidence.statistics.ties import levels
+from lora_trainer.evidence.statistics.paired import levels
 from lora_trainer.experiments.sweep.confirmation import confirmation_directory
 from lora_trainer.experiments.sweep.record import ENDED, Json, read_sweep, refreshed
 from lora_trainer.tracking.console import Screen

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from lora_trainer.data.records import Dataset, Record
 from lora_trainer.errors import DataError, Problem
+from lora_trainer.tracking.metrics import HELD_OUT, PRIOR, TRAIN
 
 MIN_ITEMS = 2
-HELD_OUT, TRAIN, PRIOR = "held_out", "train", "prior"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.arms import Arm
-from lora_trainer.evidence.statistics.wording import Purpose
+from lora_trainer.evidence.statistics.verdict import Purpose
 from lora_trainer.report.run_record import RunRecord
 
 MUST_AGREE = ("base content", "data content", "validation content", "validation.seed", "data.resolution")

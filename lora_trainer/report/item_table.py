@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lora_trainer.evidence.statistics.paired import paired_test
-from lora_trainer.evidence.statistics.ties import smallest
+from lora_trainer.evidence.statistics.paired import paired_test, smallest
 from lora_trainer.report.comparison import ArmRuns
 from lora_trainer.report.figure import Table
 from lora_trainer.report.run_record import Row

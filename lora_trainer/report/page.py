@@ -14,9 +14,8 @@ from markupsafe import Markup
 
 from lora_trainer import __version__
 from lora_trainer.evidence.statistics.arms import confirming, questions
-from lora_trainer.evidence.statistics.compare import Rules
-from lora_trainer.evidence.statistics.ties import ROUNDING
-from lora_trainer.evidence.statistics.wording import judge
+from lora_trainer.evidence.statistics.paired import ROUNDING
+from lora_trainer.evidence.statistics.verdict import Rules, judge
 from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, hindrances, pairing_notes, varied
 from lora_trainer.report.diagnosis_table import NOT_MEASURED, diagnosis_table
 from lora_trainer.report.figure import Plot, Table
@@ -221,7 +220,8 @@ def cost_table(groups: Sequence[ArmRuns]) -> Table:
     for group in groups:
         for run in group.runs:
             memory = NOT_MEASURED if run.peak_memory_gib is None else f"{run.peak_memory_gib:.2f} GiB"
-            speed = f"{run.step * run.plan['global_batch'] / run.training_s:.2f}" if run.training_s else NOT_MEASURED
+            images = len(run.updates) * run.plan["global_batch"]
+            speed = f"{images / run.training_s:.2f}" if run.training_s else NOT_MEASURED
             rows.append((group.name_of(run), str(run.step), f"{run.training_s:.0f} s", speed, memory))
     header = ("run", "updates", "time in updates", "images/s", "peak memory")
     return Table("Time and memory; probes, samples and saves are not in the time", header, tuple(rows))

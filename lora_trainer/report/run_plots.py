@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from lora_trainer.data.holdout import HELD_OUT, PRIOR, TRAIN
-from lora_trainer.evidence.statistics.ties import smallest
+from lora_trainer.evidence.statistics.paired import smallest
 from lora_trainer.report.comparison import ArmRuns
 from lora_trainer.report.curves import smoothed
 from lora_trainer.report.figure import INK, MARKERS, NUM_COLOURS, SERIES, Plot, Table, draw
 from lora_trainer.report.line_plot import Line, line_plot
 from lora_trainer.report.run_record import Row, RunRecord
-from lora_trainer.tracking.metrics import probe_fault
+from lora_trainer.tracking.metrics import HELD_OUT, PRIOR, TRAIN, probe_fault
 
 PROBES = {HELD_OUT: "Held-out loss", TRAIN: "Loss on training images", PRIOR: "Loss on prior images"}
 BAND_NAMES = ("least noise", "less noise", "more noise", "most noise")

@@ -10,9 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lora_trainer.evidence.statistics.arms import Arm
-from lora_trainer.evidence.statistics.compare import Outcome, Pair, smallest_effect
 from lora_trainer.evidence.statistics.paired import paired_test
-from lora_trainer.evidence.statistics.wording import Verdict
+from lora_trainer.evidence.statistics.verdict import Outcome, Pair, Verdict, smallest_effect
 from lora_trainer.report.figure import FAINT, INK, SERIES, Plot, Table, draw
 
 MOST_PAIRS_DRAWN = 10

@@ -7,14 +7,13 @@ resume repeats it. What it is fed is the low-noise probe, never the training los
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lora_trainer.schedules.schedule import Core, Horizon, LRSchedule, WarmupOptions
+from lora_trainer.schedules.schedule import Core, Horizon, LRSchedule, PairedRise, WarmupOptions
 from lora_trainer.strict_model import Count, NotBool, NotNegative, Ratio
 
 
@@ -59,10 +58,9 @@ class PlateauFeedback:
         """The factor on the base LR at update k."""
         return max(self.min_ratio, self.factor ** sum(update <= k for update in self.reductions))
 
-    def observe(self, step: int, items: Sequence[float]) -> bool:
+    def observe(self, step: int, items: Sequence[float], rise: PairedRise) -> bool:
         """Look at a probe after `step` completed updates; whether the LR falls from the next update on."""
-        finite = all(map(math.isfinite, items))
-        if finite and (self.best is None or is_clearly_lower(items, self.best, self.threshold_se)):
+        if all(map(math.isfinite, items)) and (self.best is None or self._is_clear(*rise(self.best, items))):
             self.best, self.bad = list(items), 0
             return False
         self.bad += 1
@@ -72,21 +70,12 @@ class PlateauFeedback:
         self.bad = 0
         return True
 
+    def _is_clear(self, rise: float, se: float) -> bool:
+        """Whether a rise is a fall by more than the standard errors asked for."""
+        return rise < -self.threshold_se * se
+
     def state(self) -> dict[str, Any]:
         return {"reductions": self.reductions, "best": self.best, "bad": self.bad}
 
     def load(self, state: dict[str, Any]) -> None:
         self.reductions, self.best, self.bad = list(state["reductions"]), state["best"], state["bad"]
-
-
-def is_clearly_lower(now: Sequence[float], before: Sequence[float], num_se: float) -> bool:
-    """Whether the paired mean fell by more than `num_se` of its standard errors."""
-    differences = [a - b for a, b in zip(now, before, strict=True)]
-    return statistics.fmean(differences) < -num_se * standard_error(differences)
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for fewer than two values, NaN where one is not finite."""
-    if not all(map(math.isfinite, values)):
-        return math.nan
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

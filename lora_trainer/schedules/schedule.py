@@ -117,11 +117,20 @@ class Warmup:
         return low + (1 - low) * risen
 
 
+PairedRise = Callable[[Sequence[float], Sequence[float]], tuple[float, float]]
+"""From (before, now), a value per image each: by how much their mean rose, and its standard error."""
+
+
 class Feedback(Protocol):
     """A schedule's ear to the probe, and its memory of what it did."""
 
-    def observe(self, step: int, items: Sequence[float]) -> bool:
-        """Look at a probe after `step` completed updates; whether the LR changes from the next update on."""
+    def observe(self, step: int, items: Sequence[float], rise: PairedRise) -> bool:
+        """Look at a probe after `step` completed updates; whether the LR changes from the next update on.
+
+        Args:
+            items: one value per image.
+            rise: compares two probes.
+        """
         ...
 
     def state(self) -> dict[str, Any]:

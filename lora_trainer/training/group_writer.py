@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_trainer.errors import HostError, Problem
-from lora_trainer.evidence.statistics.ties import levels
+from lora_trainer.evidence.statistics.paired import levels
 from lora_trainer.storage import disk_space
 from lora_trainer.storage.checkpoint import prune, save_checkpoint
 from lora_trainer.tracking.console import Screen, TrainingLine

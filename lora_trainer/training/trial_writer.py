@@ -19,8 +19,8 @@ from lora_trainer.config.places import (
     diffusers_lora_file,
     lora_file,
 )
-from lora_trainer.evidence.diagnosis.live import LiveDiagnosis
-from lora_trainer.evidence.diagnosis.run_facts import RunFacts
+from lora_trainer.evidence.diagnosis.diagnose import LiveDiagnosis
+from lora_trainer.evidence.diagnosis.log import RunFacts
 from lora_trainer.lora_files.files import Layout, base_facts, write_lora
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.report.sample_grid import draw_grid
@@ -81,7 +81,7 @@ class TrialWriter:
             self._tensorboard = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, say=self._say)
         if resuming:
             self._metrics.event("resume", step)
-        self._diagnosis = LiveDiagnosis(log, {self.trial.name: RunFacts.of(self._plan, self._config)})
+        self._diagnosis = LiveDiagnosis(log, RunFacts.of(self._plan, self._config))
         if self._diagnosis.num_damaged:
             notes.append(damage_note(str(log), self._diagnosis.num_damaged))
         return notes
@@ -148,7 +148,7 @@ class TrialWriter:
     def diagnose(self, step: int) -> None:
         """What has become of the verdict. The LR is never touched."""
         for note in () if self._log_only else self._diagnosis.look():
-            self._metrics.event(note.event, step, trial=note.trial, **note.content)
+            self._metrics.event(note.event, step, trial=self.trial.name, **note.content)
             for line in note.lines:
                 self._say(line)
 

@@ -19,8 +19,8 @@ from lora_trainer.data.batches import PromptStore
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import ProbeItems
 from lora_trainer.diffusion.objective import NoisedLatents, Objective
+from lora_trainer.evidence.statistics.paired import paired_rise
 from lora_trainer.planning.run_plan import PROBE_STRATA
-from lora_trainer.schedules.plateau import standard_error
 from lora_trainer.training.denoiser import AdaptedDenoiser
 
 NUM_BANDS = 4
@@ -48,7 +48,7 @@ class ProbeReading:
     def gain_se(self) -> float:
         """Standard error of the gain over the base, paired over images: the precision of this run, not of its seed."""
         base = (self.base_NS / self.base_NS.mean(axis=0)).mean(axis=1)
-        return standard_error((np.asarray(self.items) - base).tolist())
+        return paired_rise(base, self.items).se
 
     @property
     def bands(self) -> list[float]:

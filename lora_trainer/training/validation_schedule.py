@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_trainer.data.holdout import HELD_OUT
+from lora_trainer.evidence.statistics.paired import paired_rise
+from lora_trainer.tracking.metrics import HELD_OUT
 from lora_trainer.training.trial import Ending, Trial
 from lora_trainer.training.validation import ProbeReading, Validator
 
@@ -74,7 +75,7 @@ def _conclude(trial: Trial, step: int, readings: dict[str, ProbeReading]) -> Mea
     reduced = tuple(
         group.name
         for group in trial.groups
-        if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items)
+        if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items, paired_rise)
     )
     is_best = math.isfinite(held_out.relative) and (trial.best is None or held_out.relative < trial.best.relative)
     if is_best:

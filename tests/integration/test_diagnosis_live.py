@@ -11,8 +11,8 @@ from test_resume import rows, stop_after
 
 from lora_trainer.errors import NumericStop, StoppedBySignal
 from lora_trainer.evidence.diagnosis.diagnose import diagnose
-from lora_trainer.evidence.diagnosis.finding import State
-from lora_trainer.evidence.diagnosis.run_folder import read_run
+from lora_trainer.evidence.diagnosis.findings import State
+from lora_trainer.evidence.diagnosis.log import read_run
 from lora_trainer.tracking.metrics import read_rows
 
 WATCHED = "validation={fraction: 0.3, every_steps: 1, max_cost: 1.0}"
@@ -49,7 +49,7 @@ def test_a_run_that_never_starts_says_so_while_it_runs(
 def test_the_stored_run_is_judged_as_it_was_live(train_toy: Callable[..., Path]) -> None:
     run_dir = train_toy(*TOO_COLD)
     log, run = read_run(run_dir)
-    assert diagnose(log.trials["toy"], run).verdict == log.trials["toy"].verdict
+    assert diagnose(log, run).verdict == log.verdict
     assert [row["lr"] for row in read_rows(run_dir / "metrics.jsonl") if "event" not in row] == [1e-9] * 6
 
 
@@ -68,7 +68,7 @@ def test_a_numeric_stop_is_diagnosed_with_its_images(
     assert finding["state"] == "non-finite"
     assert ".png" in finding["advice"][0]["text"]
     log, run = read_run(run_dir)
-    assert diagnose(log.trials["toy"], run).of(State.NON_FINITE).numbers["skipped"] == 3
+    assert diagnose(log, run).of(State.NON_FINITE).numbers["skipped"] == 3
 
 
 def test_probes_that_are_not_finite_are_told_and_not_fatal(train_toy: Callable[..., Path], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_trainer.evidence.statistics.compare import Rules
+from lora_trainer.evidence.statistics.verdict import Rules
 from lora_trainer.report.page import build_page
 from lora_trainer.report.run_record import read_run, read_runs
 

@@ -24,10 +24,10 @@ TORCH_FREE = (
     "lora_trainer.cli.sweep",
     "lora_trainer.planning.prepare",
     "lora_trainer.cli.diagnose",
-    "lora_trainer.evidence.diagnosis.live",
+    "lora_trainer.evidence.diagnosis.diagnose",
     "lora_trainer.planning.run_plan",
     "lora_trainer.runtime.launch",
-    "lora_trainer.evidence.statistics.wording",
+    "lora_trainer.evidence.statistics.verdict",
     "lora_trainer.config.load",
     "lora_trainer.schedules.registry",
 )

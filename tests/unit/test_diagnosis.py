@@ -16,14 +16,11 @@ from benchmarks.evaluation.synthetic_runs import CASES, TRIAL, run_facts, synthe
 from lora_trainer.cli.program import app
 from lora_trainer.config.load import load_config, to_yaml
 from lora_trainer.errors import ConfigError
-from lora_trainer.evidence.diagnosis.diagnose import RULES, Diagnosis, diagnose
-from lora_trainer.evidence.diagnosis.early import early_report
-from lora_trainer.evidence.diagnosis.finding import State
-from lora_trainer.evidence.diagnosis.live import LiveDiagnosis
-from lora_trainer.evidence.diagnosis.lr_history import LRHistory
-from lora_trainer.evidence.diagnosis.run_facts import RunFacts
-from lora_trainer.evidence.diagnosis.series import detrended_scatter, theil_sen
-from lora_trainer.evidence.diagnosis.trial_log import RunLog, TrialLog, paired
+from lora_trainer.evidence.diagnosis.diagnose import RULES, Diagnosis, LiveDiagnosis, diagnose, early_report
+from lora_trainer.evidence.diagnosis.findings import State
+from lora_trainer.evidence.diagnosis.log import LRHistory, RunFacts, TrialLog, read_run
+from lora_trainer.evidence.diagnosis.trends import detrended_scatter, theil_sen
+from lora_trainer.evidence.statistics.paired import paired_rise
 from lora_trainer.planning.run_plan import plan_run
 from lora_trainer.schedules.registry import SCHEDULES
 from lora_trainer.schedules.schedule import Horizon
@@ -66,7 +63,7 @@ def test_a_collapse_is_caught_at_its_second_probe_and_told_as_one() -> None:
 
 def climbing_log(levels: list[float], steps: int) -> tuple[TrialLog, RunFacts]:
     """Constant LR; held-out and training probes at these absolute losses, three images, base loss 0.2."""
-    log, every = TrialLog("t"), steps // (len(levels) - 1)
+    log, every = TrialLog(), steps // (len(levels) - 1)
     for step in range(steps + 1):
         if step:
             log.add({"step": step, "trial": "t", "lr": 1e-3, "grad_norm": 0.1, "clipped": False})
@@ -79,7 +76,7 @@ def climbing_log(levels: list[float], steps: int) -> tuple[TrialLog, RunFacts]:
 
 
 def truncated(log: TrialLog, probes: int) -> TrialLog:
-    cut = TrialLog(log.trial)
+    cut = TrialLog()
     cut.lrs, cut.clipped, cut.grad_norms = list(log.lrs), list(log.clipped), list(log.grad_norms)
     for name, probe in log.probes.items():
         for own, source in (("steps", probe.steps), ("rows", probe.rows), ("losses", probe.losses)):
@@ -98,7 +95,7 @@ def test_overfitting_beyond_the_base_is_not_called_divergence() -> None:
 
 
 def test_what_was_not_recorded_is_not_measured() -> None:
-    log, run = TrialLog("t"), run_facts(100)
+    log, run = TrialLog(), run_facts(100)
     for step in range(1, 101):
         log.add({"step": step, "trial": "t", "lr": 1e-3, "grad_norm": 0.1, "clipped": False})
     diagnosis = diagnose(log, run)
@@ -232,10 +229,12 @@ def test_scatter_is_that_of_the_noise_and_not_of_the_trend() -> None:
 
 
 def test_paired_changes_are_those_of_student() -> None:
-    change = paired(np.asarray([1.0, 2.0, 3.0]), np.asarray([1.1, 2.3, 3.2]))
+    change = paired_rise([1.0, 2.0, 3.0], [1.1, 2.3, 3.2])
     assert change.mean == pytest.approx(0.2)
     assert change.se == pytest.approx(0.1 / 3**0.5)
-    assert paired(np.ones(3), np.ones(3)).z == 0
+    assert paired_rise(np.ones(3), np.ones(3)).z == 0
+    assert paired_rise([1.0], [1.5]) == (0.5, math.inf)
+    assert all(map(math.isnan, paired_rise([1.0, 1.0], [1.0, math.inf])))
 
 
 def test_the_early_report_comes_after_an_epoch_and_a_tenth() -> None:
@@ -264,7 +263,7 @@ def write_live(folder: Path, rows: list[dict[str, Any]], run: RunFacts, *, kill_
     """Append rows as a run does, looking after each group of probes; killed once and resumed from a checkpoint."""
     file = folder / "metrics.jsonl"
     file.write_bytes(b"")
-    live, position, kept, at_kept = LiveDiagnosis(file, {TRIAL: run}), 0, 0, 0
+    live, position, kept, at_kept = LiveDiagnosis(file, run), 0, 0, 0
     while position < len(rows):
         with file.open("ab") as out:
             out.write(json.dumps(rows[position]).encode() + b"\n")
@@ -272,7 +271,7 @@ def write_live(folder: Path, rows: list[dict[str, Any]], run: RunFacts, *, kill_
         last_probe = rows[position - 1].get("probe") == "prior"
         if last_probe:
             for note in live.look():
-                event = {"event": note.event, "step": rows[position - 1]["step"], "trial": note.trial, **note.content}
+                event = {"event": note.event, "step": rows[position - 1]["step"], "trial": TRIAL, **note.content}
                 with file.open("ab") as out:
                     out.write(json.dumps(event).encode() + b"\n")
         if last_probe and position < len(rows) / 2:
@@ -280,7 +279,7 @@ def write_live(folder: Path, rows: list[dict[str, Any]], run: RunFacts, *, kill_
         if position == kill_after:
             with file.open("r+b") as out:
                 out.truncate(kept)
-            live, position, kill_after = LiveDiagnosis(file, {TRIAL: run}), at_kept, None
+            live, position, kill_after = LiveDiagnosis(file, run), at_kept, None
     return file.read_bytes()
 
 
@@ -294,14 +293,10 @@ def test_live_events_are_the_same_after_a_kill(state: State, tmp_path: Path) -> 
     assert straight.count(b'"event": "early_report"') == 1
     for kill_after in (3, len(rows) // 2, len(rows) - 1):
         assert write_live(tmp_path, rows, run, kill_after=kill_after) == straight
-    assert run_of(tmp_path).trials[TRIAL].verdict == diagnose(*synthetic_log(state, 5003)).verdict
-
-
-def run_of(folder: Path) -> RunLog:
-    log = RunLog()
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    log = TrialLog()
+    for line in straight.splitlines():
         log.add(json.loads(line))
-    return log
+    assert log.verdict == diagnose(*synthetic_log(state, 5003)).verdict
 
 
 def store(folder: Path, state: State, seed: int = 5003) -> Path:
@@ -333,6 +328,18 @@ def test_the_command_answers_in_json(tmp_path: Path) -> None:
     assert "healthy" in trial["verdict"]
     assert {finding["state"] for finding in trial["findings"]} == {str(state) for state in State}
     assert trial["early_report"]["gain_per_update"] > 0
+
+
+def test_a_run_that_was_renamed_on_its_way_is_one_trial(tmp_path: Path) -> None:
+    run_dir = store(tmp_path, State.OVERFIT)
+    straight = diagnose(*read_run(run_dir))
+    log = run_dir / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    early = [line.replace(f'"trial": "{TRIAL}"', '"trial": "before"') for line in lines[: len(lines) // 2]]
+    log.write_text("".join([*early, *lines[len(early) :]]))
+    renamed = diagnose(*read_run(run_dir))
+    assert renamed == straight
+    assert (renamed.trial, renamed.verdict) == (TRIAL, ("overfit",))
 
 
 def test_a_folder_without_a_run_is_refused_with_all_that_is_missing(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.evaluation.diagnosis_judgement import Labelled, confusion, markdown
 from benchmarks.evaluation.synthetic_runs import CASES, synthetic_run
-from lora_trainer.evidence.diagnosis.finding import State
-from lora_trainer.evidence.diagnosis.thresholds import Thresholds
+from lora_trainer.evidence.diagnosis.findings import State
+from lora_trainer.evidence.diagnosis.rules import Thresholds
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "diagnosis.md").read_text()

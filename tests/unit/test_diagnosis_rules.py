@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks.evaluation.synthetic_runs import run_facts
 from lora_trainer.evidence.diagnosis.diagnose import RULES
-from lora_trainer.evidence.diagnosis.finding import Finding, State
-from lora_trainer.evidence.diagnosis.series import reversals
-from lora_trainer.evidence.diagnosis.thresholds import Thresholds
-from lora_trainer.evidence.diagnosis.trial_log import ProbeLog, TrialLog
+from lora_trainer.evidence.diagnosis.findings import Finding, State
+from lora_trainer.evidence.diagnosis.log import ProbeLog, TrialLog
+from lora_trainer.evidence.diagnosis.rules import Thresholds
+from lora_trainer.evidence.diagnosis.trends import reversals
 
 EVERY = 10
 Losses = Sequence[Sequence[float]]
@@ -21,7 +21,7 @@ Losses = Sequence[Sequence[float]]
 
 def log_of(**probes: Losses) -> TrialLog:
     """A constant LR of 1e-3; each probe's images, loss relative to the base, before training and every ten updates."""
-    log = TrialLog("t")
+    log = TrialLog()
     for index in range(max(map(len, probes.values()))):
         for k in range(EVERY * (index - 1), EVERY * index):
             log.add({"step": k + 1, "trial": "t", "lr": 1e-3, "grad_norm": 0.1, "clipped": False})

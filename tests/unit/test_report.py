@@ -14,7 +14,7 @@ from run_directories import STEPS, write_run, write_sweep
 
 from lora_trainer.cli.report import report
 from lora_trainer.errors import ConfigError
-from lora_trainer.evidence.statistics.compare import Rules
+from lora_trainer.evidence.statistics.verdict import Rules
 from lora_trainer.report.comparison import arms, hindrances, pairing_notes
 from lora_trainer.report.line_plot import Line, line_plot
 from lora_trainer.report.page import build_page, render, without_paths, write_report

@@ -11,11 +11,9 @@ import pytest
 from scipy import stats
 
 from benchmarks.evaluation import verdict_rates
-from lora_trainer.evidence.statistics.arms import Arm, Question, questions, tuned
-from lora_trainer.evidence.statistics.compare import Outcome, Rules, compare, smallest_effect
-from lora_trainer.evidence.statistics.leaders import leaders
+from lora_trainer.evidence.statistics.arms import Arm, Question, leaders, questions, tuned
 from lora_trainer.evidence.statistics.paired import holm_factors, paired_test, same_sign_share
-from lora_trainer.evidence.statistics.wording import judge
+from lora_trainer.evidence.statistics.verdict import Outcome, Rules, compare, judge, smallest_effect
 from lora_trainer.report.verdict_view import arms_table, pairs_table
 
 SEEDS = range(5)

@@ -10,9 +10,9 @@ import numpy as np
 
 from lora_trainer.config.optimizers import Prodigy
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.evidence.diagnosis.finding import Advice, Finding, State
-from lora_trainer.evidence.diagnosis.run_facts import RunFacts
-from lora_trainer.evidence.diagnosis.trial_log import Fork, TrialLog, paired
+from lora_trainer.evidence.diagnosis.findings import Advice, Finding, State
+from lora_trainer.evidence.diagnosis.log import ForkResult, RunFacts, TrialLog
+from lora_trainer.evidence.statistics.paired import paired_rise
 
 CLEAR_SE = 2.0
 SHRINK_THAT_SHOWS = 0.1
@@ -119,13 +119,13 @@ def _raise_lr(log: TrialLog, config: RunConfig, factor: float) -> Advice:
     return _scaled_lr(config, best.factor, f"{best.factor:g} x the LR: best in the fork test at step {best.step}")
 
 
-def best_fork(log: TrialLog) -> Fork | None:
+def best_fork(log: TrialLog) -> ForkResult | None:
     """The smallest LR of the newest fork test that no other beats by more than two SE; None where there is none."""
     newest = [fork for fork in log.forks if fork.step == log.forks[-1].step]
     if not newest:
         return None
     lowest = min(newest, key=lambda fork: float(fork.items_N.mean()))
-    ties = [fork for fork in newest if paired(lowest.items_N, fork.items_N).z <= CLEAR_SE]
+    ties = [fork for fork in newest if paired_rise(lowest.items_N, fork.items_N).z <= CLEAR_SE]
     return min(ties, key=lambda fork: fork.factor)
 
 
@@ -134,11 +134,9 @@ def _overfit(finding: Finding, log: TrialLog, run: RunFacts) -> list[Advice]:
     decay = config.optimizer.weight_decay
     shrink, wanted = 1 - math.exp(-decay * total_lr), -math.log(1 - SHRINK_THAT_SHOWS) / max(total_lr, 1e-12)
     best = int(finding.numbers["best_step"])
-    advice = [*_best_before(log)]
-    if best > 0:
-        advice.append(_length(run, best))
     return [
-        *advice,
+        *_best_before(log),
+        *([_length(run, best)] if best > 0 else []),
         _scaled_lr(config, 0.5, "or half the LR"),
         Advice("or dropout on the adapter", "adapter.dropout", max(0.1, config.adapter.dropout)),
         Advice("or a lower rank", "adapter.rank", max(1, config.adapter.rank // 2)),

@@ -1,40 +1,38 @@
-"""All rules on one trial's log, and what they amount to."""
+"""All rules on one trial's log, and what they amount to: of a stored run or of one that goes on; the early report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from lora_trainer.evidence.diagnosis.advice import advise
-from lora_trainer.evidence.diagnosis.finding import Finding, State, found, not_found
-from lora_trainer.evidence.diagnosis.learning_rules import (
-    diverged,
-    finished_decaying,
-    lr_noise_limited,
-    never_started,
-    oscillating,
-    stagnant,
-)
-from lora_trainer.evidence.diagnosis.run_facts import RunFacts
-from lora_trainer.evidence.diagnosis.thresholds import Thresholds
-from lora_trainer.evidence.diagnosis.transfer_rules import forgetting, overfit, restart_shock
-from lora_trainer.evidence.diagnosis.trial_log import TrialLog
-from lora_trainer.evidence.diagnosis.update_rules import clipping, non_finite
+import numpy as np
 
+from lora_trainer.evidence.diagnosis import rules, trends
+from lora_trainer.evidence.diagnosis.advice import advise
+from lora_trainer.evidence.diagnosis.findings import Finding, State
+from lora_trainer.evidence.diagnosis.log import RunFacts, TrialLog
+from lora_trainer.evidence.diagnosis.rules import Thresholds
+from lora_trainer.evidence.statistics.paired import ROUNDING
+from lora_trainer.tracking.metrics import parse_row
+
+EARLY_SHARE = 0.1
+CHANGES_FOR_SCATTER, CHANGES_FOR_CORRELATION = 4, 3
 Rule = Callable[[TrialLog, RunFacts, Thresholds], Finding]
 RULES: dict[State, Rule] = {
-    State.NON_FINITE: non_finite,
-    State.DIVERGED: diverged,
-    State.OSCILLATING: oscillating,
-    State.RESTART_SHOCK: restart_shock,
-    State.OVERFIT: overfit,
-    State.FORGETTING: forgetting,
-    State.NEVER_STARTED: never_started,
-    State.STAGNANT: stagnant,
-    State.LR_NOISE_LIMITED: lr_noise_limited,
-    State.CLIPPING: clipping,
-    State.FINISHED_DECAYING: finished_decaying,
+    State.NON_FINITE: rules.non_finite,
+    State.DIVERGED: rules.diverged,
+    State.OSCILLATING: trends.oscillating,
+    State.RESTART_SHOCK: rules.restart_shock,
+    State.OVERFIT: rules.overfit,
+    State.FORGETTING: rules.forgetting,
+    State.NEVER_STARTED: rules.never_started,
+    State.STAGNANT: trends.stagnant,
+    State.LR_NOISE_LIMITED: trends.lr_noise_limited,
+    State.CLIPPING: rules.clipping,
+    State.FINISHED_DECAYING: trends.finished_decaying,
 }
 """The gravest first."""
 EXPLAINED_BY: dict[State, tuple[State, ...]] = {
@@ -90,23 +88,144 @@ def diagnose(log: TrialLog, run: RunFacts, limits: Thresholds | None = None) -> 
     for state, causes in EXPLAINED_BY.items():
         causing = [cause for cause in causes if answers[cause].status == "found"]
         if answers[state].status == "found" and causing:
-            answers[state] = not_found(state, f"explained by {causing[0]}: {answers[state].evidence}")
+            answers[state] = state.not_found(f"explained by {causing[0]}: {answers[state].evidence}")
     answers[State.HEALTHY] = _healthy(log, list(answers.values()))
-    return Diagnosis(
-        log.trial, log.step, tuple(answer.with_advice(advise(answer, log, run)) for answer in answers.values())
-    )
+    findings = tuple(replace(answer, advice=advise(answer, log, run)) for answer in answers.values())
+    return Diagnosis(run.config.name, log.step, findings)
 
 
 def _healthy(log: TrialLog, answers: list[Finding]) -> Finding:
     """No fault in what was measured; the confidence says how much that was."""
     faults = [answer.state for answer in answers if answer.status == "found" and answer.state.is_fault]
     if faults:
-        return not_found(State.HEALTHY, f"found: {', '.join(faults)}")
+        return State.HEALTHY.not_found(f"found: {', '.join(faults)}")
     probe = log.held_out
     if len(probe) < 3:
-        return found(State.HEALTHY, "low", f"no fault in {log.step} updates, but {len(probe)} probes say little")
+        return State.HEALTHY.found("low", f"no fault in {log.step} updates, but {len(probe)} probes say little")
     evidence = (
         f"no fault found by step {log.step}; held-out loss {probe.means[-1]:.4f} of the base's, "
         f"best {probe.means.min():.4f}"
     )
-    return found(State.HEALTHY, "high" if len(probe) >= 6 else "medium", evidence, gain=probe.gain)
+    return State.HEALTHY.found("high" if len(probe) >= 6 else "medium", evidence, gain=probe.gain)
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyReport:
+    """Is it learning, evenly, and does it carry over? Three numbers and their precision; None is not measured."""
+
+    step: int
+    gain: float
+    """Of the held-out loss over the base's."""
+    gain_per_update: float
+    gain_per_update_se: float
+    """Over the probe's images: the precision of this run."""
+    instability: float | None
+    """Scatter of the changes between probes as a share of the gain; needs five probes."""
+    train_gain: float | None
+    correlation: float | None
+    """Of the changes of the training and the held-out probe; needs four probes."""
+
+    def as_event(self) -> dict[str, Any]:
+        content = asdict(self)
+        del content["step"]
+        return {key: None if value is None else round(value, 9) for key, value in content.items()}
+
+    @property
+    def sentences(self) -> list[str]:
+        """For people."""
+        per, se = 100 * self.gain_per_update, 100 * self.gain_per_update_se
+        sure = "" if abs(self.gain_per_update) > 2 * self.gain_per_update_se else ": not clear of 0 yet"
+        sentences = [f"held-out loss gains {per:+z.4f} +- {se:.4f} % of the base's per update{sure}"]
+        if self.instability is None:
+            sentences.append("instability not measured (needs five probes)")
+        else:
+            sentences.append(f"changes between probes scatter by {self.instability:.2f} of the gain")
+        if self.train_gain is None:
+            sentences.append("whether validation follows training was not measured")
+        elif self.train_gain <= ROUNDING:
+            sentences.append(f"the training images gained nothing yet ({self.train_gain:+z.4f})")
+        else:
+            correlation = "" if self.correlation is None else f", correlation of their changes {self.correlation:.2f}"
+            sentences.append(f"validation gains {self.gain / self.train_gain:.0%} of what training gains{correlation}")
+        return sentences
+
+
+def early_report(log: TrialLog, run: RunFacts) -> EarlyReport | None:
+    """What the probes say up to the first one after both an epoch and a tenth of the run; None before that."""
+    probe, train = log.held_out, log.train
+    late = probe.at_or_after(max(run.updates_per_epoch, math.ceil(EARLY_SHARE * run.num_updates)))
+    if not late or late[0] == 0:
+        return None
+    last = late[0]
+    held_out_means, train_means = probe.means[: last + 1], train.means[: last + 1]
+    step, rise = probe.steps[last], probe.change(0, last)
+    scatter = trends.detrended_scatter(held_out_means) if last >= CHANGES_FOR_SCATTER else None
+    both = len(train) > last
+    correlation = None
+    if both and last >= CHANGES_FOR_CORRELATION:
+        changes = np.diff(train_means), np.diff(held_out_means)
+        correlation = float(np.corrcoef(*changes)[0, 1]) if min(map(np.ptp, changes)) > ROUNDING else None
+    return EarlyReport(
+        step=step,
+        gain=-rise.mean,
+        gain_per_update=-rise.mean / step,
+        gain_per_update_se=rise.se / step,
+        instability=scatter / abs(rise.mean) if scatter is not None and abs(rise.mean) > ROUNDING else None,
+        train_gain=-train.change(0, last).mean if both else None,
+        correlation=correlation,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """An event for the log and the lines for the console."""
+
+    event: str
+    content: dict[str, Any]
+    lines: tuple[str, ...]
+
+
+class LiveDiagnosis:
+    """Follows a growing `metrics.jsonl`.
+
+    It reads what the log holds and nothing else, so that a run that was killed and resumed says what any other says.
+    """
+
+    def __init__(self, metrics: Path, run: RunFacts) -> None:
+        self._metrics, self._run, self._log, self._read = metrics, run, TrialLog(), 0
+        self._catch_up()
+
+    @property
+    def num_damaged(self) -> int:
+        """Lines read so far that hold no row; they are left out."""
+        return self._log.num_damaged
+
+    def look(self) -> Iterator[Note]:
+        """Read the new rows; what has changed. Each note must be logged before the next look."""
+        self._catch_up()
+        log, name = self._log, self._run.config.name
+        early = None if log.early_reported else early_report(log, self._run)
+        if early is not None:
+            line = f"early report of {name} at step {early.step}: {'; '.join(early.sentences)}"
+            yield Note("early_report", early.as_event(), (line,))
+        diagnosis = diagnose(log, self._run)
+        if diagnosis.verdict != (log.verdict or ("healthy",)):  # that all is well goes without saying at first
+            lines = [line for finding in diagnosis.found for line in finding_lines(finding)]
+            content = {"findings": [finding.as_json() for finding in diagnosis.found]}
+            yield Note("diagnosis", content, (f"diagnosis of {name} at step {diagnosis.step}:", *lines))
+
+    def _catch_up(self) -> None:
+        with self._metrics.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._log.add(parse_row(line))
+                self._read += len(line)
+
+
+def finding_lines(finding: Finding) -> Iterator[str]:
+    """A state that was found, its evidence, and what to try."""
+    yield f"  {finding.state} ({finding.confidence} confidence): {finding.evidence}"
+    for advice in finding.advice:
+        yield f"    try: {advice.text}" + (f"  ->  {advice.override}" if advice.override else "")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_trainer.evidence.statistics.ties import levels
+from lora_trainer.evidence.statistics.paired import levels
 
 MIN_TUNED_LRS = 3
 MIN_TUNED_SPAN = 9.0  # the largest LR over the smallest: x1/3, 1, x3
@@ -47,6 +47,11 @@ class Arm:
         return float(np.mean(list(self.losses.values()))) if self.losses and not self.failed else math.inf
 
     @property
+    def failure(self) -> str:
+        """Which seeds have no loss, in words."""
+        return f"failed on seed {', '.join(map(str, sorted(self.failed)))}"
+
+    @property
     def lr_sum(self) -> float:
         """Mean LR over the run: how far the weights may have moved."""
         return self.peak_lr * self.lr_budget
@@ -71,20 +76,15 @@ def questions(arms: Sequence[Arm]) -> list[Question]:
     if len(settings) == 1:
         lrs = {arm.peak_lr for arm in arms}
         return [Question(f"peak LR {lrs.pop():.3g}" if len(lrs) == 1 else "one setting at several LRs", tuple(arms))]
-    found = []
+    asked = []
     if all(_is_tunable(group) for group in settings.values()):
-        found.append(
-            Question(
-                "LR tuned per setting",
-                tuple(tuned(group) for group in settings.values()),
-                tuple(_at_the_edge(settings)),
-            )
-        )
+        best = tuple(tuned(group) for group in settings.values())
+        asked.append(Question("LR tuned per setting", best, tuple(_at_the_edge(settings))))
     for lr in sorted({arm.peak_lr for arm in arms}):
         same = tuple(replace(arm, name=arm.setting) for arm in arms if arm.peak_lr == lr)
         if len(same) > 1:
-            found.append(Question(f"same peak LR {lr:.3g}", same))
-    return found or [Question("peak LRs differ and were not tuned: a difference may be the LR's", tuple(arms))]
+            asked.append(Question(f"same peak LR {lr:.3g}", same))
+    return asked or [Question("peak LRs differ and were not tuned: a difference may be the LR's", tuple(arms))]
 
 
 def confirming(arms: Sequence[Arm]) -> Question:
@@ -117,10 +117,21 @@ def ranked(arms: Sequence[Arm]) -> list[Arm]:
 
 def by_setting(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
     """The arms of each setting, in their order."""
-    found: dict[str, list[Arm]] = {}
+    settings: dict[str, list[Arm]] = {}
     for arm in arms:
-        found.setdefault(arm.setting, []).append(arm)
-    return found
+        settings.setdefault(arm.setting, []).append(arm)
+    return settings
+
+
+def leaders(arms: Sequence[Arm], num: int) -> list[Arm]:
+    """What is worth training again on fresh seeds: the arms with the smallest mean losses.
+
+    Each setting at its best LR, or the LRs where there is one setting. Arms of which a run failed or gave no loss are
+    none.
+    """
+    settings = by_setting(arms)
+    candidates = arms if len(settings) == 1 else [best_lr(group) for group in settings.values()]
+    return [arm for arm in ranked(candidates) if arm.losses and not arm.failed][:num]
 
 
 def _is_tunable(arms: Sequence[Arm]) -> bool:

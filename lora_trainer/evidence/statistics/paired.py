@@ -1,12 +1,50 @@
-"""The statistics under a verdict: Student's t on paired differences, and Holm's correction over many of them."""
+"""The statistics under every comparison: paired differences, Student's t, Holm's correction; and ties by rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
+
+ROUNDING = 1e-6
+"""Losses relative to the base that are no further apart are equal: another machine may order them the other way."""
+
+
+class PairedMean(NamedTuple):
+    """A mean of paired differences and its standard error: infinite for one difference, NaN where one is not finite."""
+
+    mean: float
+    se: float
+
+    @property
+    def z(self) -> float:
+        """The mean in standard errors; 0 where nothing moved."""
+        if self.mean == 0:
+            return 0.0
+        return self.mean / self.se if self.se > 0 else math.copysign(math.inf, self.mean)
+
+
+def paired(differences: ArrayLike) -> PairedMean:
+    """Mean and standard error of differences that were paired seed by seed, image by image or cell by cell.
+
+    Args:
+        differences: at least one; an array of several axes counts as a list of its cells.
+    """
+    values = np.asarray(differences, dtype=np.float64).ravel()
+    if not np.isfinite(values).all():
+        return PairedMean(math.nan, math.nan)
+    se = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return PairedMean(float(values.mean()), se)
+
+
+def paired_rise(before: ArrayLike, after: ArrayLike) -> PairedMean:
+    """By how much the losses of the same images rose from one measurement to another."""
+    return paired(np.subtract(after, before))
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +67,10 @@ def paired_test(differences: Sequence[float]) -> PairedTest:
 
     Differences without any spread have p = 0, or 1 where they are all zero.
     """
-    values = np.asarray(differences, dtype=np.float64)
-    mean, se = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+    num, (mean, se) = len(differences), paired(differences)
     if se == 0:
-        return PairedTest(len(values), mean, se, p=1.0 if mean == 0 else 0.0)
-    return PairedTest(len(values), mean, se, p=float(2 * stdtr(len(values) - 1, -abs(mean) / se)))
+        return PairedTest(num, mean, se, p=1.0 if mean == 0 else 0.0)
+    return PairedTest(num, mean, se, p=float(2 * stdtr(num - 1, -abs(mean) / se)))
 
 
 def holm_factors(p_values: Sequence[float], num_tests: int) -> np.ndarray:
@@ -58,3 +95,18 @@ def same_sign_share(differences: Sequence[float]) -> float:
     """The share of differences that point where their mean points."""
     values = np.asarray(differences, dtype=np.float64)
     return float(np.mean(np.sign(values) == np.sign(values.mean())))
+
+
+def levels(losses: Iterable[float]) -> dict[float, float]:
+    """For each loss (none of them NaN) the smallest that is equal to it but for rounding: what to sort by."""
+    level, level_of = -math.inf, dict[float, float]()
+    for loss in sorted(losses):
+        level = loss if loss - level > ROUNDING else level
+        level_of[loss] = level
+    return level_of
+
+
+def smallest(losses: Sequence[float]) -> int:
+    """The place of the smallest loss; of those equal but for rounding the first."""
+    least = min(losses) + ROUNDING
+    return next(place for place, loss in enumerate(losses) if loss <= least)

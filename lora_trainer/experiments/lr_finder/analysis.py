@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from lora_trainer.evidence.statistics.paired import PairedMean, paired_rise
+
 MIN_POINTS = 30
 """Updates before the crossing under which a ramp is too coarse to read."""
 ONSET_SHARE = 0.1
@@ -73,16 +75,13 @@ class RampReading:
     """Updates before the crossing, or before the ramp's end."""
 
 
-def paired_gain(now: np.ndarray, start: np.ndarray) -> tuple[float, float]:
-    """Mean fall from `start` to `now` and its standard error.
+def paired_gain(now: np.ndarray, start: np.ndarray) -> PairedMean:
+    """Mean fall from `start` to `now` and its standard error; both NaN where a loss is not finite.
 
     Args:
         now, start: relative losses of the same measurements, of any equal shape.
     """
-    falls = (start - now).ravel()
-    if not np.isfinite(falls).all():
-        return math.nan, math.nan
-    return float(falls.mean()), float(falls.std(ddof=1) / math.sqrt(falls.size))
+    return paired_rise(now, start)
 
 
 def has_diverged(points: Sequence[Point]) -> bool:

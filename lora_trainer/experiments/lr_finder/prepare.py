@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 from lora_trainer.config.optimizers import Prodigy
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.trials import TrialConfig
-from lora_trainer.data.holdout import HELD_OUT, with_watched
+from lora_trainer.data.holdout import with_watched
 from lora_trainer.data.records import Progress
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.experiments.lr_finder.analysis import MIN_POINTS
@@ -20,6 +20,7 @@ from lora_trainer.planning.prepare import Prepared, prepare, prepare_like
 from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS, lay_groups
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.schedules.cycles import Ramp
+from lora_trainer.tracking.metrics import HELD_OUT
 from lora_trainer.training.group import Member, TrialGroup
 
 BELOW_USUAL, ABOVE_USUAL = 100, 10_000

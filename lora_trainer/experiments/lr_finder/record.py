@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.experiments.lr_finder.analysis import usual_rules
 from lora_trainer.experiments.lr_finder.prepare import PreparedFinder
 from lora_trainer.experiments.lr_finder.ramp_plot import draw_ramp
 from lora_trainer.experiments.lr_finder.run import Found, Measured
 from lora_trainer.experiments.lr_finder.verification import Verification
 from lora_trainer.storage import atomic_files
+from lora_trainer.tracking.metrics import HELD_OUT
 
 DIGITS = 9
 

@@ -6,7 +6,7 @@ before it came to its end. The level of 5 % is divided by the number of looks.
 
 from __future__ import annotations
 
-from lora_trainer.evidence.statistics.compare import Outcome, Rules, compare
+from lora_trainer.evidence.statistics.verdict import Outcome, Rules, compare
 from lora_trainer.experiments.sweep.groups import trials_of
 from lora_trainer.experiments.sweep.record import Json
 from lora_trainer.experiments.sweep.results import arms_of

@@ -12,11 +12,10 @@ from typing import Any
 
 from lora_trainer.config.identity import compare, difference, refusal
 from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
-from lora_trainer.data.holdout import HELD_OUT
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.metrics import probe_fault, read_rows
+from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_rows
 from lora_trainer.training.group import Member, TrialGroup
 
 FORMAT = 1

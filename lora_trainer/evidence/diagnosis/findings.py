@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -31,6 +31,19 @@ class State(StrEnum):
     def is_fault(self) -> bool:
         """Whether something should be changed; the other two states are good news."""
         return self not in (State.FINISHED_DECAYING, State.HEALTHY)
+
+    def found(self, confidence: Confidence, evidence: str, **numbers: Number) -> Finding:
+        return Finding(self, "found", evidence, numbers, confidence)
+
+    def not_found(self, evidence: str, **numbers: Number) -> Finding:
+        return Finding(self, "not found", evidence, numbers)
+
+    def found_where(self, holds: bool, confidence: Confidence, evidence: str, **numbers: Number) -> Finding:
+        """Found with this confidence where a rule holds, else not found; on the same evidence."""
+        return self.found(confidence, evidence, **numbers) if holds else self.not_found(evidence, **numbers)
+
+    def not_measured(self, missing: str) -> Finding:
+        return Finding(self, "not measured", missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +83,6 @@ class Finding:
     confidence: Confidence | None = None
     advice: tuple[Advice, ...] = ()
 
-    def with_advice(self, advice: tuple[Advice, ...]) -> Finding:
-        return replace(self, advice=advice)
-
     def as_json(self) -> dict[str, Any]:
         return {
             "state": str(self.state),
@@ -80,20 +90,8 @@ class Finding:
             "confidence": self.confidence,
             "evidence": self.evidence,
             "numbers": {key: round(value, 6) for key, value in self.numbers.items()},
-            "advice": [each.as_json() for each in self.advice],
+            "advice": [advice.as_json() for advice in self.advice],
         }
-
-
-def found(state: State, confidence: Confidence, evidence: str, **numbers: Number) -> Finding:
-    return Finding(state, "found", evidence, numbers, confidence)
-
-
-def not_found(state: State, evidence: str, **numbers: Number) -> Finding:
-    return Finding(state, "not found", evidence, numbers)
-
-
-def not_measured(state: State, missing: str) -> Finding:
-    return Finding(state, "not measured", missing)
 
 
 def confidence_of(*margins: float) -> Confidence:

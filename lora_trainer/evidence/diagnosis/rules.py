@@ -1,0 +1,280 @@
+"""Rules about single updates and about measurements compared two by two, and the thresholds of all rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from lora_trainer.evidence.diagnosis.findings import Finding, State, confidence_of
+from lora_trainer.evidence.diagnosis.log import ProbeLog, RunFacts, TrialLog
+
+NO_PROBES = "no validation section, so nothing was probed"
+OVERFLOW = "fp16 overflow"
+LEAST_OVERFLOWS = 3
+CLIP_WINDOW, LEAST_UPDATES = 50, 20
+RATIOS, LEAST_RATIOS = 10, 3
+NOISE_VARIANCE = 1.0
+"""Loss of a denoiser that predicts nothing, where noise is the target."""
+REPEATS = 3
+"""Probes in a row that must agree on overfitting."""
+SHOCK_WINDOW, SHOCK_PROBES = 0.05, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """As calibrated by `benchmarks/evaluation/calibrate_diagnosis.py` (docs/diagnosis.md).
+
+    SE is the standard error of a difference paired over the probe's images.
+    """
+
+    diverged_ratio: float = 1.5
+    """Training loss relative to the base, median of the last ratios."""
+    diverged_rise: float = 0.1
+    """Rise of the held-out loss over the base at two probes in a row."""
+    diverged_se: float = 3.0
+    oscillation_index: float = 0.25
+    """Scatter of the detrended changes between probes, as a share of the gain."""
+    oscillation_se: float = 1.5
+    oscillation_reversals: int = 3
+    """Changes of direction among the last probes, each beyond its SE and a tenth of the gain."""
+    cooldown_se: float = 2.0
+    flat_share: float = 0.1
+    """A fall by less than this share of the gain over the window is flat."""
+    flat_rise: float = 0.15
+    """A rise by more than this share is not flat either."""
+    high_multiplier: float = 0.5
+    """An LR above this share of its peak, now and at the end of the run, is high: flatness is then stagnation."""
+    decayed_multiplier: float = 0.05
+    """An LR under this share of its peak has decayed."""
+    started_gain: float = 0.002
+    """Gain over the base under which nothing has been learned, however small its SE."""
+    doubtful_gain: float = 0.01
+    """Gain under which two SE are asked for as well."""
+    started_share: float = 0.2
+    """Share of the run after which a gain can be asked for."""
+    overfit_se: float = 2.0
+    overfit_lost: float = 0.1
+    """Share of the gain that was lost again."""
+    forgetting_se: float = 3.0
+    forgetting_rise: float = 0.05
+    clipped_share: float = 0.5
+    shock_se: float = 2.0
+    shock_share: float = 0.05
+    """Rise after a restart as a share of the gain."""
+    non_finite_overflows: float = 0.01
+    """Share of updates skipped for fp16 overflows beyond which the precision does not suit the run."""
+
+
+def non_finite(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
+    """A loss, gradient or probe that was not finite, or overflows of fp16 that do not end."""
+    faults = [skip for skip in log.skips if skip.reason != OVERFLOW]
+    probes = log.non_finite_probes
+    if faults or probes or log.failure:
+        reasons = " and ".join(sorted({f"{skip.reason} at step {skip.step}" for skip in faults[:3]}))
+        files = sorted({file for skip in faults for file in skip.files})
+        clauses = [f"not finite: {reasons}, {len(faults)} updates skipped ({', '.join(files[:4])})"] if faults else []
+        clauses += [f"it was ended: {log.failure}"] if log.failure else []
+        clauses += [f"the {name} probe at step {step} is not finite" for step, name in probes[:3]]
+        return State.NON_FINITE.found("high", "; ".join(clauses), skipped=len(faults))
+    overflows = sum(skip.step > 0 for skip in log.skips)  # at step 0 an earlier version settled its loss scale
+    if overflows >= LEAST_OVERFLOWS and overflows > limits.non_finite_overflows * log.step:
+        evidence = f"{overflows} of {log.step} updates overflowed in fp16 and were skipped"
+        return State.NON_FINITE.found("medium", evidence, overflows=overflows)
+    evidence = f"{log.step - overflows} updates and all probes finite, {overflows} fp16 overflows"
+    return State.NON_FINITE.not_found(evidence)
+
+
+def clipping(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
+    """Most of the newest updates were clipped, so that the clip sets the step and not the LR."""
+    limit = run.config.train.max_grad_norm
+    if limit is None:
+        return State.CLIPPING.not_measured("train.max_grad_norm is null, nothing is clipped")
+    if log.step < LEAST_UPDATES:
+        return State.CLIPPING.not_measured(f"only {log.step} updates")
+    window = min(log.step, max(CLIP_WINDOW, run.num_updates // 10))
+    share = float(np.mean(log.clipped[-window:]))
+    median = float(np.median(log.grad_norms[-window:]))
+    evidence = (
+        f"{share:.0%} of updates {log.step - window + 1}-{log.step} were clipped to {limit:g}; "
+        f"median gradient norm {median:.3g}"
+    )
+    confidence = confidence_of(share / limits.clipped_share, median / limit)
+    numbers = {"share": share, "median_grad_norm": median}
+    return State.CLIPPING.found_where(share > limits.clipped_share, confidence, evidence, **numbers)
+
+
+def diverged(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
+    """Worse than the frozen base, on the training batches or on the probe; or collapsed to predicting nothing."""
+    ratios = [ratio for _, ratio in log.ratios[-RATIOS:]]
+    median = float(np.median(ratios)) if len(ratios) >= LEAST_RATIOS else None
+    if median is not None and median > limits.diverged_ratio:
+        first, last = log.ratios[-len(ratios)][0], log.ratios[-1][0]
+        evidence = f"training loss is {median:.2f} of the base's on the same batches (steps {first}-{last})"
+        return State.DIVERGED.found(confidence_of(median / limits.diverged_ratio), evidence, ratio=median)
+    held_out = log.held_out
+    if len(held_out) < 2:
+        if median is None:
+            return State.DIVERGED.not_measured("neither probes nor base-relative losses yet")
+        return State.DIVERGED.not_found(f"training loss {median:.2f} of the base's", ratio=median)
+    values = held_out.means
+    worse = [_is_worse_than_base(log, index, limits) for index in range(len(held_out))]
+    pairs = [index for index in range(1, len(worse)) if worse[index] and worse[index - 1]]
+    if not pairs:
+        return State.DIVERGED.not_found(f"held-out loss {values[-1]:.4f} of the base's", relative=float(values[-1]))
+    worst = max(pairs, key=lambda index: values[index])
+    collapsed = _is_collapsed(held_out, run) and pairs[-1] == len(held_out) - 1
+    still = "and still is" if pairs[-1] == len(held_out) - 1 else f"until step {held_out.steps[pairs[-1]]}"
+    what = "collapsed: the denoiser predicts next to nothing" if collapsed else "worse than the frozen base"
+    evidence = (
+        f"{what}: held-out loss {values[worst]:.3f} of the base's at step {held_out.steps[worst]}, "
+        f"above it since step {held_out.steps[pairs[0] - 1]} {still}"
+    )
+    margin = float(values[worst] - values[0]) / limits.diverged_rise
+    return State.DIVERGED.found(confidence_of(margin), evidence, relative=float(values[worst]))
+
+
+def _is_worse_than_base(log: TrialLog, index: int, limits: Thresholds) -> bool:
+    """Clearly worse on held-out images, and no better on those it trains on: that would be overfitting.
+
+    Clear is a rise by some SE, of every image, or of the training images as well.
+    """
+    rise = log.held_out.change(0, index)
+    trained = log.train.change(0, index).mean if len(log.train) > index else 0.0
+    if rise.mean <= limits.diverged_rise or trained < 0:
+        return False
+    every_image = log.held_out.all_above(index, limits.diverged_rise)
+    return rise.z > limits.diverged_se or every_image or trained > limits.diverged_rise
+
+
+def _is_collapsed(probe: ProbeLog, run: RunFacts) -> bool:
+    """Loss within 2 % of the noise's variance, where the base was well below it."""
+    return (
+        run.config.model.prediction_type != "v_prediction"
+        and probe.losses[0] < 0.9
+        and abs(probe.losses[-1] - NOISE_VARIANCE) < 0.02
+    )
+
+
+def never_started(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
+    """After a fifth of the run neither the held-out nor the training probe has gained anything over the base."""
+    probe, history = log.held_out, log.lr_history()
+    if len(probe) < 2:
+        return State.NEVER_STARTED.not_measured(NO_PROBES if not len(probe) else "one probe so far")
+    if log.step < limits.started_share * run.num_updates or history.is_warming_up:
+        return State.NEVER_STARTED.not_measured(f"step {log.step} of {run.num_updates} is too early to tell")
+    gains = [learned.change(0, int(np.argmin(learned.means))) for learned in log.learned_probes]
+    evidence = (
+        f"best held-out gain over the base {probe.gain:z.4f} ({-gains[0].z:z.1f} SE) by step {probe.steps[-1]} "
+        f"of {run.num_updates}"
+    )
+    to_come = run.num_updates / probe.steps[-1]
+    small = all(-gain.mean * to_come < limits.doubtful_gain for gain in gains)
+    unclear = all(-gain.mean < limits.started_gain or -gain.z < 2 for gain in gains)
+    risen = any(learned.means[-1] > 1 + limits.doubtful_gain for learned in log.learned_probes)
+    holds = small and unclear and not risen
+    confidence = confidence_of(limits.started_gain / max(-gains[0].mean, 1e-9))
+    return State.NEVER_STARTED.found_where(holds, confidence, evidence, gain=probe.gain, gain_se=gains[0].se)
+
+
+def overfit(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
+    """The held-out loss has risen above its minimum for three probes while that of the training images fell on."""
+    held_out, train = log.held_out, log.train
+    if not len(held_out):
+        return State.OVERFIT.not_measured(NO_PROBES)
+    if len(train) != len(held_out):
+        return State.OVERFIT.not_measured("the training images were not probed")
+    values = held_out.means
+    best = int(np.argmin(values))
+    lost = float(values[-1] - values[best]) / max(held_out.gain, limits.started_gain)
+    gap = float(values[-1] - train.means[-1]) - float(values[best] - train.means[best])
+    loss = f"{lost:.0%} of the gain lost" if lost < 1 else "all that was gained is lost"
+    evidence = (
+        f"held-out loss best at step {held_out.steps[best]} ({values[best]:.4f} of the base's), now "
+        f"{values[-1]:.4f}: {loss}; gap to the training images {gap:+z.4f} since"
+    )
+    numbers = {"best_step": held_out.steps[best], "lost_share": min(lost, 1e6), "gap": gap}
+    newest = range(len(held_out) - REPEATS, len(held_out))
+    risen = best < newest[0] and all(_has_risen(held_out, best, index, limits) for index in newest)
+    still_learning = all(mean < train.means[best] for mean in train.means[-REPEATS:])
+    holds = risen and lost > limits.overfit_lost and still_learning and gap > 0
+    return State.OVERFIT.found_where(holds, confidence_of(lost / limits.overfit_lost), evidence, **numbers)
+
+
+def _has_risen(probe: ProbeLog, best: int, index: int, limits: Thresholds) -> bool:
+    """By some SE, or every image's loss: two images that rise by unequal amounts have a large SE."""
+    return probe.change(best, index).z > limits.overfit_se or bool((probe.rows[index] > probe.rows[best]).all())
+
+
+def forgetting(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
+    """The loss on prior images, which the LoRA should leave alone, has risen at two probes in a row."""
+    prior = log.prior
+    if not len(prior):
+        return State.FORGETTING.not_measured("no prior images (validation.prior_dir)")
+    if len(prior) < 3:
+        return State.FORGETTING.not_measured(f"{len(prior) - 1} probes after the start, 2 needed")
+    rises = [prior.change(0, index) for index in (-2, -1)]
+    every_image = all(prior.all_above(index, limits.forgetting_rise) for index in (-2, -1))
+    evidence = (
+        f"loss on prior images {prior.means[-1]:.4f} of the base's ({rises[-1].z:+z.1f} SE) at step {prior.steps[-1]}"
+    )
+    clear = every_image or all(rise.z > limits.forgetting_se for rise in rises)
+    holds = clear and all(rise.mean > limits.forgetting_rise for rise in rises)
+    confidence = confidence_of(*(rise.mean / limits.forgetting_rise for rise in rises))
+    numbers = {"rise": rises[-1].mean, "rise_se": rises[-1].se}
+    return State.FORGETTING.found_where(holds, confidence, evidence, **numbers)
+
+
+def restart_shock(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
+    """After a restart of the LR the held-out loss rose, and it was not made good by the cycle's end."""
+    probe, history = log.held_out, log.lr_history()
+    if not len(probe):
+        return State.RESTART_SHOCK.not_measured(NO_PROBES)
+    if not history.restarts:
+        return State.RESTART_SHOCK.not_found("the LR never restarted")
+    ends = [*history.restarts[1:], run.num_updates]
+    spans = [_around(probe, start, end, run) for start, end in zip(history.restarts, ends, strict=True)]
+    judged = [span for span in spans if span is not None]
+    if not judged:
+        missing = "no probe shortly after a restart and one at its cycle's end; set a smaller validation.every_steps"
+        return State.RESTART_SHOCK.not_measured(missing)
+    shocks = []
+    for before, soon, end in judged:
+        after = max(soon, key=lambda index: probe.means[index])
+        rise, left = probe.change(before, after), probe.change(before, end)
+        share = rise.mean / max(1 - float(probe.means[before]), limits.started_gain)
+        clear = rise.z > limits.shock_se or _rose_as_well(log.train, before, after, limits)
+        stayed = left.mean > 0 and (left.z > 1 or _rose_as_well(log.train, before, end, limits))
+        if clear and stayed and share > limits.shock_share:
+            shocks.append((before, after, end, rise, share))
+    if not shocks:
+        return State.RESTART_SHOCK.not_found(f"{len(judged)} restarts, each made good by its cycle's end")
+    before, after, end, rise, share = max(shocks, key=lambda shock: shock[4])
+    evidence = (
+        f"held-out loss rose from {probe.means[before]:.4f} of the base's at step {probe.steps[before]} to "
+        f"{probe.means[after]:.4f} at {probe.steps[after]} after the restart, and is {probe.means[end]:.4f} "
+        f"at the cycle's end, step {probe.steps[end]}"
+    )
+    confidence = confidence_of(rise.z / limits.shock_se, share / limits.shock_share)
+    numbers = {"restart": probe.steps[before], "rise_share": share, "rise_z": min(rise.z, 1e6)}
+    return State.RESTART_SHOCK.found(confidence, evidence, **numbers)
+
+
+def _rose_as_well(train: ProbeLog, before: int, after: int, limits: Thresholds) -> bool:
+    """Whether the training images' loss rose by as large a share: what a restart does, and overfitting does not."""
+    if len(train) <= after:
+        return False
+    gain = max(1 - float(train.means[before]), limits.started_gain)
+    return train.change(before, after).mean > limits.shock_share * gain
+
+
+def _around(probe: ProbeLog, start: int, end: int, run: RunFacts) -> tuple[int, list[int], int] | None:
+    """The probe before a restart, the first two after it, and its cycle's last; None where one is missing."""
+    before = [index for index, step in enumerate(probe.steps) if step <= start]
+    after = [index for index, step in enumerate(probe.steps) if start < step <= end]
+    if not before or not after or probe.steps[-1] < end:
+        return None
+    period = max(b - a for a, b in pairwise(probe.steps))
+    soon = probe.steps[after[0]] - start <= max(SHOCK_WINDOW * run.num_updates, period)
+    return (before[-1], after[:SHOCK_PROBES], after[-1]) if soon else None

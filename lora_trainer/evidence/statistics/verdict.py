@@ -1,0 +1,244 @@
+"""All arms compared with all, under rules that make "no difference shown" a common answer; what may be said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import combinations
+from typing import Literal
+
+from lora_trainer.evidence.statistics.arms import Arm, Question, ranked
+from lora_trainer.evidence.statistics.paired import (
+    ROUNDING,
+    PairedTest,
+    holm_factors,
+    paired_test,
+    same_sign_share,
+)
+
+Purpose = Literal["selection", "confirmation"]
+_SAME_BUDGET = 0.01  # linear and cosine differ by less, from rounding of the number of updates
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What "better" takes. All of them must hold."""
+
+    level: float = 0.05
+    """Of the confidence intervals and of the familywise error."""
+    min_effect: float = 0.01
+    """Smallest difference that matters, as a share of the larger of the two gains over the base."""
+    min_same_sign: float = 0.8
+    """Share of the seeds that must point the same way."""
+    min_seeds: int = 3
+
+
+class Outcome(StrEnum):
+    """What a pair of arms has shown."""
+
+    BETTER = "better"
+    NO_DIFFERENCE = "no difference shown"
+    NOT_TESTED = "not tested"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two arms on their common seeds; `better` is the one with the smaller mean loss there, shown or not.
+
+    Of equals it is the one that ranks first.
+    """
+
+    better: Arm
+    worse: Arm
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    """Loss of `worse` minus loss of `better`, seed by seed; 0 where it is rounding."""
+    outcome: Outcome
+    why: str
+    """What stood against a difference; empty where one is shown."""
+    test: PairedTest | None = None
+    interval: tuple[float, float] | None = None
+    """Of this pair alone."""
+    adjusted_interval: tuple[float, float] | None = None
+    """Widened by Holm's factor: excludes 0 exactly where `adjusted_p` is under the level."""
+    adjusted_p: float | None = None
+    same_sign: float | None = None
+
+    @property
+    def is_tested(self) -> bool:
+        return self.outcome != Outcome.NOT_TESTED
+
+
+def compare(arms: Sequence[Arm], rules: Rules | None = None) -> tuple[Pair, ...]:
+    """Every pair of arms, in the order of the arms' ranks.
+
+    "Better" needs three seeds in common, an interval adjusted after Holm over all K(K-1)/2 pairs that excludes 0, a
+    difference above the smallest that matters, and the same sign in 80 % of the seeds. `docs/verdicts.md` has the
+    measured error rates.
+    """
+    rules = rules or Rules()
+    pairs = [_untested(one, other, rules) for one, other in combinations(ranked(arms), 2)]
+    testable = [index for index, pair in enumerate(pairs) if not pair.why]
+    tests = [paired_test(pairs[index].differences) for index in testable]
+    factors = holm_factors([test.p for test in tests], num_tests=len(pairs))
+    for index, test, factor in zip(testable, tests, factors, strict=True):
+        pairs[index] = _tested(pairs[index], test, float(factor), rules)
+    return tuple(pairs)
+
+
+def _untested(one: Arm, other: Arm, rules: Rules) -> Pair:
+    """Two arms on their common seeds, not judged yet; with the reason where they cannot be."""
+    seeds = tuple(sorted(set(one.losses) & set(other.losses)))
+    rises = [other.losses[seed] - one.losses[seed] for seed in seeds]
+    differences = tuple(rise if abs(rise) > ROUNDING else 0.0 for rise in rises)
+    if sum(differences) < -ROUNDING:
+        one, other, differences = other, one, tuple(0.0 - value for value in differences)
+    why = [f"{arm.name} {arm.failure}" for arm in (one, other) if arm.failed]
+    if len(seeds) < rules.min_seeds:
+        why.append(f"{_in_common(len(seeds))}, {rules.min_seeds} are needed")
+    return Pair(one, other, seeds, differences, Outcome.NOT_TESTED, why[0] if why else "")
+
+
+def _in_common(num_seeds: int) -> str:
+    return f"{num_seeds} seed{'s' if num_seeds != 1 else ''} in common"
+
+
+def smallest_effect(pair: Pair, rules: Rules) -> float:
+    """The smallest difference that matters between two arms, in units of the loss relative to the base."""
+    gains = [1 - sum(arm.losses[seed] for seed in pair.seeds) / len(pair.seeds) for arm in (pair.better, pair.worse)]
+    return rules.min_effect * max(map(abs, gains))
+
+
+def _tested(pair: Pair, test: PairedTest, factor: float, rules: Rules) -> Pair:
+    adjusted_p, share = min(1.0, factor * test.p), same_sign_share(pair.differences)
+    against = []
+    if adjusted_p >= rules.level:
+        against.append(f"adjusted p {adjusted_p:.2g} is not under {rules.level:g}")
+    if test.mean <= smallest_effect(pair, rules):
+        against.append(f"the difference is within {rules.min_effect:.0%} of the gain over the base")
+    if share < rules.min_same_sign:
+        against.append(f"only {share:.0%} of the seeds point this way")
+    return replace(
+        pair,
+        outcome=Outcome.NO_DIFFERENCE if against else Outcome.BETTER,
+        why="; ".join(against),
+        test=test,
+        interval=test.interval(rules.level),
+        adjusted_interval=test.interval(rules.level / factor),
+        adjusted_p=adjusted_p,
+        same_sign=share,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The answer to one question."""
+
+    question: Question
+    purpose: Purpose
+    rules: Rules
+    arms: tuple[Arm, ...]
+    """Best mean first, failed ones last."""
+    pairs: tuple[Pair, ...]
+    unbeaten: tuple[Arm, ...]
+    """Tested arms that no arm is shown to be better than, in the order given."""
+    choice: Arm | None
+    """What to use on this evidence: the winner, or of a tie the smallest LR; None where nothing was tested."""
+    sentence: str
+
+
+def judge(question: Question, rules: Rules | None = None, purpose: Purpose = "selection") -> Verdict:
+    """Compare the arms of a question and say what that allows.
+
+    Args:
+        purpose: "confirmation" where the arms were chosen on other seeds than these.
+    """
+    rules = rules or Rules()
+    pairs = compare(question.arms, rules)
+    tested = {arm.name for pair in pairs if pair.is_tested for arm in (pair.better, pair.worse)}
+    beaten = {pair.worse.name for pair in pairs if pair.outcome == Outcome.BETTER}
+    unbeaten = tuple(arm for arm in question.arms if arm.name in tested and arm.name not in beaten)
+    choice = smaller_lr(unbeaten)[0] if unbeaten else None
+    sentence = _sentence(question, rules, purpose, pairs, unbeaten)
+    return Verdict(question, purpose, rules, tuple(ranked(question.arms)), pairs, unbeaten, choice, sentence)
+
+
+def _sentence(
+    question: Question, rules: Rules, purpose: Purpose, pairs: Sequence[Pair], unbeaten: Sequence[Arm]
+) -> str:
+    """Arms that are named together stand in the order given, so that no noise decides how the sentence reads."""
+    given = question.arms
+    if len(given) == 1:
+        return f"Nothing was compared: {given[0].name} is the only setting."
+    if not unbeaten:
+        return f"Not tested: {_why_untested(given, pairs, rules)}."
+    tested = [arm for pair in pairs if pair.is_tested for arm in (pair.better, pair.worse)]
+    untested = [arm for arm in given if arm not in tested]
+    parts = []
+    if len(unbeaten) > 1:
+        parts.append(f"no difference shown {'between' if len(unbeaten) == 2 else 'among'} {_listed(unbeaten)}")
+    parts += _shown(given, pairs)
+    if untested:
+        parts.append(f"not tested: {_listed(untested)} ({_why_untested(given, pairs, rules)})")
+    if len(unbeaten) > 1:
+        parts.append(smaller_lr(unbeaten)[1])
+    if all(arm.mean_loss >= 1 - ROUNDING for arm in unbeaten):
+        parts.append("on average none of these is better than the base")
+    if purpose == "selection" and any(pair.outcome == Outcome.BETTER for pair in pairs):
+        parts.append("the same seeds chose and judged, so the size of a difference is to be confirmed on fresh ones")
+    return f"{_evidence(question, pairs, purpose)}: {'; '.join(parts)}."
+
+
+def _shown(given: Sequence[Arm], pairs: Sequence[Pair]) -> list[str]:
+    """The differences shown: "A and B are each better than C", each loser named once, by the best that beat it."""
+    winners: dict[frozenset[str], set[str]] = {}
+    for arm in ranked(given):
+        losers = frozenset(p.worse.name for p in pairs if p.outcome == Outcome.BETTER and p.better.name == arm.name)
+        winners.setdefault(losers, set()).add(arm.name)
+    named: set[str] = set()
+    clauses = []
+    for losers, names in winners.items():
+        arms, rest = ([arm for arm in given if arm.name in group] for group in (names, losers - named))
+        named.update(losers)
+        if rest:
+            clauses.append(f"{_listed(arms)} {'is' if len(arms) == 1 else 'are each'} better than {_listed(rest)}")
+    return clauses
+
+
+def smaller_lr(tied: Sequence[Arm]) -> tuple[Arm, str]:
+    """Which of several tied arms to take, and why: the smaller peak LR, then the smaller LR over the run."""
+    lowest = min(arm.peak_lr for arm in tied)
+    low = [arm for arm in tied if arm.peak_lr == lowest]
+    least = min(arm.lr_sum for arm in low)
+    little = [arm for arm in low if arm.lr_sum <= least * (1 + _SAME_BUDGET)]
+    if len(low) < len(tied):
+        why = f"the tie goes to the smaller LR, {_listed(low, 'or')} ({lowest:.3g})"
+    elif len(little) < len(low):
+        budget = f"{little[0].lr_budget:.2f}"
+        why = f"the tie goes to the smaller LR over the run, {_listed(little, 'or')} (budget {budget})"
+    else:
+        why = "their LRs are equal too, so take either"
+    return little[0], why
+
+
+def _evidence(question: Question, pairs: Sequence[Pair], purpose: Purpose) -> str:
+    counts = sorted({len(pair.seeds) for pair in pairs if pair.is_tested})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    fresh = " fresh" if purpose == "confirmation" else ""
+    corrected = f"{len(pairs)} pairs corrected after Holm" if len(pairs) > 1 else "one pair"
+    return f"On {seeds}{fresh} paired seeds (held-out loss, {question.label}, {corrected})"
+
+
+def _why_untested(given: Sequence[Arm], pairs: Sequence[Pair], rules: Rules) -> str:
+    reasons = [f"{arm.name} {arm.failure}" for arm in given if arm.failed]
+    sound = [pair for pair in pairs if not pair.is_tested and not pair.better.failed and not pair.worse.failed]
+    if sound:
+        most = max(len(pair.seeds) for pair in sound)
+        reasons.append(f"{_in_common(most)}, and a verdict takes {rules.min_seeds} at least")
+    return ", ".join(reasons)
+
+
+def _listed(arms: Sequence[Arm], last: str = "and") -> str:
+    names = [arm.name for arm in arms]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
