@@ -1,18 +1,25 @@
-"""Plots as SVG that belongs to the page: it takes the page's colours, light or dark, and its text can be read aloud."""
+"""Plots as SVG that belongs to the page: it takes the page's colours, light or dark, and its text can be read aloud.
+
+And what tables and pictures share.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+from lora_trainer.storage import atomic_files
 
 WIDTH_IN, HEIGHT_IN = 4.6, 2.9
 NUM_COLOURS = 8
@@ -43,6 +50,7 @@ _RC: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +107,17 @@ def _of_the_page(svg: str, name: str, summary: str) -> Markup:
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return Markup(svg)  # noqa: S704 - drawn by matplotlib, which escapes its texts
+
+
+def save_png(figure: Figure, picture: Path) -> None:
+    """Write a figure that is a file of its own."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    atomic_files.write_file(picture, buffer.getvalue())
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` of the items, evenly spread, the first and the last always among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]

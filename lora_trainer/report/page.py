@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,23 +12,32 @@ from markupsafe import Markup
 from lora_trainer import __version__
 from lora_trainer.evidence.statistics.arms import confirming, questions
 from lora_trainer.evidence.statistics.paired import ROUNDING
-from lora_trainer.evidence.statistics.verdict import Rules, judge
-from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, hindrances, pairing_notes, varied
-from lora_trainer.report.diagnosis_table import NOT_MEASURED, diagnosis_table
+from lora_trainer.evidence.statistics.verdict import Rules, Verdict, judge
+from lora_trainer.report import tables
+from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, incompatibilities, named_runs, pairing_notes
 from lora_trainer.report.figure import Plot, Table
-from lora_trainer.report.item_table import item_table
-from lora_trainer.report.line_plot import swatch
-from lora_trainer.report.run_plots import band_plot, curve_plots
+from lora_trainer.report.plots import band_plot, curve_plots, difference_plot, swatch
 from lora_trainer.report.run_record import RunRecord, not_begun, read_runs
-from lora_trainer.report.sample_table import SampleTable, sample_table
-from lora_trainer.report.verdict_view import VerdictView, verdict_view
+from lora_trainer.report.samples import SampleTable, sample_table
+from lora_trainer.report.tables import NOT_MEASURED, without_paths
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.metrics import damage_note, probe_fault
+from lora_trainer.tracking.metrics import damage_note
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATOR = "lora_trainer report"
 """Said in the page's head, so that a page of ours can be told from another file."""
-_PATH = re.compile(r"(?<![\w:/.…])~?(?:/[^\s/'\"`:,;()]+)+/(?=[^\s/])")
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictView:
+    """One question and its answer."""
+
+    label: str
+    sentence: str
+    notes: tuple[str, ...]
+    arms: Table
+    pairs: Table | None
+    plot: Plot | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +90,9 @@ def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules, no
     """Lay out the page of some runs, with further notes at its head."""
     check_fresh(records)
     sources = list(dict.fromkeys(record.source for record in records if record.purpose == "selection"))
-    groups, against = arms(records), hindrances(records)
-    verdicts = verdict_views(groups, rules) if len(groups) > 1 and not against else []
+    groups, against = arms(records), incompatibilities(records)
+    is_compared = len(groups) > 1 and not against
+    verdicts = verdict_views(groups, rules) if is_compared else []
     started = [group for group in groups if group.runs[0].updates]
     return Page(
         title=title or (f"{len(records)} runs compared" if len(sources) > 1 else sources[0]),
@@ -93,16 +100,16 @@ def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules, no
         notes=(*pairing_notes(groups), *waiting_notes(records), *damage_notes(groups), *notes),
         legend=tuple((swatch(group.place), group.name) for group in groups) if len(groups) > 1 else (),
         verdicts=tuple(verdicts),
-        runs=runs_table(groups),
-        items=item_table(groups) if len(groups) > 1 and not against else None,
+        runs=tables.runs_table(groups),
+        items=tables.item_table(groups) if is_compared else None,
         curves=tuple(curve_plots(started)) if started else (),
         bands=band_plot(groups),
         samples=sample_table(groups),
-        diagnosis=diagnosis_table(groups),
-        differences=differences_table(records, groups),
-        settings=tuple(settings_table(group.runs[0], group.name) for group in groups),
-        cost=cost_table(groups),
-        environment=environment_table(records),
+        diagnosis=tables.diagnosis_table(groups),
+        differences=tables.differences_table(records, groups),
+        settings=tuple(tables.settings_table(group.runs[0], group.name) for group in groups),
+        cost=tables.cost_table(groups),
+        environment=tables.environment_table(records),
         commands=commands(records),
     )
 
@@ -128,21 +135,33 @@ def verdict_views(groups: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
     selected = [arm for group in groups if (arm := group.as_arm("selection")) is not None]
     verdicts = [judge(confirming(confirmed), rules, "confirmation")] if len(confirmed) > 1 else []
     verdicts += [judge(question, rules) for question in questions(selected)] if len(selected) > 1 else []
-    return [verdict_view(verdict, number) for number, verdict in enumerate(verdicts, start=1)]
+    return [_view(verdict, number) for number, verdict in enumerate(verdicts, start=1)]
+
+
+def _view(verdict: Verdict, number: int) -> VerdictView:
+    fresh = "Confirmation on fresh seeds: " if verdict.purpose == "confirmation" else ""
+    return VerdictView(
+        label=fresh + verdict.question.label,
+        sentence=verdict.sentence,
+        notes=verdict.question.notes,
+        arms=tables.arms_table(verdict),
+        pairs=tables.pairs_table(verdict) if verdict.pairs else None,
+        plot=difference_plot(verdict, number),
+    )
 
 
 def waiting_notes(records: Sequence[RunRecord]) -> list[str]:
     """Runs that have no loss at their end: those that go on, and those that a sweep stopped."""
     goes_on = [run.name for run in records if not run.is_finished and run.failure is None]
     stopped = [run.name for run in records if run.ending is not None and run.ending["event"] == "stopped"]
-    told = {"unfinished, not in any verdict": goes_on, "stopped early, which counts as failed": stopped}
-    return [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
+    notes = {"unfinished, not in any verdict": goes_on, "stopped early, which counts as failed": stopped}
+    return [f"{what}: {', '.join(names)}" for what, names in notes.items() if names]
 
 
 def damage_notes(groups: Sequence[ArmRuns]) -> list[str]:
     """Logs that have damaged lines."""
-    runs = [(group.name_of(run), run) for group in groups for run in group.runs]
-    return [damage_note(f"metrics.jsonl of {name}", run.num_damaged) for name, run in runs if run.num_damaged]
+    damaged = [(name, run.num_damaged) for name, run in named_runs(groups) if run.num_damaged]
+    return [damage_note(f"metrics.jsonl of {name}", number) for name, number in damaged]
 
 
 def headline(
@@ -169,74 +188,6 @@ def headline(
     )
 
 
-def runs_table(groups: Sequence[ArmRuns]) -> Table:
-    """A row per run: where it stands, and its probes."""
-    header = (
-        "run",
-        "seed",
-        "status",
-        "held-out loss",
-        "± over images",
-        "smallest",
-        "at step",
-        "gap to training images",
-    )
-    rows = tuple(_run_row(group, run) for group in groups for run in group.runs)
-    return Table("Runs; losses relative to the base's, at the end of the run", header, rows)
-
-
-def _run_row(group: ArmRuns, run: RunRecord) -> tuple[str, ...]:
-    start = (group.name_of(run), str(run.seed), without_paths(run.status))
-    last, best = run.final, run.best
-    if last is None or best is None or run.failure is not None:
-        return (*start, *[NOT_MEASURED] * 5)
-    trained = run.probe("train")
-    known = trained and probe_fault(trained[-1]) is None
-    gap = f"{last['relative'] - trained[-1]['relative']:+z.4f}" if known else NOT_MEASURED
-    return (*start, f"{last['relative']:.4f}", f"{last['se']:.4f}", f"{best['relative']:.4f}", str(best["step"]), gap)
-
-
-def differences_table(records: Sequence[RunRecord], groups: Sequence[ArmRuns]) -> Table | None:
-    """The settings that differ between trials; None where there is one trial."""
-    keys = varied(records)
-    if len(groups) < 2 or not keys:
-        return None
-    rows = tuple(
-        (key, *(_shown(group.runs[0].identity[key]) if key in group.runs[0].identity else "–" for group in groups))
-        for key in keys
-    )
-    return Table("Settings that differ", ("setting", *(group.name for group in groups)), rows)
-
-
-def settings_table(run: RunRecord, name: str) -> Table:
-    """Every setting and content that decides what is learned."""
-    rows = tuple((key, _shown(value)) for key, value in sorted(run.identity.items()))
-    return Table(f"Settings of {name}", ("setting", "value"), rows)
-
-
-def cost_table(groups: Sequence[ArmRuns]) -> Table:
-    """Time in updates and memory of every run."""
-    rows = []
-    for group in groups:
-        for run in group.runs:
-            memory = NOT_MEASURED if run.peak_memory_gib is None else f"{run.peak_memory_gib:.2f} GiB"
-            images = len(run.updates) * run.plan["global_batch"]
-            speed = f"{images / run.training_s:.2f}" if run.training_s else NOT_MEASURED
-            rows.append((group.name_of(run), str(run.step), f"{run.training_s:.0f} s", speed, memory))
-    header = ("run", "updates", "time in updates", "images/s", "peak memory")
-    return Table("Time and memory; probes, samples and saves are not in the time", header, tuple(rows))
-
-
-def environment_table(records: Sequence[RunRecord]) -> Table:
-    """Versions and hardware, of the first run; where another's differ, that is said."""
-    first = records[0].environment
-    plain = {key: value for key, value in first.items() if not isinstance(value, dict)} | first.get("packages", {})
-    rows = [(key, _shown(value)) for key, value in plain.items()]
-    if any(record.environment != first for record in records):
-        rows.append(("other runs", "not all in this environment"))
-    return Table("Environment", ("what", "value"), tuple(rows or [("environment", NOT_MEASURED)]))
-
-
 def commands(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """What to type to have the runs and this page again; run directories by their names."""
     sources = {record.source: record for record in records}
@@ -247,14 +198,3 @@ def commands(records: Sequence[RunRecord]) -> tuple[str, ...]:
     chosen = [name for name, record in sources.items() if record.purpose == "selection"]
     fresh = [f"--confirm {name}" for name, record in sources.items() if record.purpose == "confirmation"]
     return (*trained, f"lora-trainer report {' '.join([*chosen, *fresh])}")
-
-
-def without_paths(text: str) -> str:
-    """The text with the folders of absolute paths left out: they tell of a machine and its user."""
-    return _PATH.sub("…/", text)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return without_paths(value if isinstance(value, str) else json.dumps(value))

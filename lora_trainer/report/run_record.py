@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.config.places import CONFIG_FILE, ENVIRONMENT_FILE, EXIT_FILE, METRICS_FILE, PLAN_FILE, SAMPLES
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.evidence.statistics.verdict import Purpose
+from lora_trainer.evidence.statistics.arms import Purpose
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_lines
 
 SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
@@ -34,7 +35,7 @@ class RunRecord:
     """Lines of the log that hold no row; they are left out."""
     prompts: tuple[str, ...]
     samples: dict[tuple[int, int], Path]
-    """Picture of (step, number of the prompt from 1)."""
+    """As `sample_files` reads them."""
     arm: str | None = None
     """The trial's name in a sweep, without its seed."""
     setting: str | None = None
@@ -53,6 +54,10 @@ class RunRecord:
     @property
     def seed(self) -> int:
         return int(self.identity["seed"])
+
+    @property
+    def peak_lr(self) -> float:
+        return float(self.identity["optimizer.lr"])
 
     @property
     def num_updates(self) -> int:
@@ -127,11 +132,11 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         ConfigError: it is none, or what is in it cannot be read.
     """
-    plan_file, metrics = folder / "plan.json", folder / "metrics.jsonl"
+    plan_file, metrics = folder / PLAN_FILE, folder / METRICS_FILE
     if not plan_file.is_file() or not metrics.is_file():
         raise ConfigError(
             Problem(
-                "this is no run directory: it lacks plan.json or metrics.jsonl",
+                f"this is no run directory: it lacks {PLAN_FILE} or {METRICS_FILE}",
                 str(folder),
                 fix="name folders that `lora-trainer train` or `lora-trainer sweep` wrote",
             )
@@ -144,13 +149,13 @@ def read_run(folder: Path) -> RunRecord:
             name=folder.resolve().name,
             folder=folder,
             plan=plan,
-            environment=_read_json(folder / "environment.json"),
-            exit=_read_json(folder / "exit.json"),
+            environment=_read_json(folder / ENVIRONMENT_FILE),
+            exit=_read_json(folder / EXIT_FILE),
             updates=tuple(row for row in rows if "event" not in row),
             events=tuple(row for row in rows if "event" in row),
             num_damaged=len(lines) - len(rows),
-            prompts=_prompts(folder / "config.yaml"),
-            samples=_samples(folder / "samples"),
+            prompts=_prompts(folder / CONFIG_FILE),
+            samples=sample_files(folder / SAMPLES),
         )
     except (ValueError, OSError) as error:
         raise ConfigError(Problem("this run directory cannot be read", str(folder), str(error))) from error
@@ -164,7 +169,7 @@ def read_sweep(folder: Path) -> list[RunRecord]:
     """
     try:
         trials = json.loads((folder / SWEEP_FILE).read_text())["trials"]
-        begun = [trial for trial in trials if (folder / trial["folder"] / "metrics.jsonl").is_file()]
+        begun = [trial for trial in trials if (folder / trial["folder"] / METRICS_FILE).is_file()]
         left_out: dict[str, set[float]] = {}
         for trial in _not_begun(trials):
             left_out.setdefault(trial["setting"], set()).add(trial["peak_lr"])
@@ -230,7 +235,7 @@ def _prompts(config: Path) -> tuple[str, ...]:
     return tuple(prompt["prompt"] for prompt in settings["sample"]["prompts"])
 
 
-def _samples(folder: Path) -> dict[tuple[int, int], Path]:
+def sample_files(folder: Path) -> dict[tuple[int, int], Path]:
+    """The pictures of a run by (step, number of the prompt from 1)."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = ((SAMPLE_FILE.fullmatch(file.name), file) for file in files)
-    return {(int(match[1]), int(match[2])): file for match, file in found if match}
+    return {(int(m[1]), int(m[2])): file for file in files if (m := SAMPLE_FILE.fullmatch(file.name))}

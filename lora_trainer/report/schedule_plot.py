@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lora_trainer.report.figure import save_png
 from lora_trainer.schedules.schedule import Mark
-from lora_trainer.storage import atomic_files
 
 MOST_IN_ONE_PANEL = 8
 MOST_NUMBERED_MARKS = 5  # more milestones than this share one entry of the legend
@@ -52,9 +49,7 @@ def draw_schedules(
             _draw_panel(axes, [curve], curve.label, named=False)
         for axes in panels[len(curves) :]:
             axes.set_visible(False)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    atomic_files.write_file(picture, buffer.getvalue())
+    save_png(figure, picture)
 
 
 def _space_out(figure: Figure, rows: int, columns: int) -> None:
@@ -107,13 +102,8 @@ def terminal_plot(curves: Sequence[Curve], *, title: str, width: int, height: in
 
 
 def _epochs_above(axes: Axes, updates_per_epoch: int) -> None:
-    def to_epochs(updates: Any) -> Any:
-        return updates / updates_per_epoch
-
-    def to_updates(epochs: Any) -> Any:
-        return epochs * updates_per_epoch
-
-    axes.secondary_xaxis("top", functions=(to_epochs, to_updates)).set_xlabel("Epochs")
+    to_and_fro = (lambda update: update / updates_per_epoch, lambda epoch: epoch * updates_per_epoch)
+    axes.secondary_xaxis("top", functions=to_and_fro).set_xlabel("Epochs")
 
 
 def _draw_marks(axes: Axes, marks: Sequence[Mark], colour: str) -> None:

@@ -23,7 +23,7 @@ from lora_trainer.evidence.diagnosis.diagnose import LiveDiagnosis
 from lora_trainer.evidence.diagnosis.log import RunFacts
 from lora_trainer.lora_files.files import Layout, base_facts, write_lora
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.report.sample_grid import draw_grid
+from lora_trainer.report.samples import draw_grid
 from lora_trainer.runtime.runtime import Runtime, environment_report
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.metrics import MetricsLog, StepRow, damage_note

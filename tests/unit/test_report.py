@@ -15,10 +15,11 @@ from run_directories import STEPS, write_run, write_sweep
 from lora_trainer.cli.report import report
 from lora_trainer.errors import ConfigError
 from lora_trainer.evidence.statistics.verdict import Rules
-from lora_trainer.report.comparison import arms, hindrances, pairing_notes
-from lora_trainer.report.line_plot import Line, line_plot
-from lora_trainer.report.page import build_page, render, without_paths, write_report
+from lora_trainer.report.comparison import arms, incompatibilities, pairing_notes
+from lora_trainer.report.page import build_page, render, write_report
+from lora_trainer.report.plots import Line, line_plot
 from lora_trainer.report.run_record import read_run, read_runs
+from lora_trainer.report.tables import without_paths
 
 SPREAD = (0.0, 0.001, -0.0005)
 HOSTILE = """a <script>alert(1)</script> & "quoted" 'cat' {{ 7 * 7 }}"""
@@ -199,7 +200,7 @@ def test_runs_that_measured_different_things_are_not_compared(tmp_path: Path) ->
     one = write_run(tmp_path / "one", schedule="rex")
     two = write_run(tmp_path / "two", validation_content="other", **{"validation content": "other"})
     blind = write_run(tmp_path / "blind", schedule="linear", probes=())
-    assert hindrances(read_runs([one, two])) == [
+    assert incompatibilities(read_runs([one, two])) == [
         "they differ in validation content, so their held-out losses do not measure the same thing"
     ]
     page = build_page(read_runs([one, blind]), None, Rules())

@@ -14,7 +14,7 @@ from benchmarks.evaluation import verdict_rates
 from lora_trainer.evidence.statistics.arms import Arm, Question, leaders, questions, tuned
 from lora_trainer.evidence.statistics.paired import holm_factors, paired_test, same_sign_share
 from lora_trainer.evidence.statistics.verdict import Outcome, Rules, compare, judge, smallest_effect
-from lora_trainer.report.verdict_view import arms_table, pairs_table
+from lora_trainer.report.tables import arms_table, pairs_table
 
 SEEDS = range(5)
 SEED_PART = np.array([0.004, -0.002, 0.001, -0.003, 0.002])

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
 from lora_trainer.evidence.statistics.paired import levels
 
+Purpose = Literal["selection", "confirmation"]
+"""What runs are for: to choose among arms, or to judge on fresh seeds those that were chosen."""
 MIN_TUNED_LRS = 3
 MIN_TUNED_SPAN = 9.0  # the largest LR over the smallest: x1/3, 1, x3
 _ROUNDING = 1 - 1e-6

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import combinations
-from typing import Literal
 
-from lora_trainer.evidence.statistics.arms import Arm, Question, ranked
+from lora_trainer.evidence.statistics.arms import Arm, Purpose, Question, ranked
 from lora_trainer.evidence.statistics.paired import (
     ROUNDING,
     PairedTest,
@@ -17,7 +16,6 @@ from lora_trainer.evidence.statistics.paired import (
     same_sign_share,
 )
 
-Purpose = Literal["selection", "confirmation"]
 _SAME_BUDGET = 0.01  # linear and cosine differ by less, from rounding of the number of updates
 
 

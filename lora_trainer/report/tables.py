@@ -1,0 +1,216 @@
+"""The tables of the page: runs, their diagnosis, settings and cost; arms, pairs of arms, and single runs compared."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_trainer.evidence.statistics.arms import Arm
+from lora_trainer.evidence.statistics.paired import paired, paired_test, smallest
+from lora_trainer.evidence.statistics.verdict import Outcome, Pair, Verdict
+from lora_trainer.report.comparison import ArmRuns, named_runs, varied
+from lora_trainer.report.figure import Table
+from lora_trainer.report.run_record import Row, RunRecord
+from lora_trainer.tracking.metrics import TRAIN, probe_fault
+
+NOT_MEASURED = "not measured"
+PERCENT = 100
+_PATH = re.compile(r"(?<![\w:/.…])~?(?:/[^\s/'\"`:,;()]+)+/(?=[^\s/])")
+
+
+def without_paths(text: str) -> str:
+    """The text with the folders of absolute paths left out: they tell of a machine and its user."""
+    return _PATH.sub("…/", text)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return without_paths(value if isinstance(value, str) else json.dumps(value))
+
+
+def runs_table(groups: Sequence[ArmRuns]) -> Table:
+    """A row per run: where it stands, and its probes."""
+    probes = ("held-out loss", "± over images", "smallest", "at step", "gap to training images")
+    rows = tuple(
+        (name, str(run.seed), without_paths(run.status), *(_probe_cells(run) or (NOT_MEASURED,) * len(probes)))
+        for name, run in named_runs(groups)
+    )
+    caption = "Runs; losses relative to the base's, at the end of the run"
+    return Table(caption, ("run", "seed", "status", *probes), rows)
+
+
+def _probe_cells(run: RunRecord) -> tuple[str, ...] | None:
+    last, best = run.final, run.best
+    if last is None or best is None or run.failure is not None:
+        return None
+    trained = run.probe(TRAIN)
+    known = trained and probe_fault(trained[-1]) is None
+    gap = f"{last['relative'] - trained[-1]['relative']:+z.4f}" if known else NOT_MEASURED
+    return f"{last['relative']:.4f}", f"{last['se']:.4f}", f"{best['relative']:.4f}", str(best["step"]), gap
+
+
+def diagnosis_table(groups: Sequence[ArmRuns]) -> Table | None:
+    """A row per state that the last diagnosis in a run's log found; None where no run's log holds a diagnosis."""
+    runs = named_runs(groups)
+    if not any(_was_diagnosed(run) for _, run in runs):
+        return None
+    rows = tuple((name, *cells) for name, run in runs for cells in _diagnosis_cells(run))
+    return Table("Diagnosis at its last change", ("run", "state", "confidence", "evidence", "to try"), rows)
+
+
+def _was_diagnosed(run: RunRecord) -> bool:
+    return any(row["event"] in ("diagnosis", "early_report") for row in run.events)
+
+
+def _diagnosis_cells(run: RunRecord) -> Iterator[tuple[str, ...]]:
+    diagnoses = [row for row in run.events if row["event"] == "diagnosis"]
+    for finding in diagnoses[-1]["findings"] if diagnoses else ():
+        evidence = f"step {diagnoses[-1]['step']}: {finding['evidence']}"
+        advice = "; ".join(map(_advice, finding["advice"])) or "–"
+        yield finding["state"], finding["confidence"] or "–", evidence, advice
+    if not _was_diagnosed(run):
+        yield NOT_MEASURED, "–", "the log holds no diagnosis", "lora-trainer diagnose"
+    elif not diagnoses:
+        yield "no fault told", "–", "the diagnosis followed the run and had nothing to say", "–"
+
+
+def _advice(advice: Row) -> str:
+    """With its setting, where it is one."""
+    return advice["text"] + (f" ({advice['key']}: {advice['value']})" if "key" in advice else "")
+
+
+def differences_table(records: Sequence[RunRecord], groups: Sequence[ArmRuns]) -> Table | None:
+    """The settings that differ between trials; None where there is one trial."""
+    keys = varied(records)
+    if len(groups) < 2 or not keys:
+        return None
+    settings = [group.runs[0].identity for group in groups]
+    rows = tuple((key, *(_shown(own[key]) if key in own else "–" for own in settings)) for key in keys)
+    return Table("Settings that differ", ("setting", *(group.name for group in groups)), rows)
+
+
+def settings_table(run: RunRecord, name: str) -> Table:
+    """Every setting and content that decides what is learned."""
+    rows = tuple((key, _shown(value)) for key, value in sorted(run.identity.items()))
+    return Table(f"Settings of {name}", ("setting", "value"), rows)
+
+
+def cost_table(groups: Sequence[ArmRuns]) -> Table:
+    """Time in updates and memory of every run."""
+    rows = []
+    for name, run in named_runs(groups):
+        memory = NOT_MEASURED if run.peak_memory_gib is None else f"{run.peak_memory_gib:.2f} GiB"
+        images = len(run.updates) * run.plan["global_batch"]
+        speed = f"{images / run.training_s:.2f}" if run.training_s else NOT_MEASURED
+        rows.append((name, str(run.step), f"{run.training_s:.0f} s", speed, memory))
+    header = ("run", "updates", "time in updates", "images/s", "peak memory")
+    return Table("Time and memory; probes, samples and saves are not in the time", header, tuple(rows))
+
+
+def environment_table(records: Sequence[RunRecord]) -> Table:
+    """Versions and hardware, of the first run; where another's differ, that is said."""
+    first = records[0].environment
+    plain = {key: value for key, value in first.items() if not isinstance(value, dict)} | first.get("packages", {})
+    rows = [(key, _shown(value)) for key, value in plain.items()]
+    if any(record.environment != first for record in records):
+        rows.append(("other runs", "not all in this environment"))
+    return Table("Environment", ("what", "value"), tuple(rows or [("environment", NOT_MEASURED)]))
+
+
+def item_table(groups: Sequence[ArmRuns]) -> Table | None:
+    """Each run against the one with the smallest held-out loss of its seed, paired by image; None without a pair.
+
+    How well single runs are known against one another says nothing of seeds. They stand in the order given, and of
+    equal losses the first is the smallest.
+    """
+    finals: dict[int, list[tuple[str, Row]]] = {}
+    for group in groups:
+        for run in group.runs:
+            if run.is_finished and run.failure is None and run.final is not None:
+                finals.setdefault(run.seed, []).append((group.name, run.final))
+    rows = tuple(row for seed, named in sorted(finals.items()) for row in _item_rows(seed, named))
+    caption = (
+        "Differences over held-out images, in percent of the base's loss: the precision of these runs alone, no "
+        "evidence about their settings"
+    )
+    return Table(caption, ("pair", "seed", "images", "difference of loss", "± over images"), rows) if rows else None
+
+
+def _item_rows(seed: int, named: Sequence[tuple[str, Row]]) -> Iterator[tuple[str, ...]]:
+    best, least = named[place := smallest([final["relative"] for _, final in named])]
+    for name, final in (*named[:place], *named[place + 1 :]):
+        differences = [PERCENT * (a - b) for a, b in zip(least["items"], final["items"], strict=True)]
+        mean, se = paired(differences)
+        yield f"{best} − {name}", str(seed), str(len(differences)), f"{mean:z.3f} %", f"{se:.3f}"
+
+
+def arms_table(verdict: Verdict) -> Table:
+    """The arms by rank: LR, budget, loss, gain over the base with its interval over seeds."""
+    rows = tuple(
+        (
+            arm.name,
+            f"{arm.peak_lr:.3g}",
+            f"{arm.lr_budget:.2f}",
+            str(len(arm.losses)),
+            "–" if not arm.losses else f"{np.mean(list(arm.losses.values())):.4f}",
+            _gain(arm, verdict.rules.level),
+            _place(arm, verdict),
+        )
+        for arm in verdict.arms
+    )
+    header = ("trial", "peak LR", "LR budget", "seeds", "held-out loss", "gain over base", "place")
+    return Table(f"Trials by held-out loss at the end, relative to the base ({verdict.question.label})", header, rows)
+
+
+def _gain(arm: Arm, level: float) -> str:
+    """Mean gain in percent of the base's loss, and its t interval over seeds."""
+    gains = [PERCENT * (1 - loss) for loss in arm.losses.values()]
+    if not gains:
+        return "–"
+    if len(gains) == 1:
+        return f"{gains[0]:z.2f} %"
+    low, high = paired_test(gains).interval(level)
+    return f"{np.mean(gains):z.2f} % ({low:z.2f} to {high:z.2f})"
+
+
+def _place(arm: Arm, verdict: Verdict) -> str:
+    if arm.failed:
+        return arm.failure
+    if arm in verdict.unbeaten:
+        return "unbeaten" if len(verdict.unbeaten) == 1 else "tied"
+    num_winners = sum(pair.worse is arm and pair.outcome == Outcome.BETTER for pair in verdict.pairs)
+    return f"beaten by {num_winners}" if num_winners else Outcome.NOT_TESTED
+
+
+def pair_name(pair: Pair) -> str:
+    return f"{pair.better.name} − {pair.worse.name}"
+
+
+def pairs_table(verdict: Verdict) -> Table:
+    """Every pair: the difference in percent of the base's loss, intervals, adjusted p, sign share, what it shows."""
+    rows = tuple((pair_name(pair), *_test_cells(pair), _shows(pair)) for pair in verdict.pairs)
+    header = ("pair", "difference of loss", "95 % interval", "adjusted interval", "adjusted p", "same sign", "shows")
+    return Table("Paired differences of the held-out loss, in percent of the base's loss", header, rows)
+
+
+def _test_cells(pair: Pair) -> tuple[str, ...]:
+    if pair.test is None or pair.interval is None or pair.adjusted_interval is None:
+        return ("–",) * 5
+    difference = f"{-PERCENT * pair.test.mean:z.3f} %"
+    intervals = _interval(pair.interval), _interval(pair.adjusted_interval)
+    return difference, *intervals, f"{pair.adjusted_p:.3g}", f"{pair.same_sign:.0%}"
+
+
+def _shows(pair: Pair) -> str:
+    return str(pair.outcome) if pair.outcome == Outcome.BETTER else f"{pair.outcome}: {pair.why}"
+
+
+def _interval(bounds: tuple[float, float]) -> str:
+    """Of worse minus better, told as better minus worse: negative is a smaller loss."""
+    low, high = sorted(-PERCENT * bound for bound in bounds)
+    return f"{low:z.3f} to {high:z.3f}"
