@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.evidence.statistics.arms import Question, confirming, questions
-from lora_trainer.evidence.statistics.paired import paired_test
+from lora_trainer.evidence.statistics.paired import paired
 from lora_trainer.evidence.statistics.verdict import Verdict, judge
 from lora_trainer.report.comparison import ArmRuns, arms
 from lora_trainer.report.run_record import RunRecord, read_runs
@@ -79,7 +79,7 @@ def against_constant(groups: Sequence[ArmRuns]) -> dict[str, Any]:
         flat = by_place[FLAT, lr]
         for schedule in DECAYING:
             gains = [flat[seed] - loss for seed, loss in by_place[schedule, lr].items()]
-            test = paired_test(gains)
+            test = paired(gains)
             table.setdefault(f"{lr:g}", {})[schedule] = {
                 "seeds_won": sum(gain > 0 for gain in gains),
                 "of": len(gains),

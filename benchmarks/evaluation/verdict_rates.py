@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_trainer.evidence.statistics.arms import Arm, tuned
-from lora_trainer.evidence.statistics.paired import paired_test
+from lora_trainer.evidence.statistics.paired import paired
 from lora_trainer.evidence.statistics.verdict import Outcome, Rules, compare
 
 SEED_SD, NOISE_SD, GAIN = 4e-3, 1e-3, 0.05
@@ -46,7 +46,7 @@ def coverage(num_simulations: int, num_seeds: int, noise: Noise = normal, seed: 
     stream, effect, held = np.random.default_rng(seed), 2e-3, 0
     for _ in range(num_simulations):
         one, other = arms(stream, (0.0, effect), num_seeds, noise)
-        low, high = paired_test([other.losses[s] - one.losses[s] for s in one.losses]).interval()
+        low, high = paired([other.losses[s] - one.losses[s] for s in one.losses]).interval()
         held += low <= effect <= high
     return held / num_simulations
 

@@ -64,12 +64,7 @@ class Page:
 
 
 def write_report(
-    folders: Sequence[Path],
-    output: Path,
-    *,
-    confirm: Sequence[Path] = (),
-    title: str | None = None,
-    rules: Rules | None = None,
+    folders: Sequence[Path], output: Path, *, confirm: Sequence[Path] = (), rules: Rules | None = None
 ) -> str:
     """Write the page of these run directories and sweeps; the sentence at its head.
 
@@ -81,12 +76,12 @@ def write_report(
             fresh.
     """
     records = [*read_runs(folders), *read_runs(confirm, "confirmation")]
-    page = build_page(records, title, rules or Rules(), not_begun([*folders, *confirm]))
+    page = build_page(records, rules or Rules(), not_begun([*folders, *confirm]))
     atomic_files.write_file(output, render(page).encode())
     return page.headline
 
 
-def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules, notes: Sequence[str] = ()) -> Page:
+def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] = ()) -> Page:
     """Lay out the page of some runs, with further notes at its head."""
     check_fresh(records)
     sources = list(dict.fromkeys(record.source for record in records if record.purpose == "selection"))
@@ -95,7 +90,7 @@ def build_page(records: Sequence[RunRecord], title: str | None, rules: Rules, no
     verdicts = verdict_views(groups, rules) if is_compared else []
     started = [group for group in groups if group.runs[0].updates]
     return Page(
-        title=title or (f"{len(records)} runs compared" if len(sources) > 1 else sources[0]),
+        title=f"{len(records)} runs compared" if len(sources) > 1 else sources[0],
         headline=headline(records, groups, verdicts, against),
         notes=(*pairing_notes(groups), *waiting_notes(records), *damage_notes(groups), *notes),
         legend=tuple((swatch(group.place), group.name) for group in groups) if len(groups) > 1 else (),

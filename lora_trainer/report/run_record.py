@@ -132,23 +132,17 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         ConfigError: it is none, or what is in it cannot be read.
     """
-    plan_file, metrics = folder / PLAN_FILE, folder / METRICS_FILE
-    if not plan_file.is_file() or not metrics.is_file():
-        raise ConfigError(
-            Problem(
-                f"this is no run directory: it lacks {PLAN_FILE} or {METRICS_FILE}",
-                str(folder),
-                fix="name folders that `lora-trainer train` or `lora-trainer sweep` wrote",
-            )
-        )
+    if not (folder / PLAN_FILE).is_file() or not (folder / METRICS_FILE).is_file():
+        what = f"this is no run directory: it lacks {PLAN_FILE} or {METRICS_FILE}"
+        fix = "name folders that `lora-trainer train` or `lora-trainer sweep` wrote"
+        raise ConfigError(Problem(what, str(folder), fix=fix))
     try:
-        lines = list(read_lines(metrics))
+        lines = list(read_lines(folder / METRICS_FILE))
         rows = [row for row in lines if row is not None]
-        plan = json.loads(plan_file.read_text())
         return RunRecord(
             name=folder.resolve().name,
             folder=folder,
-            plan=plan,
+            plan=_read_json(folder / PLAN_FILE),
             environment=_read_json(folder / ENVIRONMENT_FILE),
             exit=_read_json(folder / EXIT_FILE),
             updates=tuple(row for row in rows if "event" not in row),
@@ -169,19 +163,17 @@ def read_sweep(folder: Path) -> list[RunRecord]:
     """
     try:
         trials = json.loads((folder / SWEEP_FILE).read_text())["trials"]
-        begun = [trial for trial in trials if (folder / trial["folder"] / METRICS_FILE).is_file()]
-        left_out: dict[str, set[float]] = {}
-        for trial in _not_begun(trials):
-            left_out.setdefault(trial["setting"], set()).add(trial["peak_lr"])
+        left_out = {(trial["setting"], trial["peak_lr"]) for trial in _not_begun(trials)}
         records = [
             replace(
-                read_run(folder / t["folder"]),
-                name=t["name"],
-                arm=t["arm"],
-                setting=t["setting"],
-                lrs_tried=tuple(sorted(left_out.get(t["setting"], ()))),
+                read_run(folder / trial["folder"]),
+                name=trial["name"],
+                arm=trial["arm"],
+                setting=trial["setting"],
+                lrs_tried=tuple(sorted(lr for setting, lr in left_out if setting == trial["setting"])),
             )
-            for t in begun
+            for trial in trials
+            if (folder / trial["folder"] / METRICS_FILE).is_file()
         ]
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(Problem("this sweep cannot be read", str(folder), str(error))) from error

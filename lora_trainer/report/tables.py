@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_trainer.evidence.statistics.arms import Arm
-from lora_trainer.evidence.statistics.paired import paired, paired_test, smallest
+from lora_trainer.evidence.statistics.paired import paired, smallest
 from lora_trainer.evidence.statistics.verdict import Outcome, Pair, Verdict
 from lora_trainer.report.comparison import ArmRuns, named_runs, varied
 from lora_trainer.report.figure import Table
@@ -145,8 +145,8 @@ def _item_rows(seed: int, named: Sequence[tuple[str, Row]]) -> Iterator[tuple[st
     best, least = named[place := smallest([final["relative"] for _, final in named])]
     for name, final in (*named[:place], *named[place + 1 :]):
         differences = [PERCENT * (a - b) for a, b in zip(least["items"], final["items"], strict=True)]
-        mean, se = paired(differences)
-        yield f"{best} − {name}", str(seed), str(len(differences)), f"{mean:z.3f} %", f"{se:.3f}"
+        mean = paired(differences)
+        yield f"{best} − {name}", str(seed), str(mean.num), f"{mean.mean:z.3f} %", f"{mean.se:.3f}"
 
 
 def arms_table(verdict: Verdict) -> Table:
@@ -174,7 +174,7 @@ def _gain(arm: Arm, level: float) -> str:
         return "–"
     if len(gains) == 1:
         return f"{gains[0]:z.2f} %"
-    low, high = paired_test(gains).interval(level)
+    low, high = paired(gains).interval(level)
     return f"{np.mean(gains):z.2f} % ({low:z.2f} to {high:z.2f})"
 
 

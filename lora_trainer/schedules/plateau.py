@@ -60,7 +60,7 @@ class PlateauFeedback:
 
     def observe(self, step: int, items: Sequence[float], rise: PairedRise) -> bool:
         """Look at a probe after `step` completed updates; whether the LR falls from the next update on."""
-        if all(map(math.isfinite, items)) and (self.best is None or self._is_clear(*rise(self.best, items))):
+        if all(map(math.isfinite, items)) and (self.best is None or rise(self.best, items) < -self.threshold_se):
             self.best, self.bad = list(items), 0
             return False
         self.bad += 1
@@ -69,10 +69,6 @@ class PlateauFeedback:
         self.reductions.append(step)
         self.bad = 0
         return True
-
-    def _is_clear(self, rise: float, se: float) -> bool:
-        """Whether a rise is a fall by more than the standard errors asked for."""
-        return rise < -self.threshold_se * se
 
     def state(self) -> dict[str, Any]:
         return {"reductions": self.reductions, "best": self.best, "bad": self.bad}

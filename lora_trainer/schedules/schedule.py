@@ -117,8 +117,8 @@ class Warmup:
         return low + (1 - low) * risen
 
 
-PairedRise = Callable[[Sequence[float], Sequence[float]], tuple[float, float]]
-"""From (before, now), a value per image each: by how much their mean rose, and its standard error."""
+PairedRise = Callable[[Sequence[float], Sequence[float]], float]
+"""From (before, now), a value per image each: by how many standard errors their mean rose."""
 
 
 class Feedback(Protocol):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_trainer.evidence.statistics.paired import paired_rise
+from lora_trainer.evidence.statistics.paired import rise_in_se
 from lora_trainer.tracking.metrics import HELD_OUT
 from lora_trainer.training.trial import Ending, Trial
 from lora_trainer.training.validation import ProbeReading, Validator
@@ -75,7 +75,7 @@ def _conclude(trial: Trial, step: int, readings: dict[str, ProbeReading]) -> Mea
     reduced = tuple(
         group.name
         for group in trial.groups
-        if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items, paired_rise)
+        if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items, rise_in_se)
     )
     is_best = math.isfinite(held_out.relative) and (trial.best is None or held_out.relative < trial.best.relative)
     if is_best:

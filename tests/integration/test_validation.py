@@ -16,7 +16,7 @@ from lora_trainer.config.schema import ObjectiveConfig
 from lora_trainer.data.batches import PromptStore
 from lora_trainer.diffusion.batch import Conditioning, ProbeItems
 from lora_trainer.diffusion.objective import Objective
-from lora_trainer.evidence.statistics.paired import paired_rise
+from lora_trainer.evidence.statistics.paired import rise_in_se
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.schedules.plateau import PlateauFeedback
 from lora_trainer.tracking.metrics import read_rows, step_rows
@@ -210,7 +210,7 @@ def test_a_plateau_reduces_after_patience_probes_without_clear_improvement() -> 
         [0.8, 0.9],
         [0.8, 0.9],
     ]
-    reduced = [feedback.observe(10 * number, items, paired_rise) for number, items in enumerate(probes)]
+    reduced = [feedback.observe(10 * number, items, rise_in_se) for number, items in enumerate(probes)]
     assert reduced == [False, False, False, True, False, False, True, False, True]
     assert feedback.reductions == [30, 60, 80]
     assert [feedback.multiplier(k, 1.0) for k in (0, 29, 30, 60, 80)] == [1, 1, 0.5, 0.25, 0.2]
@@ -219,7 +219,7 @@ def test_a_plateau_reduces_after_patience_probes_without_clear_improvement() -> 
 def test_a_probe_that_is_not_finite_is_no_plateaus_best() -> None:
     feedback = PlateauFeedback(factor=0.5, patience=2, threshold_se=2.0, min_ratio=0.2)
     for step, value in enumerate((float("inf"), 1.0, float("nan"))):
-        assert not feedback.observe(step, [value, 1.0], paired_rise)
+        assert not feedback.observe(step, [value, 1.0], rise_in_se)
     assert feedback.state() == {"reductions": [], "best": [1.0, 1.0], "bad": 1}
 
 

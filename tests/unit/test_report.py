@@ -141,7 +141,7 @@ def test_paths_are_cut_and_fractions_are_not() -> None:
 
 
 def test_the_head_says_the_verdict_and_the_tables_its_numbers(compared: list[Path], tmp_path: Path) -> None:
-    page = build_page(read_runs(compared), None, Rules())
+    page = build_page(read_runs(compared), Rules())
     sentence = (
         "On 3 paired seeds (held-out loss, same peak LR 0.001, one pair): cosine is better than constant; the same "
         "seeds chose and judged, so the size of a difference is to be confirmed on fresh ones."
@@ -161,7 +161,7 @@ def test_the_head_says_the_verdict_and_the_tables_its_numbers(compared: list[Pat
 
 
 def test_a_plots_numbers_are_the_logs(compared: list[Path]) -> None:
-    page = build_page(read_runs(compared[:1]), None, Rules())
+    page = build_page(read_runs(compared[:1]), Rules())
     by_title = {plot.title: plot for plot in page.curves}
     rates = by_title["Learning rate"].numbers
     assert rates.rows[0] == ("1", f"{1e-3 * (1 - 1 / STEPS):.3g}")
@@ -188,11 +188,11 @@ def test_what_is_a_tenth_of_the_rest_but_for_rounding_needs_no_log_axis() -> Non
 
 
 def test_a_single_run_claims_nothing_about_seeds(compared: list[Path]) -> None:
-    assert build_page(read_runs(compared[:1]), None, Rules()).headline == (
+    assert build_page(read_runs(compared[:1]), Rules()).headline == (
         "After 40 updates the held-out loss is 0.9700 of the base's; the standard error of 0.0020 is this run's "
         "precision over its 3 images and says nothing about another seed."
     )
-    seeds = build_page(read_runs(compared[:3]), None, Rules())
+    seeds = build_page(read_runs(compared[:3]), Rules())
     assert seeds.headline == "One setting on 3 seeds: nothing was compared."
 
 
@@ -203,10 +203,10 @@ def test_runs_that_measured_different_things_are_not_compared(tmp_path: Path) ->
     assert incompatibilities(read_runs([one, two])) == [
         "they differ in validation content, so their held-out losses do not measure the same thing"
     ]
-    page = build_page(read_runs([one, blind]), None, Rules())
+    page = build_page(read_runs([one, blind]), Rules())
     assert page.headline == "Not compared: held-out loss was not measured in blind (no `validation` section)."
     assert page.verdicts == ()
-    alone = build_page(read_runs([blind]), None, Rules())
+    alone = build_page(read_runs([blind]), Rules())
     assert alone.headline.endswith("the held-out loss at the end was not measured.")
     assert alone.runs.rows[0][3:] == ("not measured",) * 5
     assert "Held-out loss by timestep: not measured" in render(alone)
@@ -217,7 +217,7 @@ def test_failed_runs_rank_last_and_unfinished_ones_wait(tmp_path: Path) -> None:
     stop = (6, "numeric stop", "3 updates in a row had a loss that is not finite")
     runs.append(write_run(tmp_path / "hot", schedule="rex", seed=0, done=20, status=stop))
     runs.append(write_run(tmp_path / "late", schedule="linear", seed=0, done=30))
-    page = build_page(read_runs(runs), None, Rules())
+    page = build_page(read_runs(runs), Rules())
     assert page.headline.startswith("On 3 paired seeds (held-out loss, same peak LR 0.001, 6 pairs corrected")
     assert "cosine is better than constant; not tested: " in page.headline
     assert "rex failed on seed 0" in page.headline
@@ -234,7 +234,7 @@ def test_an_arm_does_not_win_on_the_seeds_that_it_survived(tmp_path: Path) -> No
     for seed in range(5):
         own = {"loss": 0.3} if seed > 1 else {"loss": 3.0, "done": 10, "ending": ("stopped", reason)}
         runs.append(write_run(tmp_path / f"reckless-{seed}", schedule="rex", seed=seed, **own))
-    page = build_page(read_runs(runs), None, Rules())
+    page = build_page(read_runs(runs), Rules())
     assert page.headline == "Not tested: rex failed on seed 0, 1."
     (verdict,) = page.verdicts
     assert [(row[0], row[-1]) for row in verdict.arms.rows] == [
@@ -251,7 +251,7 @@ def test_a_run_whose_probe_was_not_finite_has_failed(tmp_path: Path) -> None:
     ends = [{"event": "validation", "step": STEPS, "probe": probe, **fields} for probe in ("held_out", "train")]
     lost = write_run(tmp_path / "lost", schedule="rex", events=ends)
     blind = write_run(tmp_path / "blind", events=ends[1:])  # of the training images alone
-    page = build_page(read_runs([lost, blind]), None, Rules())
+    page = build_page(read_runs([lost, blind]), Rules())
     assert page.headline == "Not tested: rex failed on seed 1."
     assert [row[0] for row in page.verdicts[0].arms.rows] == ["cosine", "rex"]
     assert page.runs.rows[0][2:4] == ("failed at step 40: the held-out loss at step 40 is nan", "not measured")
@@ -299,7 +299,7 @@ def test_a_run_can_be_read_while_it_trains(tmp_path: Path) -> None:
     record = read_run(run)
     assert (record.step, record.final, record.is_finished) == (17, None, False)
     empty = write_run(tmp_path / "b", done=0)
-    assert "0 of 40 updates are done" in build_page([read_run(empty)], None, Rules()).headline
+    assert "0 of 40 updates are done" in build_page([read_run(empty)], Rules()).headline
 
 
 def test_the_command_writes_into_the_run_and_replaces_no_other_file(
@@ -326,7 +326,7 @@ def test_a_sweep_is_read_by_its_own_names_and_what_was_stopped_says_why(tmp_path
     assert names == [f"{arm}-seed{seed}" for arm in ("constant", "cosine") for seed in (1, 2, 3)]
     trials = sweep / "trials"
     write_run(trials / "later", schedule="rex", seed=1, done=20, ending=("stopped", "clearly worse than rex-lr1e-4"))
-    page = build_page(read_runs([sweep]), None, Rules())
+    page = build_page(read_runs([sweep]), Rules())
     assert page.title == "sweep"
     assert page.headline.startswith("On 3 paired seeds (held-out loss, same peak LR 0.001, 3 pairs corrected")
     assert page.runs.rows[-1][:3] == ("later", "1", "stopped at step 20: clearly worse than rex-lr1e-4")
@@ -367,32 +367,32 @@ def test_the_diagnosis_last_told_stands_with_its_advice(tmp_path: Path) -> None:
     told = write_run(tmp_path / "told", events=[event(10, "stagnant"), event(30, "oscillating")])
     quiet = write_run(tmp_path / "quiet", schedule="rex", events=[{"event": "early_report", "step": 4}])
     blind = write_run(tmp_path / "blind", schedule="linear")
-    page = build_page(read_runs([told, quiet, blind]), None, Rules())
+    page = build_page(read_runs([told, quiet, blind]), Rules())
     assert page.diagnosis is not None
     advice = "lower the LR (optimizer.lr: 0.0003)"
     assert page.diagnosis.rows[0] == ("cosine", "oscillating", "high", "step 30: oscillating it is", advice)
     assert [row[:2] for row in page.diagnosis.rows[1:]] == [("rex", "no fault told"), ("linear", "not measured")]
-    assert "<p>Diagnosis: not measured.</p>" in render(build_page(read_runs([blind]), None, Rules()))
+    assert "<p>Diagnosis: not measured.</p>" in render(build_page(read_runs([blind]), Rules()))
 
 
 @pytest.mark.parametrize("rounding", [-1e-10, 0.0, 1e-10])
 def test_runs_that_differ_by_rounding_stand_in_their_order(tmp_path: Path, rounding: float) -> None:
     losses = {"b": 0.95 + rounding, "a": 0.95 - rounding, "c": 0.96}
     runs = [write_run(tmp_path / name, schedule=name, loss=loss) for name, loss in losses.items()]
-    page = build_page(read_runs(runs), None, Rules())
+    page = build_page(read_runs(runs), Rules())
     assert page.items is not None and page.bands is not None
     assert [row[0] for row in page.items.rows] == ["b − a", "b − c"]
     assert page.items.rows[0][3] == "0.000 %"
     assert "Lowest number at least noise: b; less noise: b;" in page.bands.summary
     flat = {"event": "validation", "probe": "held_out", "se": 0.002, "bands": [0.9] * 4, "items": [0.9] * 3}
     probes = [{**flat, "step": 20, "relative": 0.9}, {**flat, "step": STEPS, "relative": 0.9 + rounding}]
-    alone = build_page(read_runs([write_run(tmp_path / "alone", probes=(), events=probes)]), None, Rules())
+    alone = build_page(read_runs([write_run(tmp_path / "alone", probes=(), events=probes)]), Rules())
     assert alone.headline.startswith("After 40 updates the held-out loss is 0.9000 of the base's; the standard error")
 
 
 def test_the_precision_of_single_runs_is_shown_as_that(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a", loss=0.94), write_run(tmp_path / "b", loss=0.97, schedule="rex")]
-    page = build_page(read_runs(runs), None, Rules())
+    page = build_page(read_runs(runs), Rules())
     assert page.headline == "Not tested: 1 seed in common, and a verdict takes 3 at least."
     assert page.items is not None
     assert page.items.caption.endswith("the precision of these runs alone, no evidence about their settings")

@@ -12,7 +12,7 @@ from scipy import stats
 
 from benchmarks.evaluation import verdict_rates
 from lora_trainer.evidence.statistics.arms import Arm, Question, leaders, questions, tuned
-from lora_trainer.evidence.statistics.paired import holm_factors, paired_test, same_sign_share
+from lora_trainer.evidence.statistics.paired import holm_factors, paired, same_sign_share
 from lora_trainer.evidence.statistics.verdict import Outcome, Rules, compare, judge, smallest_effect
 from lora_trainer.report.tables import arms_table, pairs_table
 
@@ -41,12 +41,12 @@ def test_the_paired_test_is_scipys() -> None:
     stream = np.random.default_rng(3)
     for num in (2, 3, 5, 20):
         one, other = stream.normal(1, 1, num), stream.normal(1.4, 2, num)
-        ours, theirs = paired_test(list(other - one)), stats.ttest_rel(other, one)
+        ours, theirs = paired(list(other - one)), stats.ttest_rel(other, one)
         assert ours.p == pytest.approx(theirs.pvalue, rel=1e-12)
         assert ours.interval() == pytest.approx(tuple(theirs.confidence_interval(0.95)), rel=1e-12)
         assert ours.interval(0.01) == pytest.approx(tuple(theirs.confidence_interval(0.99)), rel=1e-12)
-    assert paired_test([0.0, 0.0, 0.0]).p == 1.0
-    assert paired_test([0.25, 0.25, 0.25]).p == 0.0
+    assert paired([0.0, 0.0, 0.0]).p == 1.0
+    assert paired([0.25, 0.25, 0.25]).p == 0.0
 
 
 def test_holm_on_a_worked_example() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from lora_trainer.evidence.diagnosis.findings import Confidence, Finding, State, confidence_of
 from lora_trainer.evidence.diagnosis.log import ProbeLog, RunFacts, TrialLog
 from lora_trainer.evidence.diagnosis.rules import NO_PROBES, Thresholds
-from lora_trainer.evidence.statistics.paired import paired_rise
+from lora_trainer.evidence.statistics.paired import rise_in_se
 
 NORMAL_95 = 1.96
 OSCILLATION_CHANGES, MOST_CHANGES = 8, 16
@@ -72,7 +72,7 @@ def _cooldown_fall(log: TrialLog) -> float | None:
     for cooldown in reversed(log.cooldowns):
         if cooldown.step in probe.steps:
             before = probe.rows[probe.steps.index(cooldown.step)]
-            return -paired_rise(before, cooldown.items_N).z
+            return -rise_in_se(before, cooldown.items_N)
     return None
 
 

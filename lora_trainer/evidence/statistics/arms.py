@@ -103,13 +103,8 @@ def tuned(arms: Sequence[Arm]) -> Arm:
     in docs/verdicts.md, and the reason to confirm on fresh seeds. An LR at which a run failed is chosen only if all
     failed.
     """
-    best = best_lr(arms)
+    best = ranked(arms)[0]
     return replace(best, name=best.setting)
-
-
-def best_lr(arms: Sequence[Arm]) -> Arm:
-    """Of one setting's arms that with the smallest mean loss, of equals the one with the smaller LR."""
-    return ranked(arms)[0]
 
 
 def ranked(arms: Sequence[Arm]) -> list[Arm]:
@@ -133,7 +128,7 @@ def leaders(arms: Sequence[Arm], num: int) -> list[Arm]:
     none.
     """
     settings = by_setting(arms)
-    candidates = arms if len(settings) == 1 else [best_lr(group) for group in settings.values()]
+    candidates = arms if len(settings) == 1 else [ranked(group)[0] for group in settings.values()]
     return [arm for arm in ranked(candidates) if arm.losses and not arm.failed][:num]
 
 
@@ -150,7 +145,7 @@ def _lrs_tried(arms: Sequence[Arm]) -> list[float]:
 def _at_the_edge(settings: Mapping[str, Sequence[Arm]]) -> Iterable[str]:
     """Settings whose best LR is the smallest or the largest tried, once each of their LRs has a result."""
     for name, group in settings.items():
-        lrs, best = _lrs_tried(group), best_lr(group)
+        lrs, best = _lrs_tried(group), ranked(group)[0]
         waiting = any(not arm.losses and not arm.failed for arm in group)
         if not waiting and not best.failed and best.peak_lr in (lrs[0], lrs[-1]):
             end = "smallest" if best.peak_lr == lrs[0] else "largest"

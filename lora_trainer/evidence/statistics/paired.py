@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,11 +14,14 @@ ROUNDING = 1e-6
 """Losses relative to the base that are no further apart are equal: another machine may order them the other way."""
 
 
-class PairedMean(NamedTuple):
-    """A mean of paired differences and its standard error: infinite for one difference, NaN where one is not finite."""
+@dataclass(frozen=True, slots=True)
+class PairedMean:
+    """The mean of paired differences, looked at with Student's t."""
 
+    num: int
     mean: float
     se: float
+    """Standard error: infinite for one difference, NaN as the mean is where one is not finite."""
 
     @property
     def z(self) -> float:
@@ -27,6 +29,16 @@ class PairedMean(NamedTuple):
         if self.mean == 0:
             return 0.0
         return self.mean / self.se if self.se > 0 else math.copysign(math.inf, self.mean)
+
+    @property
+    def p(self) -> float:
+        """Of a mean of zero, two-sided, as scipy.stats.ttest_rel has it; 0 without any spread, 1 if all are zero."""
+        return float(2 * stdtr(self.num - 1, -abs(self.z)))
+
+    def interval(self, level: float = 0.05) -> tuple[float, float]:
+        """The two-sided confidence interval of the mean that misses it in a share `level` of repetitions."""
+        half = float(stdtrit(self.num - 1, 1 - level / 2)) * self.se
+        return self.mean - half, self.mean + half
 
 
 def paired(differences: ArrayLike) -> PairedMean:
@@ -37,9 +49,9 @@ def paired(differences: ArrayLike) -> PairedMean:
     """
     values = np.asarray(differences, dtype=np.float64).ravel()
     if not np.isfinite(values).all():
-        return PairedMean(math.nan, math.nan)
+        return PairedMean(len(values), math.nan, math.nan)
     se = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return PairedMean(float(values.mean()), se)
+    return PairedMean(len(values), float(values.mean()), se)
 
 
 def paired_rise(before: ArrayLike, after: ArrayLike) -> PairedMean:
@@ -47,30 +59,9 @@ def paired_rise(before: ArrayLike, after: ArrayLike) -> PairedMean:
     return paired(np.subtract(after, before))
 
 
-@dataclass(frozen=True, slots=True)
-class PairedTest:
-    """n paired differences looked at with Student's t: a mean, its standard error, a two-sided p-value."""
-
-    num_pairs: int
-    mean: float
-    se: float
-    p: float
-
-    def interval(self, level: float = 0.05) -> tuple[float, float]:
-        """The two-sided confidence interval of the mean that misses it in a share `level` of repetitions."""
-        half = float(stdtrit(self.num_pairs - 1, 1 - level / 2)) * self.se
-        return self.mean - half, self.mean + half
-
-
-def paired_test(differences: Sequence[float]) -> PairedTest:
-    """Test the mean of at least two differences against zero, as scipy.stats.ttest_rel does.
-
-    Differences without any spread have p = 0, or 1 where they are all zero.
-    """
-    num, (mean, se) = len(differences), paired(differences)
-    if se == 0:
-        return PairedTest(num, mean, se, p=1.0 if mean == 0 else 0.0)
-    return PairedTest(num, mean, se, p=float(2 * stdtr(num - 1, -abs(mean) / se)))
+def rise_in_se(before: ArrayLike, after: ArrayLike) -> float:
+    """The same in standard errors."""
+    return paired_rise(before, after).z
 
 
 def holm_factors(p_values: Sequence[float], num_tests: int) -> np.ndarray:

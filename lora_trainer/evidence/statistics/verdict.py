@@ -8,13 +8,7 @@ from enum import StrEnum
 from itertools import combinations
 
 from lora_trainer.evidence.statistics.arms import Arm, Purpose, Question, ranked
-from lora_trainer.evidence.statistics.paired import (
-    ROUNDING,
-    PairedTest,
-    holm_factors,
-    paired_test,
-    same_sign_share,
-)
+from lora_trainer.evidence.statistics.paired import ROUNDING, PairedMean, holm_factors, paired, same_sign_share
 
 _SAME_BUDGET = 0.01  # linear and cosine differ by less, from rounding of the number of updates
 
@@ -55,7 +49,7 @@ class Pair:
     outcome: Outcome
     why: str
     """What stood against a difference; empty where one is shown."""
-    test: PairedTest | None = None
+    test: PairedMean | None = None
     interval: tuple[float, float] | None = None
     """Of this pair alone."""
     adjusted_interval: tuple[float, float] | None = None
@@ -78,7 +72,7 @@ def compare(arms: Sequence[Arm], rules: Rules | None = None) -> tuple[Pair, ...]
     rules = rules or Rules()
     pairs = [_untested(one, other, rules) for one, other in combinations(ranked(arms), 2)]
     testable = [index for index, pair in enumerate(pairs) if not pair.why]
-    tests = [paired_test(pairs[index].differences) for index in testable]
+    tests = [paired(pairs[index].differences) for index in testable]
     factors = holm_factors([test.p for test in tests], num_tests=len(pairs))
     for index, test, factor in zip(testable, tests, factors, strict=True):
         pairs[index] = _tested(pairs[index], test, float(factor), rules)
@@ -108,7 +102,7 @@ def smallest_effect(pair: Pair, rules: Rules) -> float:
     return rules.min_effect * max(map(abs, gains))
 
 
-def _tested(pair: Pair, test: PairedTest, factor: float, rules: Rules) -> Pair:
+def _tested(pair: Pair, test: PairedMean, factor: float, rules: Rules) -> Pair:
     adjusted_p, share = min(1.0, factor * test.p), same_sign_share(pair.differences)
     against = []
     if adjusted_p >= rules.level:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from lora_trainer.evidence.statistics.paired import PairedMean, paired_rise
+from lora_trainer.evidence.statistics.paired import paired_rise
 
 MIN_POINTS = 30
 """Updates before the crossing under which a ramp is too coarse to read."""
@@ -75,13 +75,14 @@ class RampReading:
     """Updates before the crossing, or before the ramp's end."""
 
 
-def paired_gain(now: np.ndarray, start: np.ndarray) -> PairedMean:
+def paired_gain(now: np.ndarray, start: np.ndarray) -> tuple[float, float]:
     """Mean fall from `start` to `now` and its standard error; both NaN where a loss is not finite.
 
     Args:
         now, start: relative losses of the same measurements, of any equal shape.
     """
-    return paired_rise(now, start)
+    gain = paired_rise(now, start)
+    return gain.mean, gain.se
 
 
 def has_diverged(points: Sequence[Point]) -> bool:
