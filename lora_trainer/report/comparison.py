@@ -34,10 +34,6 @@ class ArmRuns:
     def peak_lr(self) -> float:
         return self.runs[0].peak_lr
 
-    @property
-    def lr_budget(self) -> float:
-        return float(self.runs[0].plan["lr_groups"][0]["lr_budget"])
-
     def as_arm(self, purpose: Purpose) -> Arm | None:
         """Its final held-out losses by seed, and the seeds that failed or were stopped; unfinished runs are left out.
 
@@ -50,7 +46,8 @@ class ArmRuns:
         failed = {run.seed: run.failure for run in runs if run.failure is not None}
         finals = {run.seed: run.final for run in runs if run.is_finished and run.seed not in failed}
         losses = {seed: float(final["relative"]) for seed, final in finals.items() if final is not None}
-        return Arm(self.name, self.setting, self.peak_lr, self.lr_budget, losses, failed, self.runs[0].lrs_tried)
+        lr_budget = float(runs[0].plan["lr_groups"][0]["lr_budget"])
+        return Arm(self.name, self.setting, self.peak_lr, lr_budget, losses, failed, runs[0].lrs_tried)
 
 
 def named_runs(groups: Sequence[ArmRuns]) -> list[tuple[str, RunRecord]]:

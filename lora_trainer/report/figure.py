@@ -109,6 +109,25 @@ def _of_the_page(svg: str, name: str, summary: str) -> Markup:
     return Markup(svg)  # noqa: S704 - drawn by matplotlib, which escapes its texts
 
 
+def line_style(place: tuple[int, int]) -> dict[str, Any]:
+    """Colour by the first number of a place, dashes by the second."""
+    return {"color": SERIES[place[0] % NUM_COLOURS], "linestyle": DASHES[place[1] % len(DASHES)]}
+
+
+def dot_style(place: tuple[int, int]) -> dict[str, Any]:
+    """The same with markers in place of dashes."""
+    return {"color": SERIES[place[0] % NUM_COLOURS], "marker": MARKERS[place[1] % len(MARKERS)], "linestyle": "none"}
+
+
+def swatch(place: tuple[int, int]) -> Markup:
+    """A short piece of a line, for the legend."""
+    dashes = {0: "", 1: "5 2", 2: "2 3", 3: "6 2 1.5 2"}[place[1] % len(DASHES)]
+    return Markup(
+        '<svg class="swatch" viewBox="0 0 28 8" aria-hidden="true"><line x1="1" x2="27" y1="4" y2="4" '
+        'stroke="var(--series-{})" stroke-dasharray="{}"/></svg>'
+    ).format(place[0] % NUM_COLOURS + 1, dashes)
+
+
 def save_png(figure: Figure, picture: Path) -> None:
     """Write a figure that is a file of its own."""
     buffer = io.BytesIO()

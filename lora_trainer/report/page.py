@@ -15,8 +15,8 @@ from lora_trainer.evidence.statistics.paired import ROUNDING
 from lora_trainer.evidence.statistics.verdict import Rules, Verdict, judge
 from lora_trainer.report import tables
 from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, incompatibilities, named_runs, pairing_notes
-from lora_trainer.report.figure import Plot, Table
-from lora_trainer.report.plots import band_plot, curve_plots, difference_plot, swatch
+from lora_trainer.report.figure import Plot, Table, swatch
+from lora_trainer.report.plots import band_plot, curve_plots, difference_plot
 from lora_trainer.report.run_record import RunRecord, not_begun, read_runs
 from lora_trainer.report.samples import SampleTable, sample_table
 from lora_trainer.report.tables import NOT_MEASURED, without_paths

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -16,19 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from lora_trainer.evidence.statistics.paired import smallest
 from lora_trainer.evidence.statistics.verdict import Outcome, Pair, Verdict, smallest_effect
 from lora_trainer.report.comparison import ArmRuns
-from lora_trainer.report.figure import (
-    DASHES,
-    FAINT,
-    INK,
-    MARKERS,
-    NUM_COLOURS,
-    SERIES,
-    Plot,
-    Table,
-    draw,
-    save_png,
-    spread,
-)
+from lora_trainer.report.figure import FAINT, INK, SERIES, Plot, Table, dot_style, draw, line_style, save_png, spread
 from lora_trainer.report.run_record import RunRecord
 from lora_trainer.report.tables import PERCENT, pair_name
 from lora_trainer.tracking.metrics import HELD_OUT, PRIOR, TRAIN, probe_fault, step_rows
@@ -72,13 +59,13 @@ def line_plot(
 
     def paint(axes: Axes) -> None:
         for line in lines:
-            colour, dashes = SERIES[line.place[0] % NUM_COLOURS], DASHES[line.place[1] % len(DASHES)]
+            style = line_style(line.place)
             kept = spread(range(len(line.steps)), MOST_POINTS)
             steps = np.asarray(line.steps)[kept]
             if line.low is not None and line.high is not None:
                 low, high = np.asarray(line.low)[kept], np.asarray(line.high)[kept]
-                axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(steps, np.asarray(line.values)[kept], color=colour, linestyle=dashes)
+                axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
+            axes.plot(steps, np.asarray(line.values)[kept], **style)
         axes.set(xlabel="Steps", ylabel=ylabel)
         if _spans_a_decade(lines):
             _scale_by_decades(axes)
@@ -109,15 +96,6 @@ def _numbers(title: str, lines: Sequence[Line], digits: str) -> Table:
         (str(step), *(format(values[step], digits) if step in values else "–" for values in by_step)) for step in steps
     )
     return Table(f"{title}, by step", ("step", *(line.label for line in lines)), rows)
-
-
-def swatch(place: tuple[int, int]) -> Markup:
-    """A short piece of a line, for the legend."""
-    dashes = {0: "", 1: "5 2", 2: "2 3", 3: "6 2 1.5 2"}[place[1] % len(DASHES)]
-    return Markup(
-        '<svg class="swatch" viewBox="0 0 28 8" aria-hidden="true"><line x1="1" x2="27" y1="4" y2="4" '
-        'stroke="var(--series-{})" stroke-dasharray="{}"/></svg>'
-    ).format(place[0] % NUM_COLOURS + 1, dashes)
 
 
 def curve_plots(groups: Sequence[ArmRuns]) -> Iterator[Plot]:
@@ -184,8 +162,7 @@ def band_plot(groups: Sequence[ArmRuns]) -> Plot | None:
     def paint(axes: Axes) -> None:
         offsets = np.linspace(-0.3, 0.3, len(measured)) if len(measured) > 1 else [0.0]
         for (group, bands), offset in zip(measured, offsets, strict=True):
-            colour, marker = SERIES[group.place[0] % NUM_COLOURS], MARKERS[group.place[1] % len(MARKERS)]
-            axes.plot(np.arange(len(bands)) + offset, bands, color=colour, marker=marker, linestyle="none", ms=5)
+            axes.plot(np.arange(len(bands)) + offset, bands, ms=5, **dot_style(group.place))
         axes.axhline(1, color=INK, linewidth=0.8)
         axes.set_xticks(range(len(BAND_NAMES)), BAND_NAMES)
         axes.set(ylabel=RATIO_AXIS)
@@ -206,11 +183,10 @@ def difference_plot(verdict: Verdict, number: int) -> Plot | None:
     tested = [pair for pair in verdict.pairs if pair.is_tested]
     if not tested:
         return None
-    leader, drawn, with_leader = verdict.arms[0].name, tested, ""
-    if len(tested) > MOST_PAIRS_DRAWN:
-        drawn = [pair for pair in tested if leader in (pair.better.name, pair.worse.name)]
-    if len(drawn) < len(tested):
-        with_leader = f" with {leader}, the smallest mean"
+    leader = verdict.arms[0].name
+    of_leader = [pair for pair in tested if leader in (pair.better.name, pair.worse.name)]
+    drawn = tested if len(tested) <= MOST_PAIRS_DRAWN else of_leader
+    with_leader = f" with {leader}, the smallest mean" if len(drawn) < len(tested) else ""
     shown = sum(pair.outcome == Outcome.BETTER for pair in drawn)
     summary = (
         f"Paired differences of held-out loss for {len(drawn)} pairs{with_leader}. In {shown} of them the adjusted "

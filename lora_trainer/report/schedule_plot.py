@@ -38,7 +38,8 @@ def draw_schedules(
         axes = figure.subplots()
         _draw_panel(axes, curves, title)
         if updates_per_epoch:
-            _epochs_above(axes, updates_per_epoch)
+            to_epochs_and_back = (lambda update: update / updates_per_epoch, lambda epoch: epoch * updates_per_epoch)
+            axes.secondary_xaxis("top", functions=to_epochs_and_back).set_xlabel("Epochs")
     else:
         rows = math.ceil(len(curves) / 4)
         figure = Figure(figsize=(16 * scale, 3 * rows * scale))
@@ -101,18 +102,10 @@ def terminal_plot(curves: Sequence[Curve], *, title: str, width: int, height: in
     return plotext.build()
 
 
-def _epochs_above(axes: Axes, updates_per_epoch: int) -> None:
-    to_and_fro = (lambda update: update / updates_per_epoch, lambda epoch: epoch * updates_per_epoch)
-    axes.secondary_xaxis("top", functions=to_and_fro).set_xlabel("Epochs")
-
-
 def _draw_marks(axes: Axes, marks: Sequence[Mark], colour: str) -> None:
-    """A dashed line per mark; the legend names each kind once, and milestones by their number unless they are many."""
+    """A dashed line per mark; milestones are named by their number unless they are many."""
     numbered = sum(mark.label.startswith("Milestone") for mark in marks)
-    named: set[str] = set()
     for mark in marks:
         many = numbered > MOST_NUMBERED_MARKS and mark.label.startswith("Milestone")
         label = f"{numbered} milestones" if many else mark.label
-        shown = None if label in named else label
-        axes.axvline(mark.update, color=colour, linestyle="--", linewidth=1, alpha=0.7, label=shown)
-        named.add(label)
+        axes.axvline(mark.update, color=colour, linestyle="--", linewidth=1, alpha=0.7, label=label)

@@ -82,8 +82,8 @@ class TrialWriter:
         if resuming:
             self._metrics.event("resume", step)
         self._diagnosis = LiveDiagnosis(log, RunFacts.of(self._plan, self._config))
-        if self._diagnosis.num_damaged:
-            notes.append(damage_note(str(log), self._diagnosis.num_damaged))
+        if self._diagnosis.log.num_damaged:
+            notes.append(damage_note(str(log), self._diagnosis.log.num_damaged))
         return notes
 
     def close(self) -> None:

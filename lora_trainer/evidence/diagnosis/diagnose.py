@@ -126,9 +126,9 @@ class EarlyReport:
     """Of the changes of the training and the held-out probe; needs four probes."""
 
     def as_event(self) -> dict[str, Any]:
-        content = asdict(self)
+        content = {key: None if value is None else round(value, 9) for key, value in asdict(self).items()}
         del content["step"]
-        return {key: None if value is None else round(value, 9) for key, value in content.items()}
+        return content
 
     @property
     def sentences(self) -> list[str]:
@@ -192,18 +192,14 @@ class LiveDiagnosis:
     """
 
     def __init__(self, metrics: Path, run: RunFacts) -> None:
-        self._metrics, self._run, self._log, self._read = metrics, run, TrialLog(), 0
+        self.log = TrialLog()
+        self._metrics, self._run, self._read = metrics, run, 0
         self._catch_up()
-
-    @property
-    def num_damaged(self) -> int:
-        """Lines read so far that hold no row; they are left out."""
-        return self._log.num_damaged
 
     def look(self) -> Iterator[Note]:
         """Read the new rows; what has changed. Each note must be logged before the next look."""
         self._catch_up()
-        log, name = self._log, self._run.config.name
+        log, name = self.log, self._run.config.name
         early = None if log.early_reported else early_report(log, self._run)
         if early is not None:
             line = f"early report of {name} at step {early.step}: {'; '.join(early.sentences)}"
@@ -220,7 +216,7 @@ class LiveDiagnosis:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                self._log.add(parse_row(line))
+                self.log.add(parse_row(line))
                 self._read += len(line)
 
 

@@ -127,9 +127,9 @@ class ProbeLog:
         """By how much the loss rose from one measurement to another, by index; paired over the images."""
         return paired_rise(self.rows[before], self.rows[after])
 
-    def all_above(self, index: int, rise: float) -> bool:
-        """Whether every image's loss is above its first by this share: clear even where two images give no SE."""
-        return bool((self.rows[index] > (1 + rise) * self.rows[0]).all())
+    def every_image_rose(self, before: int, after: int, by: float = 0.0) -> bool:
+        """Whether each image's loss is higher, by this share of itself: clear even where two images give no SE."""
+        return bool((self.rows[after] > (1 + by) * self.rows[before]).all())
 
     def at_or_after(self, step: int) -> list[int]:
         """Indices of the measurements from a step on."""

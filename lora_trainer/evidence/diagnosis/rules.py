@@ -144,7 +144,7 @@ def _is_worse_than_base(log: TrialLog, index: int, limits: Thresholds) -> bool:
     trained = log.train.change(0, index).mean if len(log.train) > index else 0.0
     if rise.mean <= limits.diverged_rise or trained < 0:
         return False
-    every_image = log.held_out.all_above(index, limits.diverged_rise)
+    every_image = log.held_out.every_image_rose(0, index, limits.diverged_rise)
     return rise.z > limits.diverged_se or every_image or trained > limits.diverged_rise
 
 
@@ -196,15 +196,12 @@ def overfit(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     )
     numbers = {"best_step": held_out.steps[best], "lost_share": min(lost, 1e6), "gap": gap}
     newest = range(len(held_out) - REPEATS, len(held_out))
-    risen = best < newest[0] and all(_has_risen(held_out, best, index, limits) for index in newest)
+    risen = best < newest[0] and all(
+        held_out.change(best, index).z > limits.overfit_se or held_out.every_image_rose(best, index) for index in newest
+    )
     still_learning = all(mean < train.means[best] for mean in train.means[-REPEATS:])
     holds = risen and lost > limits.overfit_lost and still_learning and gap > 0
     return State.OVERFIT.found_where(holds, confidence_of(lost / limits.overfit_lost), evidence, **numbers)
-
-
-def _has_risen(probe: ProbeLog, best: int, index: int, limits: Thresholds) -> bool:
-    """By some SE, or every image's loss: two images that rise by unequal amounts have a large SE."""
-    return probe.change(best, index).z > limits.overfit_se or bool((probe.rows[index] > probe.rows[best]).all())
 
 
 def forgetting(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
@@ -215,7 +212,7 @@ def forgetting(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     if len(prior) < 3:
         return State.FORGETTING.not_measured(f"{len(prior) - 1} probes after the start, 2 needed")
     rises = [prior.change(0, index) for index in (-2, -1)]
-    every_image = all(prior.all_above(index, limits.forgetting_rise) for index in (-2, -1))
+    every_image = all(prior.every_image_rose(0, index, limits.forgetting_rise) for index in (-2, -1))
     evidence = (
         f"loss on prior images {prior.means[-1]:.4f} of the base's ({rises[-1].z:+z.1f} SE) at step {prior.steps[-1]}"
     )
@@ -233,9 +230,8 @@ def restart_shock(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         return State.RESTART_SHOCK.not_measured(NO_PROBES)
     if not history.restarts:
         return State.RESTART_SHOCK.not_found("the LR never restarted")
-    ends = [*history.restarts[1:], run.num_updates]
-    spans = [_around(probe, start, end, run) for start, end in zip(history.restarts, ends, strict=True)]
-    judged = [span for span in spans if span is not None]
+    cycles = pairwise([*history.restarts, run.num_updates])
+    judged = [span for start, end in cycles if (span := _around(probe, start, end, run)) is not None]
     if not judged:
         missing = "no probe shortly after a restart and one at its cycle's end; set a smaller validation.every_steps"
         return State.RESTART_SHOCK.not_measured(missing)

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from lora_trainer.evidence.diagnosis.findings import Confidence, Finding, State, confidence_of
+from lora_trainer.evidence.diagnosis.findings import Finding, State, confidence_of
 from lora_trainer.evidence.diagnosis.log import ProbeLog, RunFacts, TrialLog
 from lora_trainer.evidence.diagnosis.rules import NO_PROBES, Thresholds
 from lora_trainer.evidence.statistics.paired import rise_in_se
@@ -54,10 +54,10 @@ def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     if not large:
         return State.OSCILLATING.not_found(evidence, **numbers)
     confidence = confidence_of(index / limits.oscillation_index, in_se / limits.oscillation_se)
-    if helped is not None:
-        return State.OSCILLATING.found(confidence, f"{evidence}; a cooldown helped by {helped:.1f} SE", **numbers)
-    capped: Confidence = "medium" if confidence == "high" else "low"
-    return State.OSCILLATING.found(capped, f"{evidence}; no cooldown was measured", **numbers)
+    if helped is None:
+        confidence = "medium" if confidence == "high" else "low"
+    cooldown = "no cooldown was measured" if helped is None else f"a cooldown helped by {helped:.1f} SE"
+    return State.OSCILLATING.found(confidence, f"{evidence}; {cooldown}", **numbers)
 
 
 def _scatter_share(probe: ProbeLog, usable: list[int]) -> float:
