@@ -83,12 +83,6 @@ def _data(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
             "`data.crops_per_image` has no effect with `crop: center`",
             "remove it, or write crop: random",
         )
-    if data.resolution % 8:
-        yield Conflict(
-            ("data", "resolution"),
-            f"`data.resolution` {data.resolution} is no multiple of 8, the factor of Stable Diffusion's autoencoder",
-            f"write {data.resolution // 8 * 8} or {data.resolution // 8 * 8 + 8}",
-        )
 
 
 def _validation(config: RunConfig) -> Iterator[Conflict]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.lr_notes import unusual_rates
@@ -29,12 +29,12 @@ from lora_trainer.data.holdout import Split, no_split, split_by_folder, split_by
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
 from lora_trainer.errors import ConfigError, HostError, ModelError, Problem
 from lora_trainer.models.adapters.targets import assign_groups, select_targets
-from lora_trainer.models.folder import BaseFolder, inspect_base, locate_base
-from lora_trainer.planning.run_plan import DENOISER_GROUP, RunPlan, plan_run
+from lora_trainer.models.family import Family, joined_layers
+from lora_trainer.models.folder import BaseFolder
+from lora_trainer.models.registry import open_base, open_family
+from lora_trainer.planning.run_plan import LRGroup, RunPlan, lay_groups, plan_run
 from lora_trainer.runtime.launch import Launch, default_threads
 from lora_trainer.storage import disk_space
-
-PredictionType = Literal["epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Prepared:
     config: RunConfig
     base: BaseFolder
     base_digests: dict[str, str]
-    prediction_type: PredictionType
+    prediction_type: str
     split: Split
     target_shapes: dict[str, Any]
     plan: RunPlan
@@ -58,6 +58,10 @@ class Prepared:
     def dataset(self) -> Dataset:
         """What is trained on."""
         return self.split.training
+
+    def lr_groups(self) -> tuple[LRGroup, ...]:
+        """The groups of weights with their LR schedules laid over the run."""
+        return lay_groups(self.config, self.plan.lr_horizon, self.base.denoiser)
 
     def identity(self) -> dict[str, Any]:
         """All that decides what is learned: settings, content of data and base, and how the sums are split."""
@@ -83,18 +87,22 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     Raises:
         ConfigError, DataError, ModelError, HostError: each with all problems of its kind.
     """
-    base = inspect_base(locate_base(config.model.path, config.model.revision), config.model.family)
+    base = open_base(config.model.path, config.model.revision, config.model.family)
+    family = open_family(base)
+    predicts = _prediction_type(config, base, family)
+    _check_resolution(config, family)
     _check_places(config)
     checked = cache_folder(config) / "checked-images.json"
     split, prior = _split(config, checked, progress)
-    targets = _targets(config, base)
+    targets = _targets(config, base, family)
     fixed = _fixed_before(config, continues)
-    plan = _plan(config, launch.num_processes, split, targets, num_probes=2 + (prior is not None), fixed=fixed)
+    num_probes = 2 + (prior is not None)
+    plan = _plan(config, base, split, targets, launch.num_processes, num_probes=num_probes, fixed=fixed)
     _check_room(config, plan)
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = _threads(config, fixed, default_threads(launch))
-    return Prepared(config, base, base.digests(), prediction_type(config, base), split, dict(targets), plan, threads)
+    return Prepared(config, base, base.digests(), predicts, split, dict(targets), plan, threads)
 
 
 def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | None = None) -> Prepared:
@@ -106,10 +114,11 @@ def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | Non
     Raises:
         ConfigError: targets, groups or schedules do not fit.
     """
-    targets = _targets(config, prepared.base)
+    base, split = prepared.base, prepared.split
+    targets = _targets(config, base, open_family(base))
     fixed = _fixed_before(config, continues)
-    num_probes = len(prepared.split.probes)
-    plan = _plan(config, prepared.plan.num_processes, prepared.split, targets, num_probes=num_probes, fixed=fixed)
+    num_processes, num_probes = prepared.plan.num_processes, len(split.probes)
+    plan = _plan(config, base, split, targets, num_processes, num_probes=num_probes, fixed=fixed)
     threads = _threads(config, fixed, prepared.threads)
     return replace(prepared, config=config, target_shapes=dict(targets), plan=plan, threads=threads)
 
@@ -119,19 +128,29 @@ def _threads(config: RunConfig, fixed: _Fixed, default: int) -> int:
     return (fixed.threads or default) if config.train.threads == "auto" else config.train.threads
 
 
-def _targets(config: RunConfig, base: BaseFolder) -> Mapping[str, Any]:
-    """The layers to adapt; the groups of weights are checked against them."""
-    targets = select_targets(base.denoiser_shapes(), config.adapter.targets)
-    weights = [f"{DENOISER_GROUP}.{layer}.lora_{kind}.weight" for layer in targets for kind in "AB"]
-    assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, DENOISER_GROUP)
+def _targets(config: RunConfig, base: BaseFolder, family: Family) -> Mapping[str, Any]:
+    """The layers to adapt; the groups of weights and the names in LoRA files are checked against them."""
+    targets = select_targets(base.denoiser_shapes(), config.adapter.targets, family.target_presets)
+    layers = [f"{base.denoiser}.{layer}" for layer in targets]
+    joined_layers(family.kohya_names(layers))
+    weights = [f"{layer}.lora_{kind}.weight" for layer in layers for kind in "AB"]
+    assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, base.denoiser)
     return targets
 
 
 def _plan(
-    config: RunConfig, num_processes: int, split: Split, targets: Mapping[str, Any], *, num_probes: int, fixed: _Fixed
+    config: RunConfig,
+    base: BaseFolder,
+    split: Split,
+    targets: Mapping[str, Any],
+    num_processes: int,
+    *,
+    num_probes: int,
+    fixed: _Fixed,
 ) -> RunPlan:
     return plan_run(
         config,
+        denoiser=base.denoiser,
         num_images=len(split.training.records),
         bucket_sizes=[split.training.num_samples],
         num_processes=num_processes,
@@ -204,23 +223,27 @@ def _chosen_before(file: Path) -> list[str] | None:
         return None
 
 
-def prediction_type(config: RunConfig, base: BaseFolder) -> PredictionType:
-    """What the denoiser predicts: as the config says, else as the base's noise scheduler says.
+def _prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str:
+    """What the denoiser predicts.
 
     Raises:
-        ModelError: the base's scheduler names something else than epsilon or v_prediction.
+        ModelError: the family cannot be trained on it.
     """
-    said = str(base.component_config("scheduler").get("prediction_type", "epsilon"))
-    chosen = said if config.model.prediction_type == "auto" else config.model.prediction_type
-    if chosen not in ("epsilon", "v_prediction"):
-        raise ModelError(
-            Problem(
-                f"prediction type `{chosen}` is not supported",
-                str(base.path / "scheduler"),
-                fix="set model.prediction_type",
-            )
-        )
-    return cast(PredictionType, chosen)
+    chosen = base.prediction_type(config.model.prediction_type)
+    if chosen not in family.prediction_types:
+        what = f"prediction type `{chosen}` is not supported with the family {family.name}"
+        fix = f"set model.prediction_type to one of {', '.join(family.prediction_types)}, if the base was trained so"
+        raise ModelError(Problem(what, str(base.path / "scheduler"), fix=fix))
+    return chosen
+
+
+def _check_resolution(config: RunConfig, family: Family) -> None:
+    """Pixels must fill whole latents."""
+    side, factor = config.data.resolution, family.latent_factor
+    if side % factor:
+        what = f"`data.resolution` {side} is no multiple of {factor}, the factor of the base's autoencoder"
+        fix = f"write {side // factor * factor} or {side // factor * factor + factor}"
+        raise ConfigError(Problem(what, "data.resolution", fix=fix))
 
 
 def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:

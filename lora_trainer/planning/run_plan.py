@@ -21,8 +21,6 @@ PROBE_STRATA = 16
 MIN_PROBE_ITEMS = 2
 MIN_MEASUREMENTS = 10
 FILE_OVERHEAD = 2**20  # names, shapes and settings beside the tensors, bytes
-DENOISER_GROUP = "unet"
-"""Name in the log of the weights that no other group has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +149,17 @@ class LRGroup:
         return self.schedule.lr(k, self.base_lr)
 
 
-def lay_groups(config: RunConfig, horizon: Horizon) -> tuple[LRGroup, ...]:
+def lay_groups(config: RunConfig, horizon: Horizon, denoiser: str) -> tuple[LRGroup, ...]:
     """The LR groups of a config over this run: the denoiser's first, then those of `optimizer.groups`.
+
+    Args:
+        denoiser: the base's component whose weights are in the first group, which has its name.
 
     Raises:
         ConfigError: a schedule does not fit the run's length or its base LR; all such are named.
     """
     optimizer = config.optimizer
-    wanted = [(DENOISER_GROUP, optimizer.lr, config.lr_scheduler, "lr_scheduler")]
+    wanted = [(denoiser, optimizer.lr, config.lr_scheduler, "lr_scheduler")]
     for index, group in enumerate(optimizer.groups):
         place = f"optimizer.groups[{index}].lr_scheduler"
         wanted.append((group.name, group.lr or optimizer.lr, group.lr_scheduler or config.lr_scheduler, place))
@@ -178,6 +179,7 @@ def lay_groups(config: RunConfig, horizon: Horizon) -> tuple[LRGroup, ...]:
 def plan_run(
     config: RunConfig,
     *,
+    denoiser: str,
     num_images: int,
     bucket_sizes: Sequence[int],
     num_processes: int,
@@ -190,6 +192,7 @@ def plan_run(
     """Work out a run from its config and the counts that only the data, the launcher and the base know.
 
     Args:
+        denoiser: the base's component that gets the adapters.
         num_images: distinct image files.
         bucket_sizes: samples per bucket.
         num_processes: training processes.
@@ -207,7 +210,7 @@ def plan_run(
     per_epoch = updates_per_epoch(bucket_sizes, global_batch)
     num_updates = train.max_steps if train.max_steps is not None else (train.epochs or 0) * per_epoch
     horizon = Horizon(num_updates, per_epoch)
-    groups = lay_groups(config, Horizon(lr_updates or num_updates, per_epoch))
+    groups = lay_groups(config, Horizon(lr_updates or num_updates, per_epoch), denoiser)
     return RunPlan(
         num_images=num_images,
         bucket_sizes=tuple(bucket_sizes),

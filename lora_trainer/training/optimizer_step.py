@@ -12,7 +12,8 @@ import torch
 from lora_trainer.data.batches import BatchSource
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Conditioning, Slot
-from lora_trainer.diffusion.objective import NoisedLatents
+from lora_trainer.diffusion.noise_paths import NoisedLatents
+from lora_trainer.diffusion.objective import draw
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.optimizers import step_size
 from lora_trainer.training.trial import MAX_OVERFLOWS_IN_A_ROW, Trial
@@ -151,7 +152,7 @@ class OptimizerStep:
     def activation_bytes(self) -> int:
         """What the forward of one micro-batch keeps for its backward, per trial. Changes nothing."""
         batch, bank = self._batches.at(self._batches.slots_of(0, 0, 0)), self._denoiser.bank
-        noised = self._denoiser.objective.draw(batch, self._seed)
+        noised = draw(self._denoiser.path, batch, self._seed)
         frozen = {p.untyped_storage().data_ptr() for p in bank.denoiser.parameters()}
         kept: dict[int, int] = {}
 
@@ -188,7 +189,7 @@ class OptimizerStep:
         the gradient that it would have alone.
         """
         batch, bank = self._batches.at(slots), self._denoiser.bank
-        noised = self._denoiser.objective.draw(batch, self._seed)
+        noised = draw(self._denoiser.path, batch, self._seed)
         for own in self._passes:
             members = [trial for trial in own if trial.parent is None]
             live = [place for place, trial in enumerate(members) if trial.is_live]

@@ -16,7 +16,6 @@ from lora_trainer.config.identity import Identity, compare, difference, refusal
 from lora_trainer.config.places import METRICS_FILE, lora_file
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.storage.checkpoint import Checkpoint, newest_checkpoint
 from lora_trainer.tracking.console import Screen
@@ -173,7 +172,7 @@ def check_kept_curve(prepared: Prepared) -> None:
     """
     plan = prepared.plan
     length = plan.lr_horizon.num_updates
-    groups = lay_groups(prepared.config, plan.lr_horizon)
+    groups = prepared.lr_groups()
     if plan.num_updates > length and all(group.lr(length) == 0 for group in groups):
         raise ConfigError(
             Problem(

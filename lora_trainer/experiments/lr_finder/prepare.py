@@ -17,7 +17,7 @@ from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.experiments.lr_finder.analysis import MIN_POINTS
 from lora_trainer.experiments.lr_finder.verification import FACTORS
 from lora_trainer.planning.prepare import Prepared, prepare, prepare_like
-from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS, lay_groups
+from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.schedules.cycles import Ramp
 from lora_trainer.training.group import Member, TrialGroup
@@ -65,7 +65,7 @@ class PreparedFinder:
 
     def lr(self, k: int) -> float:
         """The learning rate of the ramp's update k."""
-        return lay_groups(self.prepared.config, self.prepared.plan.lr_horizon)[0].lr(k)
+        return self.prepared.lr_groups()[0].lr(k)
 
     def ramp_group(self) -> TrialGroup:
         """The ramp as a group of one."""

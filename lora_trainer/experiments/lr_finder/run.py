@@ -15,7 +15,6 @@ from lora_trainer.experiments.lr_finder.analysis import Point, RampReading, anal
 from lora_trainer.experiments.lr_finder.prepare import HIGHEST_LR, PreparedFinder
 from lora_trainer.experiments.lr_finder.verification import ShortRun, Verification, judge, lrs_around
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.runtime.runtime import joined_processes
 from lora_trainer.tracking.console import Screen
@@ -149,4 +148,4 @@ def _relative(measurement: Measurement) -> np.ndarray:
 
 
 def _first_lr(prepared: Prepared) -> float:
-    return lay_groups(prepared.config, prepared.plan.lr_horizon)[0].lr(0)
+    return prepared.lr_groups()[0].lr(0)
