@@ -2,7 +2,7 @@
 
 Betas: x_t = sqrt(a_t) x + sqrt(1 - a_t) eps with a_t the cumulative product of the noise schedule (Ho et al. 2020); the
 target is eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x (Salimans and Ho 2022). Flow matching: x_t = (1 - t) x + t eps,
-t in (0, 1), and the target is eps - x (Lipman et al. 2023, Liu et al. 2023).
+t in [0, 1), and the target is eps - x (Lipman et al. 2023, Liu et al. 2023).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from diffusers import DDPMScheduler
 
 from lora_trainer.config.schema import ObjectiveConfig
-from lora_trainer.errors import ConfigError, Problem
 
 Weighting = Callable[[torch.Tensor, float, str], torch.Tensor]  # (SNR, the setting's value, prediction type) -> weight
 
@@ -89,7 +88,7 @@ class BetaPath:
 
 
 class FlowPath:
-    """The straight way of flow matching; times are drawn evenly from (0, 1), and the model is told t x 1000."""
+    """The straight way of flow matching; times are drawn evenly from [0, 1), and the model is told t x 1000."""
 
     prediction_type = "flow"
 
@@ -111,22 +110,10 @@ class FlowPath:
 def noise_path(
     schedule: Mapping[str, Any], prediction_type: str, objective: ObjectiveConfig, device: torch.device
 ) -> NoisePath:
-    """The path that a base's scheduler is for.
-
-    Args:
-        schedule: the scheduler's configuration.
-
-    Raises:
-        ConfigError: a loss weighting has no meaning on it.
-    """
-    if prediction_type != "flow":
-        return BetaPath(schedule, prediction_type, objective, device)
-    if weightings := [key for key in WEIGHTINGS if getattr(objective, key) is not None]:
-        fix = "remove it: the base is trained by flow matching"
-        raise ConfigError(
-            *(Problem(f"`objective.{key}` weights a noise schedule of betas", fix=fix) for key in weightings)
-        )
-    return FlowPath(schedule)
+    """The path that a base's scheduler, with this configuration, is for."""
+    if prediction_type == "flow":
+        return FlowPath(schedule)
+    return BetaPath(schedule, prediction_type, objective, device)
 
 
 def _min_snr(snr_T: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
@@ -138,7 +125,7 @@ def _min_snr(snr_T: torch.Tensor, gamma: float, prediction_type: str) -> torch.T
 
 
 WEIGHTINGS: dict[str, Weighting] = {"min_snr_gamma": _min_snr}
-"""Loss weightings by their setting in `objective`; null is off."""
+"""Loss weightings on betas by their setting in `objective`; null is off."""
 
 
 def _scale(factor_B: torch.Tensor, values_BChw: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ def kohya_metadata(recipe: Recipe, payload_sha256: str, *, adapts_kernels: bool)
     fields: dict[str, Any] = {
         "ss_output_name": recipe.name,
         "ss_base_model_version": base.kohya_version,
-        "ss_v2": base.kohya_version.startswith("sd_v2"),
+        "ss_v2": "v2" in base.kohya_version.split("_"),
         "ss_network_module": "lycoris.kohya" if adapter.use_dora else "networks.lora",
         "ss_network_dim": adapter.rank,
         "ss_network_alpha": _plain(adapter.alpha),

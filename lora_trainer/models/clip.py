@@ -46,7 +46,7 @@ def check_vocabulary(folder: Path, tokenizer: str = "tokenizer", encoder: str = 
         return []
     return [
         Problem(
-            f"the {tokenizer} has {known} tokens, the {encoder} {embedded}",
+            f"the {tokenizer.replace('_', ' ')} has {known} tokens, the {encoder.replace('_', ' ')} {embedded}",
             str(place),
             "they do not belong together: captions would be read as other words",
             f"fetch {tokenizer} and {encoder} of one base again",

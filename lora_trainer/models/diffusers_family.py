@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_trainer.errors import ModelError, Problem
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class DiffusersFamily(Family):
-    """A base of models that diffusers and transformers load, with a VAE that is an `AutoencoderKL`."""
+    """A base that diffusers and transformers load: its VAE is an `AutoencoderKL`, its (first) tokenizer CLIP's."""
 
     kohya_prefixes: ClassVar[Mapping[str, str]]
     """What stands for each component in kohya's layout."""
@@ -37,6 +38,19 @@ class DiffusersFamily(Family):
             named[layer] = FileName(f"{self.kohya_prefixes[component]}_{rest.replace('.', '_')}")
         return named
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import CLIPTokenizer
+
+        return CLIPTokenizer.from_pretrained(self.base.path / "tokenizer")
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokenizer.model_max_length
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+
     def view_conditioning(self, view: View) -> dict[str, tuple[float, ...]]:
         return {}
 
@@ -54,6 +68,10 @@ class DiffusersFamily(Family):
 
     def decode(self, vae: Any, latents_BChw: torch.Tensor) -> torch.Tensor:
         return vae.decode(latents_BChw / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+
+    def load_pipeline(self) -> Any:
+        what = f"there is no stock pipeline for the family {self.name}"
+        raise ModelError(Problem(what, str(self.base.path), fix="use sample.prompts, which draws while it trains"))
 
     def load(self, model: Any, component: str, device: torch.device, dtype: torch.dtype) -> Any:
         """A component's frozen model.

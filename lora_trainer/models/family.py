@@ -166,5 +166,9 @@ class Family(Protocol):
         ...
 
     def load_pipeline(self) -> Any:
-        """The stock pipeline of the whole base, on the CPU in fp32, which LoRA files can be loaded into."""
+        """The stock pipeline of the whole base, on the CPU in fp32, which LoRA files can be loaded into.
+
+        Raises:
+            ModelError: there is none.
+        """
         ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_trainer.errors import Problem
@@ -61,19 +60,6 @@ class StableDiffusion(DiffusersFamily):
     @property
     def architecture(self) -> str:
         return f"{_ARCHITECTURES[self.kohya_version]}/lora"
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        from transformers import CLIPTokenizer
-
-        return CLIPTokenizer.from_pretrained(self.base.path / "tokenizer")
-
-    @property
-    def max_tokens(self) -> int:
-        return self.tokenizer.model_max_length
-
-    def count_tokens(self, prompt: str) -> int:
-        return len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
     def load_text_encoders(self, device: torch.device) -> Any:
         import torch

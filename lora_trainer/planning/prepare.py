@@ -228,12 +228,16 @@ def _prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str
 
     Raises:
         ModelError: the family cannot be trained on it.
+        ConfigError: a loss weighting has no meaning on it.
     """
     chosen = base.prediction_type(config.model.prediction_type)
     if chosen not in family.prediction_types:
         what = f"prediction type `{chosen}` is not supported with the family {family.name}"
         fix = f"set model.prediction_type to one of {', '.join(family.prediction_types)}, if the base was trained so"
         raise ModelError(Problem(what, str(base.path / "scheduler"), fix=fix))
+    if chosen == "flow" and config.objective.min_snr_gamma is not None:
+        what, why = "`objective.min_snr_gamma` weights the timesteps of a noise schedule of betas", "the base has none"
+        raise ConfigError(Problem(what, str(base.path / "scheduler"), why, "write objective.min_snr_gamma: null"))
     return chosen
 
 

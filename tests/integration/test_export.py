@@ -17,8 +17,7 @@ from lora_trainer.errors import NumericStop
 from lora_trainer.lora_files.files import write_lora
 from lora_trainer.lora_files.recipe import read_recipe
 from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
-from lora_trainer.models.folder import inspect_base
-from lora_trainer.models.registry import open_family
+from lora_trainer.models.registry import inspect_base, open_family
 from lora_trainer.storage.checkpoint import open_checkpoint
 
 TOLERANCE = 1e-5
