@@ -7,11 +7,11 @@ so an epoch has sum over buckets of ceil(n_b / G) updates, however G is split.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lora_trainer.config.schema import RunConfig, ValidationConfig
+from lora_trainer.config.schema import LoraConfig, RunConfig, ValidationConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.schedules.facts import facts_of
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, ScheduleOptions, to_updates
@@ -221,8 +221,7 @@ def plan_run(
         num_updates=num_updates,
         lr_groups=tuple(_group_plan(group) for group in groups),
         num_modules=len(target_shapes),
-        num_parameters=sum(lora_parameters(shape, config.adapter.rank) for shape in target_shapes.values())
-        + (sum(shape[0] for shape in target_shapes.values()) if config.adapter.use_dora else 0),
+        num_parameters=_num_parameters(config.adapter, target_shapes.values()),
         periods=Periods(
             checkpoint=_period(config.checkpoint.every_steps, horizon),
             sample=_period(config.sample.every_steps, horizon),
@@ -305,6 +304,10 @@ def lora_parameters(weight_shape: Sequence[int], rank: int) -> int:
     """Trainable numbers of one LoRA: A is [rank, in, *kernel], B is [out, rank]."""
     out_features, *rest = weight_shape
     return rank * math.prod(rest) + out_features * rank
+
+
+def _num_parameters(adapter: LoraConfig, shapes: Iterable[Sequence[int]]) -> int:
+    return sum(lora_parameters(s, adapter.rank) + (s[0] if adapter.use_dora else 0) for s in shapes)
 
 
 def _period(duration: int | str | None, horizon: Horizon) -> int | None:
