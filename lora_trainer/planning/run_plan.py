@@ -222,11 +222,7 @@ def plan_run(
         lr_groups=tuple(_group_plan(group) for group in groups),
         num_modules=len(target_shapes),
         num_parameters=_num_parameters(config.adapter, target_shapes.values()),
-        periods=Periods(
-            checkpoint=_period(config.checkpoint.every_steps, horizon),
-            sample=_period(config.sample.every_steps, horizon),
-            export=_period(config.export.every_steps, horizon),
-        ),
+        periods=_periods(config, horizon),
         validation=None
         if config.validation is None
         else plan_validation(
@@ -310,5 +306,6 @@ def _num_parameters(adapter: LoraConfig, shapes: Iterable[Sequence[int]]) -> int
     return sum(lora_parameters(s, adapter.rank) + (s[0] if adapter.use_dora else 0) for s in shapes)
 
 
-def _period(duration: int | str | None, horizon: Horizon) -> int | None:
-    return None if duration is None else to_updates(duration, horizon)
+def _periods(config: RunConfig, horizon: Horizon) -> Periods:
+    asked = (config.checkpoint.every_steps, config.sample.every_steps, config.export.every_steps)
+    return Periods(*(None if duration is None else to_updates(duration, horizon) for duration in asked))
