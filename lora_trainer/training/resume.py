@@ -150,11 +150,12 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, screen: Scr
         if changes.unknown:
             notes[f"not recorded by the earlier version, taken as unchanged: {', '.join(changes.unknown)}"] = None
         failed = stored["ending"] is not None and stored["ending"]["status"] == "failed"
-        if failed and changes.accepted and len(group.members) == 1:
+        if failed and changes.accepted and group.folder == own.run_dir:  # a run that is trained alone
             trials[member.name] = stored | {"ending": None, "skips": asdict(Skips(stored["skips"]["total"]))}
-        check_kept_curve(own)
     if problems:
         raise ConfigError(*problems)
+    for member in group.members:
+        check_kept_curve(member.prepared)
     for note in notes:
         screen.say(note)
     return replace(point, trials=trials)
