@@ -112,7 +112,7 @@ class TrialLog:
         """(step, training loss relative to the frozen base on the same batch), where it was measured."""
         self.skips: list[Skip] = []
         self.failure: str | None = None
-        """Why the trial was ended."""
+        """Why the trial was ended; None again where a changed setting led on."""
         self.probes: dict[str, ProbeLog] = {HELD_OUT: ProbeLog(), TRAIN: ProbeLog(), PRIOR: ProbeLog()}
         self.non_finite_probes: list[tuple[int, str]] = []
         """(step, probe) of measurements that were not finite; their steps are left out of all probes."""
@@ -173,6 +173,7 @@ class TrialLog:
             self.probes.setdefault(row["probe"], ProbeLog()).add(row)
 
     def _add_update(self, row: Mapping[str, Any]) -> None:
+        self.failure = None
         missing = int(row["step"]) - 1 - len(self.lrs)  # rows of skipped updates, or lost with a damaged log
         self.lrs += [float(row["lr"])] * (max(0, missing) + 1)
         self.clipped.append(bool(row["clipped"]))
