@@ -13,6 +13,7 @@ import torch
 from faults import before_updates, spoil_gradients, spoil_losses
 
 from lora_trainer.errors import DataError, ExitCode, NumericStop
+from lora_trainer.evidence.diagnosis.run_folder import read_run as read_trials
 from lora_trainer.models.stable_diffusion import StableDiffusion
 from lora_trainer.report.run_record import read_run
 from lora_trainer.storage.checkpoint import Checkpoint, open_checkpoint
@@ -145,6 +146,7 @@ class TestThreeInARow:
         assert saved(run_dir).state["trials"]["toy"]["ending"] is None
         assert (read_run(run_dir).failure, read_run(run_dir).status) == (None, "finished")
         assert "failed at step" not in (run_dir / "report.html").read_text()
+        assert read_trials(run_dir)[0].trials["toy"].failure is None
         train_toy(*self.LENGTH, *self.CHANGED)  # finished: nothing to do
 
     def test_a_change_that_does_not_help_stops_it_again(
