@@ -46,7 +46,7 @@ class Prepared:
     base_digests: dict[str, str]
     prediction_type: PredictionType
     split: Split
-    target_shapes: dict[str, Any]
+    target_shapes: dict[str, tuple[int, ...]]
     plan: RunPlan
     threads: int
 
@@ -94,7 +94,7 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = _threads(config, fixed, default_threads(launch))
-    return Prepared(config, base, base.digests(), prediction_type(config, base), split, dict(targets), plan, threads)
+    return Prepared(config, base, base.digests(), prediction_type(config, base), split, targets, plan, threads)
 
 
 def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | None = None) -> Prepared:
@@ -111,7 +111,7 @@ def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | Non
     num_probes = len(prepared.split.probes)
     plan = _plan(config, prepared.plan.num_processes, prepared.split, targets, num_probes=num_probes, fixed=fixed)
     threads = _threads(config, fixed, prepared.threads)
-    return replace(prepared, config=config, target_shapes=dict(targets), plan=plan, threads=threads)
+    return replace(prepared, config=config, target_shapes=targets, plan=plan, threads=threads)
 
 
 def _threads(config: RunConfig, fixed: _Fixed, default: int) -> int:
@@ -119,9 +119,10 @@ def _threads(config: RunConfig, fixed: _Fixed, default: int) -> int:
     return (fixed.threads or default) if config.train.threads == "auto" else config.train.threads
 
 
-def _targets(config: RunConfig, base: BaseFolder) -> Mapping[str, Any]:
+def _targets(config: RunConfig, base: BaseFolder) -> dict[str, tuple[int, ...]]:
     """The layers to adapt; the groups of weights are checked against them."""
-    targets = select_targets(base.denoiser_shapes(), config.adapter.targets)
+    chosen = select_targets(base.denoiser_shapes(), config.adapter.targets)
+    targets = {layer: tuple(shape) for layer, shape in chosen.items()}
     weights = [f"{DENOISER_GROUP}.{layer}.lora_{kind}.weight" for layer in targets for kind in "AB"]
     assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, DENOISER_GROUP)
     return targets
