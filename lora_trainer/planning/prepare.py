@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -86,9 +86,9 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     base = inspect_base(locate_base(config.model.path, config.model.revision), config.model.family)
     _check_places(config)
     checked = cache_folder(config) / "checked-images.json"
-    split, prior = _split(config, checked, progress)
-    targets = _targets(config, base)
     fixed = _fixed_before(config, continues)
+    split, prior = _split(config, checked, progress, fixed.held_out)
+    targets = _targets(config, base)
     plan = _plan(config, launch.num_processes, split, targets, num_probes=2 + (prior is not None), fixed=fixed)
     _check_room(config, plan)
     if plan.validation is not None and config.validation is not None:
@@ -153,6 +153,8 @@ class _Fixed:
     num_watched: int | None = None
     """Images of each probe."""
     threads: int | None = None
+    held_out: tuple[str, ...] | None = None
+    """Content hashes of the images that it held out."""
 
 
 def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
@@ -161,13 +163,15 @@ def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
         continues = any((run_dir / CHECKPOINTS).glob("step-*"))
     if not continues:
         return _Fixed()
+    held_out = _chosen_before(run_dir / VALIDATION_FILE)
     try:
         before = json.loads((run_dir / PLAN_FILE).read_text())
         length = None if config.resume.schedule == "stretch" else before.get("lr_updates") or before.get("num_updates")
         num_watched = (before.get("validation") or {}).get("num_items")
-        return _Fixed(length, num_watched, before.get("identity", {}).get("train.threads"))
+        threads = before.get("identity", {}).get("train.threads")
+        return _Fixed(length, num_watched, threads, held_out)
     except (OSError, ValueError, AttributeError):
-        return _Fixed()
+        return _Fixed(held_out=held_out)
 
 
 def _check_room(config: RunConfig, plan: RunPlan) -> None:
@@ -179,7 +183,9 @@ def _check_room(config: RunConfig, plan: RunPlan) -> None:
     disk_space.check_room(run_dir, max(one, (kept + 1) * one - there) + plan.export_bytes(config.export.dtype), purpose)
 
 
-def _split(config: RunConfig, checked: Path, progress: Progress) -> tuple[Split, Dataset | None]:
+def _split(
+    config: RunConfig, checked: Path, progress: Progress, chosen_before: Sequence[str] | None
+) -> tuple[Split, Dataset | None]:
     """The training images without those held out, and the prior images where there are some."""
     dataset, validation = discover(config.data, checked, progress), config.validation
     if validation is None:
@@ -190,17 +196,16 @@ def _split(config: RunConfig, checked: Path, progress: Progress) -> tuple[Split,
         for key, folder in folders.items()
     }
     if validation.fraction is not None:
-        before = _chosen_before(run_directory(config) / VALIDATION_FILE)
-        split = split_by_fraction(dataset, validation.fraction, validation.seed, before)
+        split = split_by_fraction(dataset, validation.fraction, validation.seed, chosen_before)
     else:
         split = split_by_folder(dataset, others["dir"])
     return split, others.get("prior_dir")
 
 
-def _chosen_before(file: Path) -> list[str] | None:
+def _chosen_before(file: Path) -> tuple[str, ...] | None:
     """Content hashes of the images that an earlier start of this run held out."""
     try:
-        return json.loads(file.read_text())["images_held_out"]
+        return tuple(json.loads(file.read_text())["images_held_out"])
     except (OSError, ValueError, KeyError):
         return None
 

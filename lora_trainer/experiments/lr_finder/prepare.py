@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic_core import PydanticUndefined
 
 from lora_trainer.config.optimizers import Prodigy
+from lora_trainer.config.places import cache_folder
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.data.holdout import HELD_OUT, with_watched
@@ -84,6 +85,7 @@ class PreparedFinder:
         changes = {
             "name": f"lr{lr:.1e}",
             "output_dir": str(self.folder / "verify"),
+            "data": config.data.model_copy(update={"cache_dir": str(cache_folder(config))}),
             "lr_scheduler": Ramp(start_ratio=ratio, end_ratio=ratio),
             "train": config.train.model_copy(update={"max_steps": length}),
         }
