@@ -204,6 +204,9 @@ class RunLog:
             self.num_damaged += 1
             return
         name = row.get("trial")
+        if row.get("event") == "renamed":
+            self._rename(row["before"], row["trial"])
+            return
         if name is None:
             self._shared.append(row)
             for trial in self.trials.values():
@@ -212,6 +215,13 @@ class RunLog:
         if name not in self.trials:
             self._begin(name)
         self.trials[name].add(row)
+
+    def _rename(self, before: str, name: str) -> None:
+        """The rows so far were of a trial that has another name from here on."""
+        if before in self.trials:
+            own = self.trials.pop(before)
+            own.trial = name
+            self.trials[name] = own
 
     def expect(self, name: str) -> None:
         """Where no row named a trial yet, there is one, of this name."""
