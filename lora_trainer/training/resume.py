@@ -58,8 +58,8 @@ def find_resume_point(group: TrialGroup, runtime: Runtime, screen: Screen) -> Re
     point = _point(checkpoint, group)
     if checkpoint.state["format"] == 1 and (tried := checkpoint.state["progress"]["attempt"]) != point.step:
         screen.say(
-            f"{tried - point.step} skipped updates of an earlier version are not made up for: update {point.step} has "
-            "its own images and noise again"
+            f"{tried - point.step} update(s) that an earlier version skipped are not made up for: update {point.step} "
+            "has its own images and noise again"
         )
     return _accept(point, group, runtime, screen)
 
