@@ -23,8 +23,10 @@ from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFi
 from lora_trainer.experiments.lr_finder.run import Found, find_lr, run_short
 from lora_trainer.experiments.lr_finder.verification import ShortRun
 from lora_trainer.models.stable_diffusion import StableDiffusion
+from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.runtime.runtime import joined_processes
+from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.tracking.console import Screen
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.group import TrialGroup
@@ -180,6 +182,14 @@ class TestVerification:
     @pytest.fixture
     def finder(self, toy_config: Path) -> PreparedFinder:
         return finder_of(toy_config, options=self.OPTIONS)
+
+    def test_its_rates_are_exact_and_groups_keep_their_ratio(self, toy_config: Path) -> None:
+        groups = "optimizer.groups=[{name: values, match: [to_v], lr: 7e-5}, {name: keys, match: [to_k]}]"
+        finder = finder_of(toy_config, groups, "optimizer.lr=0.0007", options=self.OPTIONS)
+        for member, lr in zip(finder.verification_group(self.LRS).members, self.LRS, strict=True):
+            rates = [group.lr(k) for k in (0, 4) for group in lay_groups(member.prepared.config, Horizon(5, 3))]
+            assert rates == pytest.approx([lr, lr / 10, lr] * 2, rel=1e-12)
+            assert rates[0] == lr
 
     def test_it_trains_its_rates_packed_and_equals_solo_runs(
         self, finder: PreparedFinder, train_toy: Callable[..., Path], capsys: pytest.CaptureFixture[str]

@@ -51,6 +51,8 @@ def points(gains: list[float], se: float = 0.01) -> list[Point]:
 def test_the_ramp_is_geometric(start: float, end: float) -> None:
     np.testing.assert_allclose(ramp_lrs(start, end), np.geomspace(start, end, 100), rtol=1e-12)
     np.testing.assert_allclose(ramp_lrs(start, end, base_lr=3e-3), np.geomspace(start, end, 100), rtol=1e-12)
+    *_, last = lrs = ramp_lrs(start, end, base_lr=1.0)
+    assert (lrs[0], last) == (start, end)  # to the bit, but for the product with another base LR
 
 
 @given(best=st.floats(1e-3, 3e-2), factor=st.floats(1.5, 20))
