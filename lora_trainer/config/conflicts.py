@@ -113,13 +113,6 @@ def _sweep(config: RunConfig) -> Iterator[Conflict]:
             "a sweep compares held-out losses, and there is no `validation` section",
             "add validation: {fraction: 0.1}",
         )
-    if config.train.precision == "fp16":
-        yield Conflict(
-            ("train", "precision"),
-            "a sweep does not run in fp16",
-            "write precision: bf16 (or fp32)",
-            "one loss scale for all trials would tie them together: a trial's overflow would skip the others' updates",
-        )
 
 
 def _inert(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Prepared:
     base_digests: dict[str, str]
     prediction_type: str
     split: Split
-    target_shapes: dict[str, Any]
+    target_shapes: dict[str, tuple[int, ...]]
     plan: RunPlan
     threads: int
 
@@ -93,16 +93,16 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     _check_resolution(config, family)
     _check_places(config)
     checked = cache_folder(config) / "checked-images.json"
-    split, prior = _split(config, checked, progress)
-    targets = _targets(config, base, family)
     fixed = _fixed_before(config, continues)
+    split, prior = _split(config, checked, progress, fixed.held_out)
+    targets = _targets(config, base, family)
     num_probes = 2 + (prior is not None)
     plan = _plan(config, base, split, targets, launch.num_processes, num_probes=num_probes, fixed=fixed)
     _check_room(config, plan)
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = _threads(config, fixed, default_threads(launch))
-    return Prepared(config, base, base.digests(), predicts, split, dict(targets), plan, threads)
+    return Prepared(config, base, base.digests(), predicts, split, targets, plan, threads)
 
 
 def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | None = None) -> Prepared:
@@ -120,7 +120,7 @@ def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | Non
     num_processes, num_probes = prepared.plan.num_processes, len(split.probes)
     plan = _plan(config, base, split, targets, num_processes, num_probes=num_probes, fixed=fixed)
     threads = _threads(config, fixed, prepared.threads)
-    return replace(prepared, config=config, target_shapes=dict(targets), plan=plan, threads=threads)
+    return replace(prepared, config=config, target_shapes=targets, plan=plan, threads=threads)
 
 
 def _threads(config: RunConfig, fixed: _Fixed, default: int) -> int:
@@ -128,9 +128,10 @@ def _threads(config: RunConfig, fixed: _Fixed, default: int) -> int:
     return (fixed.threads or default) if config.train.threads == "auto" else config.train.threads
 
 
-def _targets(config: RunConfig, base: BaseFolder, family: Family) -> Mapping[str, Any]:
+def _targets(config: RunConfig, base: BaseFolder, family: Family) -> dict[str, tuple[int, ...]]:
     """The layers to adapt; the groups of weights and the names in LoRA files are checked against them."""
-    targets = select_targets(base.denoiser_shapes(), config.adapter.targets, family.target_presets)
+    chosen = select_targets(base.denoiser_shapes(), config.adapter.targets, family.target_presets)
+    targets = {layer: tuple(shape) for layer, shape in chosen.items()}
     layers = [f"{base.denoiser}.{layer}" for layer in targets]
     joined_layers(family.kohya_names(layers))
     weights = [f"{layer}.lora_{kind}.weight" for layer in layers for kind in "AB"]
@@ -171,6 +172,8 @@ class _Fixed:
     num_watched: int | None = None
     """Images of each probe."""
     threads: int | None = None
+    held_out: tuple[str, ...] | None = None
+    """Content hashes of the images that it held out."""
 
 
 def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
@@ -179,13 +182,15 @@ def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
         continues = any((run_dir / CHECKPOINTS).glob("step-*"))
     if not continues:
         return _Fixed()
+    held_out = _chosen_before(run_dir / VALIDATION_FILE)
     try:
         before = json.loads((run_dir / PLAN_FILE).read_text())
         length = None if config.resume.schedule == "stretch" else before.get("lr_updates") or before.get("num_updates")
         num_watched = (before.get("validation") or {}).get("num_items")
-        return _Fixed(length, num_watched, before.get("identity", {}).get("train.threads"))
+        threads = before.get("identity", {}).get("train.threads")
+        return _Fixed(length, num_watched, threads, held_out)
     except (OSError, ValueError, AttributeError):
-        return _Fixed()
+        return _Fixed(held_out=held_out)
 
 
 def _check_room(config: RunConfig, plan: RunPlan) -> None:
@@ -197,7 +202,9 @@ def _check_room(config: RunConfig, plan: RunPlan) -> None:
     disk_space.check_room(run_dir, max(one, (kept + 1) * one - there) + plan.export_bytes(config.export.dtype), purpose)
 
 
-def _split(config: RunConfig, checked: Path, progress: Progress) -> tuple[Split, Dataset | None]:
+def _split(
+    config: RunConfig, checked: Path, progress: Progress, chosen_before: Sequence[str] | None
+) -> tuple[Split, Dataset | None]:
     """The training images without those held out, and the prior images where there are some."""
     dataset, validation = discover(config.data, checked, progress), config.validation
     if validation is None:
@@ -208,17 +215,16 @@ def _split(config: RunConfig, checked: Path, progress: Progress) -> tuple[Split,
         for key, folder in folders.items()
     }
     if validation.fraction is not None:
-        before = _chosen_before(run_directory(config) / VALIDATION_FILE)
-        split = split_by_fraction(dataset, validation.fraction, validation.seed, before)
+        split = split_by_fraction(dataset, validation.fraction, validation.seed, chosen_before)
     else:
         split = split_by_folder(dataset, others["dir"])
     return split, others.get("prior_dir")
 
 
-def _chosen_before(file: Path) -> list[str] | None:
+def _chosen_before(file: Path) -> tuple[str, ...] | None:
     """Content hashes of the images that an earlier start of this run held out."""
     try:
-        return json.loads(file.read_text())["images_held_out"]
+        return tuple(json.loads(file.read_text())["images_held_out"])
     except (OSError, ValueError, KeyError):
         return None
 

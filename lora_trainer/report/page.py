@@ -221,7 +221,11 @@ def cost_table(groups: Sequence[ArmRuns]) -> Table:
     for group in groups:
         for run in group.runs:
             memory = NOT_MEASURED if run.peak_memory_gib is None else f"{run.peak_memory_gib:.2f} GiB"
-            speed = f"{run.step * run.plan['global_batch'] / run.training_s:.2f}" if run.training_s else NOT_MEASURED
+            speed = (
+                f"{len(run.updates) * run.plan['global_batch'] / run.training_s:.2f}"
+                if run.training_s
+                else NOT_MEASURED
+            )
             rows.append((group.name_of(run), str(run.step), f"{run.training_s:.0f} s", speed, memory))
     header = ("run", "updates", "time in updates", "images/s", "peak memory")
     return Table("Time and memory; probes, samples and saves are not in the time", header, tuple(rows))

@@ -29,7 +29,7 @@ class RunRecord:
     environment: dict[str, Any]
     exit: dict[str, Any]
     updates: tuple[Row, ...]
-    """Completed updates."""
+    """Applied updates."""
     events: tuple[Row, ...]
     num_damaged: int
     """Lines of the log that hold no row; they are left out."""
@@ -62,8 +62,9 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """Updates completed."""
-        return self.updates[-1]["step"] if self.updates else 0
+        """Updates done, the skipped ones too: those leave an event in place of a row."""
+        last = self.updates[-1]["step"] if self.updates else 0
+        return max([last, *(row["step"] for row in self.events if row["event"] == "skip")])
 
     @property
     def is_finished(self) -> bool:
@@ -71,8 +72,12 @@ class RunRecord:
 
     @property
     def ending(self) -> Row | None:
-        """The event by which a sweep ended this trial before its last update: `failed`, or `stopped` by a rule."""
-        return next((row for row in self.events if row["event"] in ("failed", "stopped")), None)
+        """The event that ended this trial before its last update: `failed`, or `stopped` by a rule of its sweep.
+
+        One that a changed setting led on from is none.
+        """
+        endings = [row for row in self.events if row["event"] in ("failed", "stopped")]
+        return endings[-1] if endings and endings[-1]["step"] >= self.step else None
 
     @property
     def failure(self) -> str | None:

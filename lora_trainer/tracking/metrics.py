@@ -14,7 +14,12 @@ from lora_trainer.storage.atomic_files import AppendLog
 TIMING_FIELDS = ("images_per_s", "step_s", "peak_memory_gib", "elapsed_s")
 """Fields that differ between two otherwise equal runs."""
 UPDATE = "update"
-_ESSENTIAL = {UPDATE: {"trial", "lr", "grad_norm"}, "validation": {"probe", "items"}, "skip": {"reason"}}
+_ESSENTIAL = {
+    UPDATE: {"trial", "lr", "grad_norm"},
+    "validation": {"probe", "items"},
+    "skip": {"reason"},
+    "renamed": {"trial", "before"},
+}
 """Fields, besides `step`, without which a line is no row of its event; an update is none."""
 
 

@@ -140,12 +140,12 @@ class OptimizerStep:
         )
 
     def settle_scales(self) -> None:
-        """Halve each fp16 loss scale until update 0 has finite gradients; apply nothing."""
+        """Halve each fp16 loss scale until update 0 has finite gradients, with room for the next; apply nothing."""
         unsettled = [trial for trial in self.trials if trial.scaler.is_enabled() and trial.parent is None]
-        for _ in range(MAX_OVERFLOWS_IN_A_ROW):
+        for halvings in range(MAX_OVERFLOWS_IN_A_ROW):
             if unsettled:
                 self._reduce(self._gradients(0, with_base=False).losses, stop_asked=False)
-                unsettled = [trial for trial in unsettled if not trial.settle_scale()]
+                unsettled = [trial for trial in unsettled if not trial.settle_scale(has_halved=halvings > 0)]
         for trial in self.trials:
             trial.clear_gradients()
 

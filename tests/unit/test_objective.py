@@ -66,6 +66,10 @@ def test_draws_belong_to_the_slot_not_to_the_batch(prediction_type: str) -> None
     assert draw(ours, whole, seed=2).digest != together.digest
 
 
+def test_the_digest_knows_noise_and_times_alone() -> None:
+    assert draw(path(), batch(4), seed=1).digest == draw(path("v_prediction", gamma=5), batch(4), seed=1).digest
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "flow"])
 def test_times_are_uniform_and_strata_lie_in_the_middle(prediction_type: str) -> None:
     ours = path(prediction_type)

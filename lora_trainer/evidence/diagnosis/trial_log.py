@@ -112,7 +112,7 @@ class TrialLog:
         """(step, training loss relative to the frozen base on the same batch), where it was measured."""
         self.skips: list[Skip] = []
         self.failure: str | None = None
-        """Why the trial was ended."""
+        """Why the trial was ended; None again where a changed setting led on."""
         self.probes: dict[str, ProbeLog] = {HELD_OUT: ProbeLog(), TRAIN: ProbeLog(), PRIOR: ProbeLog()}
         self.non_finite_probes: list[tuple[int, str]] = []
         """(step, probe) of measurements that were not finite; their steps are left out of all probes."""
@@ -173,6 +173,7 @@ class TrialLog:
             self.probes.setdefault(row["probe"], ProbeLog()).add(row)
 
     def _add_update(self, row: Mapping[str, Any]) -> None:
+        self.failure = None
         missing = int(row["step"]) - 1 - len(self.lrs)  # rows of skipped updates, or lost with a damaged log
         self.lrs += [float(row["lr"])] * (max(0, missing) + 1)
         self.clipped.append(bool(row["clipped"]))
@@ -203,6 +204,9 @@ class RunLog:
             self.num_damaged += 1
             return
         name = row.get("trial")
+        if row.get("event") == "renamed":
+            self._rename(row["before"], row["trial"])
+            return
         if name is None:
             self._shared.append(row)
             for trial in self.trials.values():
@@ -211,6 +215,13 @@ class RunLog:
         if name not in self.trials:
             self._begin(name)
         self.trials[name].add(row)
+
+    def _rename(self, before: str, name: str) -> None:
+        """The rows so far were of a trial that has another name from here on."""
+        if before in self.trials:
+            own = self.trials.pop(before)
+            own.trial = name
+            self.trials[name] = own
 
     def expect(self, name: str) -> None:
         """Where no row named a trial yet, there is one, of this name."""
