@@ -49,7 +49,9 @@ class Ours:
     def __init__(self, prepared: Prepared, runtime: Runtime) -> None:
         config, plan = prepared.config, prepared.plan
         family = open_family(prepared.base)
-        cache = build_cache(config, family, prepared.split, prepared.base_digests, runtime, lambda items, *_: items)
+        cache = build_cache(
+            config, family, prepared.split, prepared.base_digests, runtime, progress=lambda items, *_: items
+        )
         denoiser = family.load_denoiser(runtime.device, runtime.dtype).train()
         bank = AdapterBank.attach(
             denoiser, {"trial0": AdapterSpec(config.adapter, tuple(prepared.target_shapes))}, seed=config.seed

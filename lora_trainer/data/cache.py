@@ -65,6 +65,7 @@ def build_cache(
     split: Split,
     base_digests: Mapping[str, str],
     runtime: Runtime,
+    *,
     progress: Progress,
 ) -> Cache:
     """Encode what is missing, free the encoders, and read everything into memory.

@@ -227,7 +227,9 @@ def plan_run(
         ),
         validation=None
         if config.validation is None
-        else plan_validation(config.validation, horizon, global_batch, num_held_out, num_probes, num_watched),
+        else plan_validation(
+            config.validation, horizon, global_batch, num_held_out, num_probes, num_watched=num_watched
+        ),
         lr_updates=None if lr_updates == num_updates else lr_updates,
     )
 
@@ -238,6 +240,7 @@ def plan_validation(
     global_batch: int,
     num_held_out: int,
     num_probes: int,
+    *,
     num_watched: int | None = None,
 ) -> ValidationPlan:
     """Fit the probes under their cost cap: first fewer images (two at least), then a longer period (ten probes).

@@ -100,7 +100,7 @@ def test_the_cost_cap_takes_items_first_then_the_period() -> None:
 def test_a_longer_run_keeps_the_images_it_began_to_watch() -> None:
     """Readings before and after are compared image by image."""
     config = ValidationConfig(fraction=0.1)
-    free, kept = (plan_validation(config, Horizon(10_000, 10), 4, 20, 2, watched) for watched in (None, 3))
+    free, kept = (plan_validation(config, Horizon(10_000, 10), 4, 20, 2, num_watched=watched) for watched in (None, 3))
     assert (free.num_items, kept.num_items, kept.every) == (20, 3, 1000)
 
 
