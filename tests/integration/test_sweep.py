@@ -237,7 +237,9 @@ def test_a_failing_trial_is_marked_and_the_others_come_to_their_end(
 
     def clip(self: Trial) -> Any:
         norm = honest(self)
-        return norm * float("nan") if self.name == "lr2e-3-seed42" and self.optimizer.state else norm  # after one update
+        return (
+            norm * float("nan") if self.name == "lr2e-3-seed42" and self.optimizer.state else norm
+        )  # after one update
 
     monkeypatch.setattr(Trial, "clip", clip)
     done = sweep("{grid: {optimizer.lr: [1e-3, 2e-3]}, trials_per_pass: 2}")
