@@ -141,7 +141,8 @@ for words in {commands!r}:
     except SystemExit as end:
         print("code", end.code or 0)
 page = describe()
-print([told in page for told in ("lr_scheduler.type: sqrt", "optimizer.type: nadam", "Of no effect but on the plan. *May change.*")])
+expected = ("lr_scheduler.type: sqrt", "optimizer.type: nadam", "Of no effect but on the plan. *May change.*")
+print([told in page for told in expected])
 print("torch" in sys.modules)
 """
 
