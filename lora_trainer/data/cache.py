@@ -68,9 +68,9 @@ def build_cache(
     config: RunConfig,
     family: Family,
     split: Split,
+    base_digests: Mapping[str, str],
     runtime: Runtime,
     *,
-    base_digests: Mapping[str, str],
     progress: Progress,
 ) -> Cache:
     """Encode what is missing, free the encoders, and read everything into memory.

@@ -58,7 +58,7 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     """
     shared, config = group.shared, group.shared.config
     family = open_family(shared.base)
-    cache = build_cache(config, family, shared.split, runtime, base_digests=shared.base_digests, progress=screen.track)
+    cache = build_cache(config, family, shared.split, shared.base_digests, runtime, progress=screen.track)
     _say_cache(cache, screen)
     model = family.load_denoiser(runtime.device, runtime.dtype)
     adapters = {f"trial{index}": _adapter(shared, own.trial.config.adapter) for index, own in enumerate(group.members)}

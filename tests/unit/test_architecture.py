@@ -14,10 +14,8 @@ from house import MOST_LOOSE_MODULES, ROOF, ROOMS, House, floor, imported
 ROOT = Path(__file__).parents[2]
 
 HOUSE = House(ROOT)
-STILL_UP = {
-    "lora_trainer.lora_files.recipe -> lora_trainer.planning.run_plan",
-    "lora_trainer.training.fit_group -> lora_trainer.experiments.sweep.record",
-}
+LONGEST_CHAIN = 22
+"""A stop-gap: `house.LONGEST_CHAIN` is where it should come down to."""
 TORCH_FREE = (
     "lora_trainer.cli.program",
     "lora_trainer.cli.train",
@@ -36,13 +34,22 @@ TORCH_FREE = (
 
 def test_imports_go_down() -> None:
     assert len(HOUSE.modules) > 40
-    assert set(HOUSE.imports_that_run_up()) == STILL_UP
+    assert HOUSE.imports_that_run_up() == []
 
 
 def test_every_room_is_there_and_nothing_lies_outside() -> None:
     """`floor` refuses a module that lies in no room."""
     assert {floor(module) for module in HOUSE.modules} == set(range(len(ROOMS) + 1 + len(ROOF)))
     assert len(HOUSE.loose_modules) <= MOST_LOOSE_MODULES
+
+
+def test_no_chain_of_imports_grows() -> None:
+    chain = HOUSE.longest_chain()
+    assert len(chain) <= LONGEST_CHAIN, " -> ".join(chain)
+
+
+def test_no_function_takes_more_than_five_positional_parameters() -> None:
+    assert HOUSE.long_parameter_lists() == []
 
 
 def test_nothing_imports_the_contracts_of_plug_ins() -> None:

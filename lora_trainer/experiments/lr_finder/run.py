@@ -71,7 +71,7 @@ def find_lr(finder: PreparedFinder, *, screen: Screen, should_stop: Callable[[],
 
 def _find(finder: PreparedFinder, screen: Screen, should_stop: Callable[[], bool], started: float) -> Found:
     with joined_processes(read_launch(finder.prepared.config)) as joined:
-        ramp = _RampObserver(finder, screen)
+        ramp = RampObserver(finder, screen)
         fit(finder.ramp_group(), screen=screen, should_stop=should_stop, on_measure=ramp.observe, joined=joined)
         measured = ramp.measured()
         reading = analyse([each.point for each in measured], finder.fallback_lr)
@@ -98,7 +98,7 @@ def run_short(
 
 
 @dataclass
-class _RampObserver:
+class RampObserver:
     """Collects a point per update, and ends the ramp where the probe has diverged."""
 
     finder: PreparedFinder
