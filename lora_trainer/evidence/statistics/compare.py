@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import combinations
 
@@ -67,17 +67,13 @@ def compare(arms: Sequence[Arm], rules: Rules | None = None) -> tuple[Pair, ...]
     rules = rules or Rules()
     laid = [_lay(one, other) for one, other in combinations(ranked(arms), 2)]
     reasons = [_untestable(pair, rules) for pair in laid]
-    tests = {
-        index: paired_test(pair.differences)
-        for index, (pair, why) in enumerate(zip(laid, reasons, strict=True))
-        if why is None
-    }
+    tests = {index: paired_test(pair.differences) for index, pair in enumerate(laid) if reasons[index] is None}
     factors = holm_factors([test.p for test in tests.values()], num_tests=len(laid))
     judged = {
         index: _judge(laid[index], test, float(factor), rules)
         for (index, test), factor in zip(tests.items(), factors, strict=True)
     }
-    return tuple(judged.get(index, pair) for index, pair in enumerate(_with_reasons(laid, reasons)))
+    return tuple(judged.get(index, replace(pair, why=reasons[index] or "")) for index, pair in enumerate(laid))
 
 
 def _lay(one: Arm, other: Arm) -> Pair:
@@ -100,13 +96,6 @@ def _untestable(pair: Pair, rules: Rules) -> str | None:
     return None
 
 
-def _with_reasons(pairs: Sequence[Pair], reasons: Sequence[str | None]) -> list[Pair]:
-    return [
-        Pair(pair.better, pair.worse, pair.seeds, pair.differences, Outcome.NOT_TESTED, why or "")
-        for pair, why in zip(pairs, reasons, strict=True)
-    ]
-
-
 def smallest_effect(pair: Pair, rules: Rules) -> float:
     """The smallest difference that matters between two arms, in units of the loss relative to the base."""
     gains = [1 - sum(arm.losses[seed] for seed in pair.seeds) / len(pair.seeds) for arm in (pair.better, pair.worse)]
@@ -122,16 +111,13 @@ def _judge(pair: Pair, test: PairedTest, factor: float, rules: Rules) -> Pair:
         against.append(f"the difference is within {rules.min_effect:.0%} of the gain over the base")
     if share < rules.min_same_sign:
         against.append(f"only {share:.0%} of the seeds point this way")
-    return Pair(
-        pair.better,
-        pair.worse,
-        pair.seeds,
-        pair.differences,
-        Outcome.NO_DIFFERENCE if against else Outcome.BETTER,
-        "; ".join(against),
-        test,
-        test.interval(rules.level),
-        test.interval(rules.level / factor),
-        adjusted_p,
-        share,
+    return replace(
+        pair,
+        outcome=Outcome.NO_DIFFERENCE if against else Outcome.BETTER,
+        why="; ".join(against),
+        test=test,
+        interval=test.interval(rules.level),
+        adjusted_interval=test.interval(rules.level / factor),
+        adjusted_p=adjusted_p,
+        same_sign=share,
     )
