@@ -18,17 +18,13 @@ from peft import LoraConfig as PeftLoraConfig
 from PIL import Image
 
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.data.batches import BatchSource
-from lora_trainer.data.cache import build_cache
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Slot
-from lora_trainer.diffusion.objective import Objective
-from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
-from lora_trainer.models.registry import open_family
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.runtime.runtime import Runtime
-from lora_trainer.training.optimizer_step import Updater
-from lora_trainer.training.trial import Trial, TrialSpec
+from lora_trainer.tracking.console import Screen
+from lora_trainer.training.group import solo_group
+from lora_trainer.training.setup import set_up
 
 
 class Arm(Protocol):
@@ -42,37 +38,16 @@ class Arm(Protocol):
 
 
 class Ours:
-    """The product's own parts, put together as `fit` does."""
+    """The product's own step, set up as `fit` does."""
 
     name = "ours"
 
     def __init__(self, prepared: Prepared, runtime: Runtime) -> None:
-        config, plan = prepared.config, prepared.plan
-        family = open_family(prepared.base)
-        cache = build_cache(config, family, prepared.split, prepared.base_digests, runtime, lambda items, *_: items)
-        denoiser = family.load_denoiser(runtime.device, runtime.dtype).train()
-        bank = AdapterBank.attach(
-            denoiser, {"trial0": AdapterSpec(config.adapter, tuple(prepared.target_shapes))}, seed=config.seed
-        )
-        self.trial = Trial.build(TrialSpec("benchmark", config), bank, "trial0", plan)
-        batches = BatchSource(
-            prepared.dataset.records,
-            prepared.dataset.samples(),
-            cache.latents,
-            cache.prompts,
-            seed=config.seed,
-            batch_size=plan.batch_size,
-            accumulation=1,
-            num_processes=1,
-            caption_dropout=0.0,
-            device=runtime.device,
-        )
-        objective = Objective(config.objective, family.noise_schedule, prepared.prediction_type, runtime.device)
-        parts = (family, bank, [(self.trial,)], batches, objective, runtime)
-        self.updater = Updater(*parts, seed=config.seed, accumulation=1, base_loss_every=None)
+        setup = set_up(solo_group(prepared), runtime, Screen(silent=True), trials_per_pass=1)
+        self.trial, self.optimizer_step = prepared.config.name, setup.optimizer_step
 
     def step(self, number: int) -> float:
-        return self.updater.run(number, number, stop_asked=False).trials["benchmark"].loss
+        return self.optimizer_step.run(number, stop_asked=False).trials[self.trial].loss
 
 
 class Plain:

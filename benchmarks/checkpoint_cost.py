@@ -28,7 +28,7 @@ from lora_trainer.config.schema import CheckpointConfig
 from lora_trainer.models.adapters.targets import select_targets
 from lora_trainer.runtime.runtime import processor_name
 from lora_trainer.storage import atomic_files
-from lora_trainer.storage.checkpoint import Progress, prune, save_checkpoint
+from lora_trainer.storage.checkpoint import prune, save_checkpoint
 from lora_trainer.storage.safetensors_io import Tensors
 
 RANK = 32
@@ -85,7 +85,7 @@ def timed_save(folder: Path, number: int, parts: dict[str, Tensors]) -> dict[str
 
     started, started_cpu = time.perf_counter(), time.process_time()
     with atomic_files.observe_operations(observe):
-        save_checkpoint(folder, Progress(number, number), parts, plain={}, identity={}, scaler={})
+        save_checkpoint(folder, number, parts, {})
     ended_cpu = time.process_time()
     wall, cpu, read_back = time.perf_counter() - started, ended_cpu - started_cpu, ended_cpu - clock["named"]
     prune(folder, CheckpointConfig().keep_last)

@@ -19,11 +19,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_trainer.training.setup import Assembly
+    from lora_trainer.planning.prepare import Prepared
+    from lora_trainer.training.setup import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -62,12 +64,12 @@ def compare(scratch: str, batch: int, num_trials: int, rounds: int) -> dict[str,
     from lora_trainer.training.trial import passes_of
 
     seconds: dict[str, list[float]] = {"packed": [], "sequential": []}
-    with assembled(scratch, batch, num_trials) as parts:
+    with ready_to_train(scratch, batch, num_trials) as setup:
         for number in range(rounds + 1):
             for arm, per_pass in (("packed", num_trials), ("sequential", 1)):
-                parts.updater.pack(passes_of(parts.trials, per_pass))
+                setup.optimizer_step.pack(passes_of(setup.trials, per_pass))
                 started = time.perf_counter()
-                parts.updater.run(number, number, stop_asked=False)
+                setup.optimizer_step.run(number, stop_asked=False)
                 if number:  # the first round warms up
                     seconds[arm].append(time.perf_counter() - started)
     ratios = [one / other for one, other in zip(seconds["sequential"], seconds["packed"], strict=True)]
@@ -83,43 +85,49 @@ def compare(scratch: str, batch: int, num_trials: int, rounds: int) -> dict[str,
 def peak_memory(scratch: str, batch: int, num_trials: int, per_pass: int) -> float:
     from lora_trainer.training.trial import passes_of
 
-    with assembled(scratch, batch, num_trials) as parts:
-        parts.updater.pack(passes_of(parts.trials, per_pass))
+    with ready_to_train(scratch, batch, num_trials) as setup:
+        setup.optimizer_step.pack(passes_of(setup.trials, per_pass))
         for number in range(3):
-            parts.updater.run(number, number, stop_asked=False)
+            setup.optimizer_step.run(number, stop_asked=False)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
 def environment_of(scratch: str) -> dict[str, Any]:
+    from lora_trainer.runtime.launch import Launch
     from lora_trainer.runtime.runtime import environment_report, start_runtime
 
     prepared = prepared_run(scratch, 1)
-    with start_runtime(prepared.launch, "fp32", prepared.threads) as runtime:
+    with start_runtime(Launch(), "fp32", prepared.threads) as runtime:
         return environment_report(runtime)
 
 
 @contextmanager
-def assembled(scratch: str, batch: int, num_trials: int) -> Iterator[Assembly]:
+def ready_to_train(scratch: str, batch: int, num_trials: int) -> Iterator[Setup]:
     """Trials at as many learning rates on the demo base."""
+    from lora_trainer.config.trials import TrialConfig
+    from lora_trainer.runtime.launch import Launch
     from lora_trainer.runtime.runtime import start_runtime
     from lora_trainer.tracking.console import Screen
-    from lora_trainer.training.setup import assemble
-    from lora_trainer.training.trial import TrialSpec
+    from lora_trainer.training.group import Member, TrialGroup
+    from lora_trainer.training.setup import set_up
 
     prepared = prepared_run(scratch, batch)
-    config = prepared.config
-    specs = [
-        TrialSpec(f"t{k}", config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": lr})}))
-        for k, lr in enumerate(1e-4 * 1.2**k for k in range(num_trials))
-    ]
-    with start_runtime(prepared.launch, "fp32", prepared.threads) as runtime:
-        yield assemble(prepared, specs, runtime, Screen(silent=True), drop_failed=True)
+
+    def member(name: str, lr: float) -> Member:
+        optimizer = prepared.config.optimizer.model_copy(update={"lr": lr})
+        config = prepared.config.model_copy(update={"name": name, "optimizer": optimizer})
+        return Member(TrialConfig(name, name, {}, config), replace(prepared, config=config))
+
+    members = tuple(member(f"t{k}", 1e-4 * 1.2**k) for k in range(num_trials))
+    with start_runtime(Launch(), "fp32", prepared.threads) as runtime:
+        group = TrialGroup("benchmark", Path(scratch), members)
+        yield set_up(group, runtime, Screen(silent=True), trials_per_pass=1)
 
 
-def prepared_run(scratch: str, batch: int) -> Any:
+def prepared_run(scratch: str, batch: int) -> Prepared:
     from lora_trainer.config.load import load_config
     from lora_trainer.planning.prepare import prepare
-    from lora_trainer.runtime.launch import read_launch
+    from lora_trainer.runtime.launch import Launch
 
     overrides = [
         f"output_dir={scratch}",
@@ -129,7 +137,7 @@ def prepared_run(scratch: str, batch: int) -> Any:
         "tracking.base_loss_every=null",
     ]
     config = load_config(ROOT / "configs" / "demo.yaml", overrides)
-    return prepare(config, read_launch(config), lambda items, *_: items)
+    return prepare(config, Launch(), lambda items, *_: items)
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -53,36 +60,48 @@ def tiny_unet() -> UNet2DConditionModel:
     )
 
 
-def build_toy_base(
-    folder: Path, prediction_type: str = "epsilon", unet: Callable[[], UNet2DConditionModel] = toy_unet
-) -> Path:
-    """Save a random-weight Stable Diffusion as a diffusers folder."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer = toy_tokenizer()
-        text_config = CLIPTextConfig(
+def toy_text_encoder(width: int = TEXT_WIDTH) -> CLIPTextModel:
+    """Two layers over the tokens of `toy_tokenizer`."""
+    tokenizer = toy_tokenizer()
+    return CLIPTextModel(
+        CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=32,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=MAX_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=64,
-        )
+    )
+
+
+def toy_vae(latent_channels: int = 4, **options: float) -> AutoencoderKL:
+    """Eight pixels per latent."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=64,
+        **options,
+    )
+
+
+def build_toy_base(
+    folder: Path, prediction_type: str = "epsilon", unet: Callable[[], UNet2DConditionModel] = toy_unet
+) -> Path:
+    """Save a random-weight Stable Diffusion as a diffusers folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = toy_vae()
         pipeline = StableDiffusionPipeline(
             vae=vae,
-            text_encoder=CLIPTextModel(text_config),
-            tokenizer=tokenizer,
+            text_encoder=toy_text_encoder(),
+            tokenizer=toy_tokenizer(),
             unet=unet(),
             scheduler=DDIMScheduler(
                 beta_start=0.00085,
@@ -98,6 +117,26 @@ def build_toy_base(
             requires_safety_checker=False,
         )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def build_flow_base(folder: Path) -> Path:
+    """Save a random-weight base of the family in toy_family.py as a diffusers folder."""
+    from toy_family import ToyTransformer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        components = {
+            "transformer": ToyTransformer(),
+            "vae": toy_vae(16, scaling_factor=0.7, shift_factor=0.1),
+            "text_encoder": toy_text_encoder(),
+            "text_encoder_2": toy_text_encoder(8),
+            "tokenizer": toy_tokenizer(),
+            "scheduler": FlowMatchEulerDiscreteScheduler(),
+        }
+    for name, component in components.items():
+        component.save_pretrained(folder / name)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ToyFlowPipeline"}))
     return folder
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
@@ -87,7 +86,7 @@ def _was_trained(recipe: dict[str, Any], done: Path) -> bool:
 
 
 def _train(laboratory: Laboratory, seed: int, folder: Path) -> None:
-    from lora_trainer.training.fit_group import fit_group
+    from lora_trainer.training.fit import fit
 
     images, silent = FOLDER / "images" / folder.name, Screen(silent=True)
     laboratory.paint(images, np.random.default_rng([seed, *laboratory.name.encode()]))
@@ -97,7 +96,7 @@ def _train(laboratory: Laboratory, seed: int, folder: Path) -> None:
     prepared = prepare_sweep(*load_sweep(CONFIG, [*COMMON, *own, *place]), Launch(), silent.track)
     with laboratory.spoil(seed):
         for group in prepared.groups:
-            fit_group(group, screen=silent)
+            fit(group, screen=silent)
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], Any]:
@@ -141,13 +140,17 @@ def _one_loss_not_finite(seed: int) -> Iterator[None]:
     """The loss of one of the first forty updates is not a number."""
     from lora_trainer.diffusion.objective import Objective
 
-    honest, calls, spoilt = Objective.loss, count(1), int(np.random.default_rng(seed).integers(5, 41))
+    honest, calls, spoilt = Objective.draw, count(1), int(np.random.default_rng(seed).integers(5, 41))
 
-    def loss(self: Objective, *arguments: Any) -> Any:
-        return honest(self, *arguments) * (float("nan") if next(calls) == spoilt else 1.0)
+    def draw(*given: Any) -> Any:
+        noised = honest(*given)
+        return replace(noised, weight_B=noised.weight_B * float("nan")) if next(calls) == spoilt else noised
 
-    with patch.object(Objective, "loss", loss):
+    Objective.draw = draw  # type: ignore[method-assign,assignment]
+    try:
         yield
+    finally:
+        Objective.draw = honest  # type: ignore[method-assign]
 
 
 WARM = {"warmup_steps": "5%"}

@@ -3,7 +3,7 @@
     python -m benchmarks.evaluation.evaluate_find_lr    # writes benchmarks/results/find_lr.json; resumes
 
 On the demo base and data: for ten training seeds the suggestion against the best of nine learning rates, half a decade
-apart, each a constant-LR run of 100 updates judged by the held-out probe; the fork test for the first five seeds. Then
+apart, each a constant-LR run of 100 updates judged by the held-out probe; `--verify` for the first five seeds. Then
 a hundred ramps of a denoiser that is shown noise unrelated to its target and starts at the best possible answer, zero.
 """
 
@@ -14,37 +14,39 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lora_trainer.experiments.lr_finder.forks import Fork, fork_lrs, judge_forks
-from lora_trainer.experiments.lr_finder.usual_rules import usual_rules
 
 from lora_trainer.config.load import load_config
+from lora_trainer.config.places import ENVIRONMENT_FILE
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Conditioning
-from lora_trainer.experiments.lr_finder.analysis import Point, analyse
-from lora_trainer.experiments.lr_finder.prepare import HIGHEST_LR, FinderOptions, PreparedFinder, prepare_finder
-from lora_trainer.experiments.lr_finder.run import Instrument
+from lora_trainer.experiments.lr_finder.analysis import Point, analyse, usual_rules
+from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
+from lora_trainer.experiments.lr_finder.run import RampObserver, find_lr, run_short
+from lora_trainer.experiments.lr_finder.verification import judge
 from lora_trainer.runtime.launch import Launch
-from lora_trainer.runtime.runtime import environment_report, start_runtime
+from lora_trainer.runtime.runtime import joined_processes, start_runtime
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.console import Screen
-from lora_trainer.training.setup import Assembly, assemble
-from lora_trainer.training.trial import TrialSpec
+from lora_trainer.training.denoiser import AdaptedDenoiser
+from lora_trainer.training.fit import train_loop
+from lora_trainer.training.setup import set_up
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "find_lr.json"
 GRID = [10 ** (exponent / 2) for exponent in range(-10, -1)]  # 1e-5 to 1e-1
-NUM_UPDATES, NUM_FORK_UPDATES, ENOUGH = 100, 50, 0.8
+NUM_UPDATES, NUM_SHORT, ENOUGH = 100, 50, 0.8
 DATA = ["validation={fraction: 0.2, batch_size: 48}", f"output_dir={ROOT / 'build' / 'find-lr'}", "train.threads=1"]
 UNLEARNABLE = [*DATA, "adapter.targets=[conv_out, to_v, to_out.0]", "train.batch_size=1", "data.resolution=32"]
 NO_SIGNAL_RAMP = FinderOptions(num_updates=40, num_images=2)
+SILENT = Screen(silent=True)
 
 
 def main() -> None:
@@ -87,78 +89,79 @@ class Store:
         atomic_files.write_json(self.file, self.content)
 
 
-@contextmanager
-def laboratory(overrides: list[str], options: FinderOptions) -> Iterator[tuple[PreparedFinder, Assembly, Any]]:
-    """The demo's training, ready to be moved."""
-    screen = Screen(silent=True)
-    finder = prepare_finder(load_config(ROOT / "configs" / "demo.yaml", overrides), Launch(), options, screen.track)
-    prepared = finder.prepared
-    with start_runtime(prepared.launch, "fp32", 1) as runtime:
-        yield finder, assemble(prepared, [TrialSpec("trial", prepared.config)], runtime, screen), runtime
+def prepared_finder(overrides: list[str], options: FinderOptions) -> PreparedFinder:
+    """The finder of the demo's training."""
+    config = load_config(ROOT / "configs" / "demo.yaml", overrides)
+    return prepare_finder(config, Launch(), options, SILENT.track)
 
 
 def evaluate_seed(seed: int, store: Store, *, with_forks: bool) -> None:
-    """Ramp, grid, suggestion and forks of one training seed."""
+    """Ramp, grid, suggestion and short runs around it of one training seed."""
     own = store.content.get("seeds", {}).get(str(seed), {})
     if {"ramp", "suggested_gain"} <= set(own) and len(own["grid"]) == len(GRID) and ("forks" in own or not with_forks):
         return
-    with laboratory([*DATA, f"seed={seed}"], FinderOptions()) as (finder, parts, runtime):
-        store.get("environment", measure=lambda: environment_report(runtime))
-        content = {key: value for key, value in finder.prepared.identity().items() if key.endswith("content")}
-        if store.get("content", measure=lambda: content) != content:
-            raise SystemExit(f"{store.file} was measured on another base or other images: move it aside")
-        instrument = Instrument(parts, runtime.device, lambda: False)
+    finder = prepared_finder([*DATA, f"seed={seed}"], FinderOptions(verify=with_forks, num_verify_updates=NUM_SHORT))
+    content = {key: value for key, value in finder.prepared.identity().items() if key.endswith("content")}
+    if store.get("content", measure=lambda: content) != content:
+        raise SystemExit(f"{store.file} was measured on another base or other images: move it aside")
+    store.get("seeds", str(seed), measure=partial(measure_seed, finder))
+    report = json.loads((finder.folder / ENVIRONMENT_FILE).read_text())
+    store.get("environment", measure=lambda: report)
 
-        def gain(lr: float) -> float | None:
-            relative_NS = instrument.run_constant(lr, NUM_UPDATES)
-            return None if relative_NS is None else float((instrument.start_NS - relative_NS).mean())
 
-        def ramp() -> dict[str, Any]:
-            points = [each.point for each in instrument.run_ramp(finder, Screen(silent=True))]
-            return {"finding": _reading(points), "usual_rules": usual_rules(points)}
+def measure_seed(finder: PreparedFinder) -> dict[str, Any]:
+    """What the finder says, and what constant learning rates gain, its own among them."""
+    found = find_lr(finder, screen=SILENT)
+    points = [each.point for each in found.measured]
+    whole = replace(finder, options=replace(finder.options, num_verify_updates=NUM_UPDATES))
 
-        def forks(suggestion: float) -> dict[str, Any]:
-            tried = [Fork(lr, instrument.run_constant(lr, NUM_FORK_UPDATES)) for lr in fork_lrs(suggestion, HIGHEST_LR)]
-            verdict = judge_forks(tried, instrument.start_NS)
-            return {"lrs": [each.lr for each in tried], "choice": verdict.choice, "reason": verdict.reason}
+    def gains(lrs: Sequence[float]) -> list[float | None]:
+        with joined_processes(Launch()) as joined:
+            group = whole.verification_group(lrs)
+            runs = run_short(group, screen=SILENT, should_stop=lambda: False, joined=joined)
+        return [reading.gain for reading in judge(runs, found.start_NS).readings]
 
-        place = ("seeds", str(seed))
-        suggestion = store.get(*place, "ramp", measure=ramp)["finding"]["suggestion"]
-        for lr in GRID:
-            store.get(*place, "grid", f"{lr:.2e}", measure=partial(gain, lr))
-        store.get(*place, "suggested_gain", measure=lambda: gain(suggestion))
-        if with_forks:
-            store.get(*place, "forks", measure=lambda: forks(suggestion))
+    own: dict[str, Any] = {
+        "ramp": {"finding": _reading(points), "usual_rules": usual_rules(points)},
+        "grid": {f"{lr:.2e}": gain for lr, gain in zip(GRID, gains(GRID), strict=True)},
+        "suggested_gain": gains([found.reading.suggestion])[0],
+    }
+    if (verified := found.verification) is not None:
+        lrs = [reading.lr for reading in verified.readings]
+        own["forks"] = {"lrs": lrs, "choice": verified.choice, "reason": verified.reason}
+    return own
 
 
 def evaluate_unlearnable(seed: int, store: Store) -> None:
     """The verdict on a denoiser that has nothing to learn."""
 
     def verdict() -> dict[str, Any]:
-        overrides = [*UNLEARNABLE, f"seed={seed}", f"validation.seed={seed}"]
-        with laboratory(overrides, NO_SIGNAL_RAMP) as (finder, parts, runtime):
-            make_unlearnable(parts)
-            instrument = Instrument(parts, runtime.device, lambda: False)
-            return _reading([each.point for each in instrument.run_ramp(finder, Screen(silent=True))])
+        finder = prepared_finder([*UNLEARNABLE, f"seed={seed}", f"validation.seed={seed}"], NO_SIGNAL_RAMP)
+        ramp = RampObserver(finder, SILENT)
+        with start_runtime(Launch(), "fp32", 1) as runtime:
+            setup = set_up(finder.ramp_group(), runtime, SILENT, trials_per_pass=1)
+            make_unlearnable(setup.denoiser)
+            train_loop(0, setup, None, screen=SILENT, should_stop=lambda: False, on_measure=ramp.observe)
+        return _reading(ramp.points)
 
     store.get("unlearnable", str(seed), measure=verdict)
 
 
 @torch.no_grad()
-def make_unlearnable(parts: Assembly) -> None:
+def make_unlearnable(denoiser: AdaptedDenoiser) -> None:
     """Show the denoiser other noise than the one it is asked for, and let it start at zero, the best answer then."""
-    for parameter in parts.denoiser.conv_out.base_layer.parameters():  # type: ignore[union-attr]
+    for parameter in denoiser.bank.denoiser.conv_out.base_layer.parameters():  # type: ignore[union-attr]
         parameter.zero_()
-    predict = parts.family.predict
+    predict = denoiser.family.predict
 
-    def blind(denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, said: Conditioning) -> torch.Tensor:
+    def blind(model: Any, noisy: torch.Tensor, timesteps: torch.Tensor, said: Conditioning) -> torch.Tensor:
         keys = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in noisy]
         other = torch.stack(
             [random_streams.normal(image.shape, 0, "unrelated", key) for image, key in zip(noisy, keys, strict=True)]
         )
-        return predict(denoiser, other, timesteps, said)
+        return predict(model, other, timesteps, said)
 
-    parts.family.predict = blind  # type: ignore[method-assign, assignment]
+    denoiser.family.predict = blind  # type: ignore[method-assign, assignment]
 
 
 def summary(content: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def summary(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reading(points: list[Point]) -> dict[str, Any]:
+def _reading(points: Sequence[Point]) -> dict[str, Any]:
     finding = analyse(points, 1e-4)
     best = None if finding.best is None else {"lr": finding.best.lr, "gain": finding.best.gain, "se": finding.best.se}
     strongest = max((p.gain / p.se for p in points if p.is_finite and p.se > 0), default=0.0)

@@ -52,6 +52,8 @@ class Case:
     norms: np.ndarray
     events: list[Row] = field(default_factory=list)
     """Further events; each stands after the rows of its step."""
+    skips: dict[int, str] = field(default_factory=dict)
+    """Steps whose update was not applied, and what was not finite."""
     cooldown: float | None = None
     """Gain that a cooldown at the last probe brings, as a share of the gain."""
 
@@ -99,10 +101,8 @@ def healthy(rng: np.random.Generator) -> Case:
 
 def non_finite(rng: np.random.Generator) -> Case:
     made = healthy(rng)
-    for attempt in rng.integers(1, made.num_updates, rng.integers(1, 4)):
-        reason = str(rng.choice(["loss", "gradient"]))
-        event = {"event": "skip", "step": int(attempt) - 1, "attempt": int(attempt), "reason": reason, "files": ["a"]}
-        made.events.append(event)
+    steps = rng.integers(1, made.num_updates, rng.integers(1, 4))
+    made.skips = {int(step): str(rng.choice(["loss", "gradient"])) for step in steps}
     return made
 
 
@@ -219,7 +219,8 @@ def synthetic_rows(state: State, seed: int) -> tuple[list[Row], int]:
         by_step.setdefault(event["step"], []).append({"trial": TRIAL, **event})
     rows = list(by_step.get(0, []))
     for k, multiplier in enumerate(made.multipliers):
-        rows += [_update(made, k, multiplier), *by_step.get(k + 1, [])]
+        row = _update(made, k, multiplier)
+        rows += [_skip(k + 1, made.skips[k + 1]) if k + 1 in made.skips else row, *by_step.get(k + 1, [])]
     return rows, made.num_updates
 
 
@@ -259,6 +260,10 @@ def _items(made: Case, gain_M: np.ndarray, size: float, num_images: int) -> np.n
 def _validation(probe: str, step: int, items: np.ndarray) -> Row:
     loss = float(BASE_LOSS * items.mean())
     return {"event": "validation", "step": step, "trial": TRIAL, "probe": probe, "loss": loss, "items": items.tolist()}
+
+
+def _skip(step: int, reason: str) -> Row:
+    return {"event": "skip", "step": step, "trial": TRIAL, "reason": reason, "files": ["a"]}
 
 
 def _update(made: Case, k: int, multiplier: float) -> Row:

@@ -11,11 +11,10 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.places import CHECKPOINTS, CONFIG_FILE, PLAN_FILE
 from lora_trainer.errors import ConfigError, ModelError, Problem
 from lora_trainer.lora_files.files import Layout, base_facts, is_kohya, read_lora, write_lora
-from lora_trainer.lora_files.layouts import from_kohya, kohya_names
+from lora_trainer.lora_files.layouts import from_kohya
 from lora_trainer.lora_files.recipe import read_recipe
-from lora_trainer.models.folder import inspect_base, locate_base
-from lora_trainer.models.registry import open_family
-from lora_trainer.planning.prepare import prediction_type
+from lora_trainer.models.family import joined_layers
+from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.storage.checkpoint import open_checkpoint
 from lora_trainer.training.lora_recipe import recipe_of
@@ -39,11 +38,12 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
     config = load_config(run_dir / CONFIG_FILE)
     plan = RunPlan.from_json(json.loads((run_dir / PLAN_FILE).read_text()))
     checkpoint = open_checkpoint(run_dir / CHECKPOINTS, step)
-    base = inspect_base(locate_base(config.model.path, config.model.revision), config.model.family)
+    base = open_base(config.model.path, config.model.revision, config.model.family)
     family = open_family(base)
     step, parts = stored_trial(checkpoint)
     adapter = parts.get("average", parts["adapter"]) if weights == "exported" else parts["adapter"]
-    recipe = recipe_of(config, plan, base_facts(family, prediction_type(config, base)), step)
+    facts = base_facts(family, base.prediction_type(config.model.prediction_type))
+    recipe = recipe_of(config, plan, facts, step)
     write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype)
 
 
@@ -61,6 +61,7 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
         )
     base = find_base(lora, model, None)
     family = open_family(base)
-    layers = kohya_names([f"unet.{layer}" for layer in base.denoiser_shapes()], family.kohya_prefixes)
-    adapter = from_kohya(tensors, layers) if is_kohya(tensors) else tensors
-    write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype)
+    if is_kohya(tensors):
+        num_outputs = {f"{base.denoiser}.{layer}": shape[0] for layer, shape in base.denoiser_shapes().items()}
+        tensors = from_kohya(tensors, joined_layers(family.kohya_names(num_outputs)), num_outputs)
+    write_lora(output, tensors, recipe, family, layout=layout, dtype=dtype)

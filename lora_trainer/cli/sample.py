@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import ConfigError, ModelError, Problem
-from lora_trainer.models.folder import BaseFolder, inspect_base, locate_base
+from lora_trainer.models.folder import BaseFolder
+from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.console import Screen
 
@@ -37,10 +38,9 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     screen = Screen()
 
     import torch
-    from diffusers import StableDiffusionPipeline
 
     from lora_trainer.lora_files.files import read_lora
-    from lora_trainer.models.registry import open_family
+    from lora_trainer.runtime.runtime import default_device
     from lora_trainer.training.sampling import png_bytes
 
     tensors, _ = read_lora(lora)
@@ -52,18 +52,10 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
                 fix="sample from diffusers/pytorch_lora_weights.safetensors beside it",
             )
         )
-    family, host = open_family(base), torch.device("cpu")
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        base.path,
-        unet=family.load_denoiser(host, torch.float32),
-        vae=family.load_vae(host),
-        text_encoder=family.load_text_encoder(host),
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
+    pipeline = open_family(base).load_pipeline()
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="lora")
     pipeline.set_adapters(["lora"], adapter_weights=[request.lora_scale])
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.to(default_device())
     pipeline.set_progress_bar_config(disable=True)
     jobs = [(prompt, request.seed + number) for prompt in request.prompts for number in range(request.num_images)]
     files = []
@@ -91,11 +83,11 @@ def find_base(lora: Path, model: str | None, revision: str | None) -> BaseFolder
         ConfigError: none is named and the file lies in no run directory.
     """
     if model is not None:
-        return inspect_base(locate_base(model, revision))
+        return open_base(model, revision)
     for folder in (lora.parent, lora.parent.parent):
         if (folder / "config.yaml").is_file():
             said = load_config(folder / "config.yaml").model
-            return inspect_base(locate_base(said.path, said.revision), said.family)
+            return open_base(said.path, said.revision, said.family)
     raise ConfigError(
         Problem("which base? The LoRA lies in no run directory", str(lora), fix="add --model path/to/diffusers-folder")
     )

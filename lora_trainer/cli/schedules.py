@@ -141,7 +141,7 @@ def example_horizon(steps: int | None, updates_per_epoch: int | None) -> Horizon
 def config_previews(prepared: Prepared, horizon: Horizon, lr: float | None) -> list[Preview]:
     """The schedules of a config's groups over this run."""
     shown = []
-    for group in lay_groups(prepared.config, horizon):
+    for group in lay_groups(prepared.config, horizon, prepared.base.denoiser):
         facts = facts_of(group.options, group.schedule, group.base_lr if lr is None else lr)
         shown.append(Preview(f"{group.name}: {group.options.type}", group.schedule, facts, group.options))
     return shown

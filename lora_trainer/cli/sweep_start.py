@@ -21,7 +21,6 @@ from lora_trainer.experiments.sweep.groups import trials_of, without
 from lora_trainer.experiments.sweep.placement import Local
 from lora_trainer.experiments.sweep.prepare import PreparedSweep, prepare_sweep, sweep_rows
 from lora_trainer.experiments.sweep.record import Json, describe_sweep, refreshed, without_dropped, write_sweep
-from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.report.page import write_report
 from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
 from lora_trainer.runtime.launch import Launch
@@ -161,8 +160,7 @@ def _curves(groups: Sequence[TrialGroup]) -> list[Curve]:
     curves: dict[str, Curve] = {}
     for group in groups:
         for member in group.members:
-            plan = member.prepared.plan
-            first = lay_groups(member.prepared.config, plan.lr_horizon)[0]
-            lrs = [first.lr(k) for k in range(plan.num_updates)]
+            first = member.prepared.lr_groups()[0]
+            lrs = [first.lr(k) for k in range(member.prepared.plan.num_updates)]
             curves.setdefault(member.trial.arm, Curve(member.trial.arm, lrs))
     return list(curves.values())

@@ -71,8 +71,8 @@ def _train(prepared: Prepared, launch: Launch, screen: Screen, stop: StopRequest
     if result.was_finished:
         screen.say("this run is finished; nothing to do")
     if launch.is_main:
+        record_exit(run_dir, ExitCode.DONE, "finished", f"{result.step} updates")  # the report tells of it
         if not (result.was_finished and report_file(prepared.config).is_file()):
             draw_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE, name)
             write_report([run_dir], report_file(prepared.config))
-        record_exit(run_dir, ExitCode.DONE, "finished", f"{result.step} updates")
     screen.table("Done", [(file.name, str(file)) for file in files_to_come(prepared.config)])

@@ -83,12 +83,6 @@ def _data(config: RunConfig, written: dict[str, Any]) -> Iterator[Conflict]:
             "`data.crops_per_image` has no effect with `crop: center`",
             "remove it, or write crop: random",
         )
-    if data.resolution % 8:
-        yield Conflict(
-            ("data", "resolution"),
-            f"`data.resolution` {data.resolution} is no multiple of 8, the factor of Stable Diffusion's autoencoder",
-            f"write {data.resolution // 8 * 8} or {data.resolution // 8 * 8 + 8}",
-        )
 
 
 def _validation(config: RunConfig) -> Iterator[Conflict]:
@@ -118,13 +112,6 @@ def _sweep(config: RunConfig) -> Iterator[Conflict]:
             ("sweep",),
             "a sweep compares held-out losses, and there is no `validation` section",
             "add validation: {fraction: 0.1}",
-        )
-    if config.train.precision == "fp16":
-        yield Conflict(
-            ("train", "precision"),
-            "a sweep does not run in fp16",
-            "write precision: bf16 (or fp32)",
-            "one loss scale for all trials would tie them together: a trial's overflow would skip the others' updates",
         )
 
 

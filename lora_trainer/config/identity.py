@@ -61,7 +61,7 @@ def compare(before: Identity, now: Identity, allowed: ResumeConfig, where: str) 
     _check_allowed(allowed, {*before, *now}, where)
     accepting = [*allowed.allow_changes, *([CURVE_LENGTH] if allowed.schedule == "stretch" else [])]
     late = {*FACTS, *RESOLVED}  # not known to every version, or not before the run starts
-    unknown = [key for key in now if key in late and before.get(key, "auto") == "auto"]
+    unknown = [key for key in sorted(now) if key in late and before.get(key, "auto") == "auto"]
     levels = {key: level_of(key) for key in changed_keys(before, now) if key not in unknown and now.get(key) != "auto"}
     refusable = [key for key, level in levels.items() if level == "refuse"]
     accepted = [key for key in refusable if any(_covers(own, key) for own in accepting)]

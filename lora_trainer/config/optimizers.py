@@ -28,7 +28,7 @@ class GroupConfig(Section):
     """Some of the adapter's weights with a learning rate, or a whole schedule, of their own."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
-    """Stands in the log as `lr/<name>`; all other weights are the group `unet`."""
+    """Stands in the log as `lr/<name>`; all other weights are the group of the denoiser, `unet` with SD."""
     match: Annotated[tuple[str, ...], Field(min_length=1)]
     """Patterns for the end of a layer's or weight's name: `attn2.to_k`, `up_blocks.*.to_v`, `lora_B.weight`."""
     lr: LearningRate | None = None

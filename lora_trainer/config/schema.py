@@ -40,7 +40,7 @@ class ModelConfig(Section):
 
     path: Annotated[str, Field(min_length=1)]
     """A diffusers folder (with model_index.json), or a Hub id such as `org/name` together with `revision`."""
-    family: Literal["auto", "sd"] = "auto"
+    family: str = "auto"
     """Model family; `auto` reads it from the folder. `sd` is Stable Diffusion 1.x and 2.x."""
     revision: str | None = None
     """Commit, tag or branch of a Hub id; required there, so that a run means one set of weights."""
@@ -100,11 +100,8 @@ class LoraConfig(Section):
     """Rank of each adapter."""
     alpha: Annotated[float, Field(gt=0), NotBool] = 16
     """The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with `use_rslora`)."""
-    targets: (
-        Literal["attention", "attention+feedforward", "transformer", "transformer+resnet", "all-linear"]
-        | Annotated[tuple[str, ...], Field(min_length=1)]
-    ) = "attention"
-    """A named list of layers (docs/targets.md), or patterns for the end of a layer's name (`attn2.to_k`)."""
+    targets: str | Annotated[tuple[str, ...], Field(min_length=1)] = "attention"
+    """A named list of layers (docs/targets.md), or a list of patterns for the end of a layer's name (`attn2.to_k`)."""
     dropout: Annotated[float, Field(ge=0, lt=1), NotBool] = 0.0
     """Dropout on each adapter's input."""
     use_rslora: bool = False

@@ -23,6 +23,8 @@ class LatentStore:
 
     mean_NChw: torch.Tensor
     std_NChw: torch.Tensor
+    view_tensors: Mapping[str, torch.Tensor]
+    """[N, ...] by name: what the denoiser is told of each view."""
     rows: Mapping[tuple[int, int, bool], int]
     """Row of (record, crop, mirrored)."""
     num_crops: int
@@ -31,14 +33,19 @@ class LatentStore:
 
 @dataclass(frozen=True)
 class PromptStore:
-    """Cached prompt embeddings: one row per text."""
+    """Cached embeddings of T texts."""
 
-    embeds_TLD: torch.Tensor
+    tensors: Mapping[str, torch.Tensor]
+    """[T, ...] by name."""
     rows: Mapping[str, int]
 
-    def conditioning(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
-        rows = torch.tensor([self.rows[prompt] for prompt in prompts], device=self.embeds_TLD.device)
-        return Conditioning(self.embeds_TLD[rows].to(device, non_blocking=True))
+    def conditioning(
+        self, prompts: Sequence[str], view_tensors: Mapping[str, torch.Tensor], device: torch.device
+    ) -> Conditioning:
+        """What the denoiser is told of B prompts and, [B, ...] by name, of as many views."""
+        rows = [self.rows[prompt] for prompt in prompts]
+        told = {name: values[torch.tensor(rows, device=values.device)] for name, values in self.tensors.items()}
+        return Conditioning({name: own.to(device, non_blocking=True) for name, own in {**told, **view_tensors}.items()})
 
 
 @dataclass(frozen=True)
@@ -98,11 +105,12 @@ class BatchSource:
         rows = torch.tensor([choice.row for choice in choices], device=self._latents.mean_NChw.device)
         mean = self._latents.mean_NChw[rows].to(self._device, non_blocking=True)
         std = self._latents.std_NChw[rows].to(self._device, non_blocking=True)
+        views = {name: values[rows] for name, values in self._latents.view_tensors.items()}
         shape = mean.shape[1:]
         jitter = torch.stack([random_streams.normal(shape, self._seed, "latent", *slot) for slot in slots])
         return Batch(
             latents_BChw=mean + std * jitter.to(self._device, non_blocking=True),
-            conditioning=self._prompts.conditioning([choice.prompt for choice in choices], self._device),
+            conditioning=self._prompts.conditioning([choice.prompt for choice in choices], views, self._device),
             weight_B=torch.ones(len(slots), device=self._device),
             slots=tuple(slots),
             files=tuple(self._records[choice.record].name for choice in choices),

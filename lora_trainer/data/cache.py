@@ -6,7 +6,6 @@ weights. Each image is encoded alone, so an entry never depends on its neighbour
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from lora_trainer.data.records import Progress, Record
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import ProbeItems
 from lora_trainer.errors import DataError, Problem
-from lora_trainer.models.stable_diffusion import StableDiffusion
+from lora_trainer.models.family import Family, View
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.storage import safetensors_io
 
@@ -55,16 +54,23 @@ class _View:
     framing: Framing
 
     def key(self, encoder: str) -> str:
+        """The entry's name, without its ending."""
         frame = (self.framing.scaled_size, self.framing.left, self.framing.top, self.framing.resolution)
         return _hash("latent", encoder, self.record.sha256, frame, self.mirrored)
+
+    def told(self, family: Family) -> dict[str, tuple[float, ...]]:
+        """What the denoiser is told of it."""
+        own = self.framing
+        return family.view_conditioning(View(self.record.size, own.scaled_size, own.left, own.top, own.resolution))
 
 
 def build_cache(
     config: RunConfig,
-    family: StableDiffusion,
+    family: Family,
     split: Split,
     base_digests: Mapping[str, str],
     runtime: Runtime,
+    *,
     progress: Progress,
 ) -> Cache:
     """Encode what is missing, free the encoders, and read everything into memory.
@@ -79,8 +85,8 @@ def build_cache(
     watched = [record for records in split.probes.values() for record in records]
     num_cut = _check_lengths(config.data, family, [*split.training.records, *watched])
     texts = _texts(config, [*split.training.records, *watched])
-    encoder = base_digests["tokenizer"] + base_digests["text_encoder"]
-    text_files = {text: folder / "prompts" / f"{_hash('prompt', encoder, text)}.safetensors" for text in texts}
+    encoders = "".join(base_digests[component] for component in family.prompt_components)
+    text_files = {text: folder / "prompts" / f"{_hash('prompt tensors', encoders, text)}.safetensors" for text in texts}
     training_views = _training_views(config, split.training.records)
     probe_views = {name: [_plain_view(config, r) for r in records] for name, records in split.probes.items()}
     views = dict.fromkeys([*training_views.values(), *(view for row in probe_views.values() for view in row)])
@@ -93,9 +99,9 @@ def build_cache(
         _encode_views(family, runtime, missing_views, view_files, progress)
     runtime.wait_for_everyone()
     return Cache(
-        latents=_read_latents(training_views, view_files, config, runtime.device),
-        prompts=_read_prompts(texts, text_files, runtime.device),
-        probes={name: _read_probe(row, view_files, runtime.device) for name, row in probe_views.items()},
+        latents=_read_latents(training_views, view_files, config.data, family, runtime),
+        prompts=_read_prompts(texts, text_files, runtime),
+        probes={name: _read_probe(row, view_files, family, runtime) for name, row in probe_views.items()},
         num_encoded=len(missing_texts) + len(missing_views),
         num_cut_captions=num_cut,
     )
@@ -132,25 +138,17 @@ def num_crops(data: DataConfig) -> int:
     return 1 if data.crop == "center" else data.crops_per_image or DEFAULT_CROPS
 
 
-def _check_lengths(data: DataConfig, family: StableDiffusion, records: Sequence[Record]) -> int:
+def _check_lengths(data: DataConfig, family: Family, records: Sequence[Record]) -> int:
     """Number of captions that are cut; an error for each where the policy says so."""
-    tokenizer = family.load_tokenizer()
-    limit = tokenizer.model_max_length
-    long = [
-        (record, count)
-        for record in records
-        for caption in record.captions
-        if (count := family.count_tokens(tokenizer, caption)) > limit
-    ]
+    limit = family.max_tokens
+    counts = [(record, family.count_tokens(caption)) for record in records for caption in record.captions]
+    long = [(record, count) for record, count in counts if count > limit]
     if long and data.captions.too_long == "error":
+        fix = "shorten it, or set data.captions.too_long: cut"
         raise DataError(
             *(
-                Problem(
-                    f"the caption has {count - 2} tokens, the text encoder reads {limit - 2}",
-                    str(record.path),
-                    fix="shorten it, or set data.captions.too_long: cut",
-                )
-                for record, count in long
+                Problem(f"the caption has {n - 2} tokens, the text encoder reads {limit - 2}", str(r.path), fix=fix)
+                for r, n in long
             )
         )
     return len(long)
@@ -161,45 +159,36 @@ def _share(items: Sequence[Any], runtime: Runtime) -> list[Any]:
     return list(items[runtime.launch.rank :: runtime.launch.num_processes])
 
 
+@torch.no_grad()
 def _encode_texts(
-    family: StableDiffusion, runtime: Runtime, texts: Sequence[str], files: dict[str, Path], progress: Progress
+    family: Family, runtime: Runtime, texts: Sequence[str], files: dict[str, Path], progress: Progress
 ) -> None:
-    tokenizer, encoder = family.load_tokenizer(), family.load_text_encoder(runtime.device)
+    encoders = family.load_text_encoders(runtime.device)
     for text in progress(texts, "encoding prompts", len(texts)):
-        embeds_LD = family.encode_prompts(tokenizer, encoder, [text])[0].cpu()
-        if not torch.isfinite(embeds_LD).all():
-            raise DataError(
-                Problem("the prompt's embedding is not finite", repr(text), fix="check the base's text encoder")
-            )
-        _write_entry(files[text], {"embeds": embeds_LD})
-    del encoder
-    _free(runtime.device)
+        tensors = {name: values.cpu() for name, values in family.encode_prompt(encoders, text).items()}
+        if not all(torch.isfinite(values).all() for values in tensors.values()):
+            fix = "check the base's text encoder"
+            raise DataError(Problem("the prompt's embedding is not finite", repr(text), fix=fix))
+        _write_entry(files[text], tensors)
+    del encoders
+    runtime.free_cached_memory()
 
 
+@torch.no_grad()
 def _encode_views(
-    family: StableDiffusion,
-    runtime: Runtime,
-    views: Sequence[_View],
-    files: dict[_View, Path],
-    progress: Progress,
+    family: Family, runtime: Runtime, views: Sequence[_View], files: dict[_View, Path], progress: Progress
 ) -> None:
     vae = family.load_vae(runtime.device)
     for view in progress(views, "encoding images", len(views)):
-        record = view.record
-        square = apply_frame(_image(record), view.framing, mirrored=view.mirrored)
+        square = apply_frame(_image(view.record), view.framing, mirrored=view.mirrored)
         pixels_HWC = torch.from_numpy(square).to(runtime.device).float() / 127.5 - 1
         mean, std = family.encode_images(vae, pixels_HWC.permute(2, 0, 1)[None])
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-            raise DataError(
-                Problem(
-                    "the image's latents are not finite",
-                    str(record.path),
-                    fix="take the image out, or check the base's VAE",
-                )
-            )
+            fix = "take the image out, or check the base's VAE"
+            raise DataError(Problem("the image's latents are not finite", str(view.record.path), fix=fix))
         _write_entry(files[view], {"mean": mean[0].cpu(), "std": std[0].cpu()})
     del vae
-    _free(runtime.device)
+    runtime.free_cached_memory()
 
 
 def _image(record: Record) -> Any:
@@ -210,41 +199,48 @@ def _image(record: Record) -> Any:
 
 
 def _read_latents(
-    views: Mapping[tuple[int, int, bool], _View], files: Mapping[_View, Path], config: RunConfig, device: torch.device
+    views: Mapping[tuple[int, int, bool], _View],
+    files: Mapping[_View, Path],
+    data: DataConfig,
+    family: Family,
+    runtime: Runtime,
 ) -> LatentStore:
     distinct = list(dict.fromkeys(views.values()))
     entries = [safetensors_io.load(files[view])[0] for view in distinct]
     rows = {view: row for row, view in enumerate(distinct)}
+    both = [torch.stack([entry[name] for entry in entries]) for name in ("mean", "std")]
+    mean_NChw, std_NChw = runtime.place(torch.stack(both))
     return LatentStore(
-        mean_NChw=_place(torch.stack([entry["mean"] for entry in entries]), device),
-        std_NChw=_place(torch.stack([entry["std"] for entry in entries]), device),
+        mean_NChw=mean_NChw,
+        std_NChw=std_NChw,
+        view_tensors=_view_tensors(distinct, family, mean_NChw.device),
         rows={key: rows[view] for key, view in views.items()},
-        num_crops=num_crops(config.data),
-        flips=config.data.flip,
+        num_crops=num_crops(data),
+        flips=data.flip,
     )
 
 
-def _read_probe(views: Sequence[_View], files: Mapping[_View, Path], device: torch.device) -> ProbeItems:
+def _read_probe(views: Sequence[_View], files: Mapping[_View, Path], family: Family, runtime: Runtime) -> ProbeItems:
     means = [safetensors_io.load(files[view])[0]["mean"] for view in views]
     return ProbeItems(
         names=tuple(view.record.name for view in views),
         keys=tuple(view.record.sha256 for view in views),
-        latents_NChw=torch.stack(means).to(device),
+        latents_NChw=torch.stack(means).to(runtime.device),
+        view_tensors=_view_tensors(views, family, runtime.device),
         prompts=tuple(view.record.captions[0] for view in views),
     )
 
 
-def _read_prompts(texts: Sequence[str], files: dict[str, Path], device: torch.device) -> PromptStore:
-    embeds = torch.stack([safetensors_io.load(files[text])[0]["embeds"] for text in texts])
-    return PromptStore(_place(embeds, device), {text: row for row, text in enumerate(texts)})
+def _view_tensors(views: Sequence[_View], family: Family, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the denoiser is told of N views: [N, ...] by name."""
+    told = [view.told(family) for view in views]
+    return {name: torch.tensor([own[name] for own in told], device=device) for name in told[0]}
 
 
-def _place(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the GPU where it takes under a tenth of the memory that is free there; pinned on the host otherwise."""
-    if device.type != "cuda":
-        return tensor
-    free, _ = torch.cuda.mem_get_info(device)
-    return tensor.to(device) if tensor.numel() * tensor.element_size() < free // 10 else tensor.pin_memory()
+def _read_prompts(texts: Sequence[str], files: dict[str, Path], runtime: Runtime) -> PromptStore:
+    entries = [safetensors_io.load(files[text])[0] for text in texts]
+    tensors = {name: runtime.place(torch.stack([entry[name] for entry in entries])) for name in entries[0]}
+    return PromptStore(tensors, {text: row for row, text in enumerate(texts)})
 
 
 def _write_entry(file: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -262,9 +258,3 @@ def _is_whole(file: Path) -> bool:
 
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([LAYOUT, *parts]).encode()).hexdigest()
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ width, P trials of one packed pass, K trials in all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,13 +22,20 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What the denoiser is told beside the noisy latents."""
+    """What the denoiser is told beside the noisy latents: tensors [B, ...] of the prompt and the view, by name."""
 
-    prompt_embeds_BLD: torch.Tensor
+    tensors: Mapping[str, torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
 
     def tiled(self, copies: int) -> Conditioning:
-        """The same, once for each of so many trials: [P*B, L, D]."""
-        return Conditioning(tile(self.prompt_embeds_BLD, copies))
+        """The same, once for each of so many trials: [P*B, ...]."""
+        return Conditioning({name: tile(values, copies) for name, values in self.tensors.items()})
+
+    def to(self, dtype: torch.dtype) -> Conditioning:
+        """The same in another dtype."""
+        return Conditioning({name: values.to(dtype) for name, values in self.tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,8 @@ class ProbeItems:
     keys: tuple[str, ...]
     """Content hash of each image: the key of its noise."""
     latents_NChw: torch.Tensor
+    view_tensors: Mapping[str, torch.Tensor]
+    """[N, ...] by name: what the denoiser is told of each view."""
     prompts: tuple[str, ...]
 
 

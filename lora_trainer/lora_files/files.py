@@ -13,7 +13,7 @@ from lora_trainer.errors import HostError, ModelError, NumericStop, Problem
 from lora_trainer.lora_files.layouts import to_kohya
 from lora_trainer.lora_files.metadata import diffusers_metadata, kohya_metadata
 from lora_trainer.lora_files.recipe import BaseFacts, Recipe
-from lora_trainer.models.stable_diffusion import StableDiffusion
+from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.storage import safetensors_io
 
 Layout = Literal["kohya", "diffusers"]
@@ -25,7 +25,7 @@ def write_lora(
     file: Path,
     adapter: Mapping[str, torch.Tensor],
     recipe: Recipe,
-    family: StableDiffusion,
+    family: Family,
     *,
     layout: Layout,
     dtype: str,
@@ -39,18 +39,21 @@ def write_lora(
         NumericStop: a value is not finite; nothing is written.
         HostError: what was read back is not what was written.
     """
+    layers = sorted({key.rpartition(".lora_")[0] for key in adapter})
     if layout == "kohya":
         options = recipe.adapter
-        named = to_kohya(adapter, prefixes=family.kohya_prefixes, alpha=options.alpha, use_rslora=options.use_rslora)
+        names = joined_layers(family.kohya_names(layers))
+        named = to_kohya(adapter, names, alpha=options.alpha, use_rslora=options.use_rslora)
         tensors = _converted(named, dtype, file)
-        metadata = kohya_metadata(recipe, safetensors_io.payload_sha256(tensors))
+        adapts_kernels = any(tensor.dim() == 4 and max(tensor.shape[2:]) > 1 for tensor in adapter.values())
+        metadata = kohya_metadata(recipe, safetensors_io.payload_sha256(tensors), adapts_kernels=adapts_kernels)
     else:
         tensors = _converted(adapter, dtype, file)
-        metadata = diffusers_metadata(recipe, sorted({key.rpartition(".lora_")[0] for key in adapter}))
+        metadata = diffusers_metadata(recipe, layers)
     _write_verified(file, tensors, metadata)
 
 
-def base_facts(family: StableDiffusion, prediction_type: str) -> BaseFacts:
+def base_facts(family: Family, prediction_type: str) -> BaseFacts:
     """What a LoRA file says of its base."""
     return BaseFacts(
         kohya_version=family.kohya_version, architecture=family.architecture, prediction_type=prediction_type

@@ -9,72 +9,62 @@ with, so rank stabilisation writes alpha x sqrt(rank) there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 Tensors = dict[str, torch.Tensor]
-_KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
 def to_kohya(
-    adapter: Mapping[str, torch.Tensor], *, prefixes: Mapping[str, str], alpha: float, use_rslora: bool
+    adapter: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]], *, alpha: float, use_rslora: bool
 ) -> Tensors:
-    """kohya's layout: `lora_unet_<layer with _>.lora_down.weight / lora_up.weight / alpha / dora_scale`.
+    """kohya's layout: `<name>.lora_down.weight / lora_up.weight / alpha / dora_scale`.
+
+    Layers joined under one name become one of their common rank: their A stand above each other, their B along a
+    diagonal, and alpha grows with the rank, so that their updates stay what they were.
 
     Args:
-        prefixes: what stands for each component.
+        names: the layers that stand under each name (`models.family.joined_layers`).
     """
     tensors: Tensors = {}
-    for key, tensor in adapter.items():
-        layer, kind = _split(key)
-        name = kohya_name(layer, prefixes)
-        if kind == "lora_magnitude_vector":
-            tensors[f"{name}.dora_scale"] = _dora_scale(tensor)
-            continue
-        tensors[f"{name}.{_KOHYA[kind]}"] = tensor
-        if kind == "lora_A.weight":
-            rank = tensor.shape[0]
-            written = alpha * math.sqrt(rank) if use_rslora else alpha
-            tensors[f"{name}.alpha"] = torch.tensor(written, dtype=torch.float32)
+    for name, layers in names.items():
+        downs, ups = ([adapter[f"{layer}.lora_{kind}.weight"] for layer in layers] for kind in "AB")
+        rank = downs[0].shape[0]
+        written = alpha * math.sqrt(rank) if use_rslora else alpha
+        tensors[f"{name}.lora_down.weight"] = torch.cat(downs)
+        tensors[f"{name}.lora_up.weight"] = ups[0] if len(ups) == 1 else torch.block_diag(*ups)
+        tensors[f"{name}.alpha"] = torch.tensor(written * len(layers), dtype=torch.float32)
+        magnitudes = [own for layer in layers if (own := adapter.get(f"{layer}.lora_magnitude_vector")) is not None]
+        if magnitudes:
+            tensors[f"{name}.dora_scale"] = torch.cat([_dora_scale(own) for own in magnitudes])
     return tensors
 
 
-def from_kohya(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, str]) -> Tensors:
-    """The adapter of a file in kohya's layout; `layers` gives the layer of each kohya name."""
-    names = {
-        "lora_down.weight": "lora_A.weight",
-        "lora_up.weight": "lora_B.weight",
-        "dora_scale": "lora_magnitude_vector",
-    }
+def from_kohya(
+    tensors: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]], num_outputs: Mapping[str, int]
+) -> Tensors:
+    """The inverse of `to_kohya`.
+
+    Args:
+        names: as there; it may hold more than the file.
+        num_outputs: outputs of each layer.
+    """
     adapter: Tensors = {}
-    for key, tensor in tensors.items():
-        name, _, kind = key.partition(".")
-        if kind == "alpha":
-            continue
-        layer = layers[name]
-        if kind == "dora_scale":
-            down = tensors[f"{name}.lora_down.weight"]
-            tensor = tensor.reshape(1, -1, 1, 1) if down.dim() == 4 else tensor.reshape(-1)
-        adapter[f"{layer}.{names[kind]}"] = tensor
+    for name in sorted({key.partition(".")[0] for key in tensors}):
+        layers = names[name]
+        outputs = [num_outputs[layer] for layer in layers]
+        down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+        rank = down.shape[0] // len(layers)
+        for index, (layer, rows) in enumerate(zip(layers, up.split(outputs), strict=True)):
+            ranks = slice(index * rank, (index + 1) * rank)
+            adapter[f"{layer}.lora_A.weight"] = down[ranks]
+            adapter[f"{layer}.lora_B.weight"] = rows[:, ranks]
+        if (scale := tensors.get(f"{name}.dora_scale")) is not None:
+            shape = (1, -1, 1, 1) if down.dim() == 4 else (-1,)
+            for layer, own in zip(layers, scale.split(outputs), strict=True):
+                adapter[f"{layer}.lora_magnitude_vector"] = own.reshape(shape)
     return adapter
-
-
-def kohya_name(layer: str, prefixes: Mapping[str, str]) -> str:
-    """`lora_unet_down_blocks_0_...` of a layer named with its component."""
-    component, _, rest = layer.partition(".")
-    return f"{prefixes[component]}_{rest.replace('.', '_')}"
-
-
-def kohya_names(layers: Iterable[str], prefixes: Mapping[str, str]) -> dict[str, str]:
-    """The layer of each kohya name: the dots that became underscores cannot be told back otherwise."""
-    return {kohya_name(layer, prefixes): layer for layer in layers}
-
-
-def _split(key: str) -> tuple[str, str]:
-    """`<layer>` and the kind of tensor of a peft name."""
-    layer, _, kind = key.rpartition(".lora_")
-    return layer, f"lora_{kind}"
 
 
 def _dora_scale(magnitude: torch.Tensor) -> torch.Tensor:

@@ -10,19 +10,24 @@ from lora_trainer.lora_files.recipe import OWN_KEY, Recipe
 from lora_trainer.models.adapters.bank import peft_config
 
 ADAPTER_KEY = "lora_adapter_metadata"  # where diffusers looks for alpha and rank stabilisation
+_PREDICTION_TYPES = {"v_prediction": "v", "flow": "flow_matching"}  # in ModelSpec's words
 
 
-def kohya_metadata(recipe: Recipe, payload_sha256: str) -> dict[str, str]:
-    """The header of a file in kohya's layout; all values are strings, as the format wants."""
+def kohya_metadata(recipe: Recipe, payload_sha256: str, *, adapts_kernels: bool) -> dict[str, str]:
+    """The header of a file in kohya's layout; all values are strings, as the format wants.
+
+    Args:
+        adapts_kernels: whether convolutions larger than 1 x 1 have adapters.
+    """
     adapter, base, loop, data = recipe.adapter, recipe.base, recipe.loop, recipe.data
     fields: dict[str, Any] = {
         "ss_output_name": recipe.name,
         "ss_base_model_version": base.kohya_version,
-        "ss_v2": base.kohya_version.startswith("sd_v2"),
+        "ss_v2": "v2" in base.kohya_version.split("_"),
         "ss_network_module": "lycoris.kohya" if adapter.use_dora else "networks.lora",
         "ss_network_dim": adapter.rank,
         "ss_network_alpha": _plain(adapter.alpha),
-        "ss_network_args": json.dumps(_network_args(recipe)),
+        "ss_network_args": json.dumps(_network_args(recipe, adapts_kernels)),
         "ss_network_dropout": adapter.dropout or None,
         "ss_seed": recipe.seed,
         "ss_steps": recipe.step,
@@ -52,7 +57,7 @@ def kohya_metadata(recipe: Recipe, payload_sha256: str) -> dict[str, str]:
         "modelspec.implementation": "diffusers",
         "modelspec.title": recipe.name,
         "modelspec.resolution": f"{data.resolution}x{data.resolution}",
-        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": _PREDICTION_TYPES.get(base.prediction_type, base.prediction_type),
         OWN_KEY: recipe.to_metadata(),
     }
     return {key: str(value) for key, value in fields.items() if value is not None}
@@ -72,10 +77,10 @@ def diffusers_metadata(recipe: Recipe, layers: Sequence[str]) -> dict[str, str]:
     return {"format": "pt", ADAPTER_KEY: json.dumps(fields, sort_keys=True), OWN_KEY: recipe.to_metadata()}
 
 
-def _network_args(recipe: Recipe) -> dict[str, Any]:
+def _network_args(recipe: Recipe, adapts_kernels: bool) -> dict[str, Any]:
     adapter = recipe.adapter
     args: dict[str, Any] = {}
-    if adapter.targets == "transformer+resnet":
+    if adapts_kernels:
         args |= {"conv_dim": adapter.rank, "conv_alpha": _plain(adapter.alpha)}
     if adapter.use_rslora:
         args["rs_lora"] = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,6 @@ _CONVERT = (
     "P.from_single_file('{file}').save_pretrained('{folder}')\""
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FAMILY_OF_PIPELINE = {"StableDiffusionPipeline": "sd"}
-_WEIGHT_COMPONENTS = {"sd": ("unet", "vae", "text_encoder")}
-_COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
-_CONFIG_FILES = {"sd": ("tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +31,12 @@ class BaseFolder:
 
     path: Path
     family: str
+    denoiser: str
+    """The component whose layers get adapters."""
+    models: tuple[str, ...]
+    """Components with weights."""
+    others: tuple[str, ...]
+    """Components that are settings and vocabularies alone."""
 
     def weights(self, component: str) -> list[Path]:
         """The safetensors files of a component: the whole ones, or its shards."""
@@ -50,10 +51,27 @@ class BaseFolder:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return json.loads((self.path / component / name).read_text())
 
+    def prediction_type(self, asked: str = "auto") -> str:
+        """What the denoiser predicts: as asked, else as the scheduler says; `flow` under a flow-matching one.
+
+        Raises:
+            ModelError: the scheduler has neither betas nor flow matching, or what is asked contradicts it.
+        """
+        settings = self.component_config("scheduler")
+        named, where = str(settings.get("_class_name", "")), str(self.path / "scheduler")
+        if named.startswith("FlowMatch"):
+            if asked != "auto":
+                what = f"prediction type `{asked}` does not fit the base's {named}"
+                raise ModelError(Problem(what, where, fix="write model.prediction_type: auto"))
+            return "flow"
+        if "beta_schedule" not in settings and "trained_betas" not in settings:
+            raise ModelError(Problem(f"the scheduler `{named}` has no noise schedule that is known", where))
+        return str(settings.get("prediction_type", "epsilon")) if asked == "auto" else asked
+
     def denoiser_shapes(self) -> dict[str, tuple[int, ...]]:
         """Weight shape of every layer of the denoiser that has a matrix or kernel, by the layer's name."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for file in self.weights("unet"):
+        for file in self.weights(self.denoiser):
             with safe_open(file, framework="np") as opened:
                 for key in opened.keys():
                     shape = tuple(opened.get_slice(key).get_shape())
@@ -63,19 +81,19 @@ class BaseFolder:
 
     def digests(self) -> dict[str, str]:
         """Identity of each component's content, wherever the folder lies."""
-        return {component: self._digest(component) for component in _COMPONENTS}
+        return {component: self._digest(component) for component in (*self.models, *self.others)}
 
     def _digest(self, component: str) -> str:
         place, digest = self.path / component, hashlib.sha256()
-        weights = self.weights(component) if component in _WEIGHT_COMPONENTS[self.family] else []
+        weights = self.weights(component) if component in self.models else []
         for file in [*sorted(place.glob("*.json")), *sorted(place.glob("*.txt")), *weights]:
             with file.open("rb") as opened:
                 digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
         return digest.hexdigest()
 
 
-def locate_base(path: str, revision: str | None) -> Path:
-    """The local folder of a base: the folder itself, or a Hub snapshot at a fixed revision.
+def locate_base(path: str, revision: str | None, components: Sequence[str]) -> Path:
+    """The local folder of a base: the folder itself, or a Hub snapshot of these components at a fixed revision.
 
     Raises:
         ModelError: there is no such folder, or it cannot be fetched.
@@ -102,40 +120,28 @@ def locate_base(path: str, revision: str | None) -> Path:
                 "add model.revision: <commit>, as shown on the model's page",
             )
         )
-    return _fetch(path, revision)
+    return _fetch(path, revision, components)
 
 
-def inspect_base(folder: Path, family: str = "auto") -> BaseFolder:
-    """Check that the folder is a whole diffusers checkpoint of a known family, and which.
+def pipeline_name(folder: Path) -> str:
+    """The class of pipeline that a diffusers folder is for.
 
     Raises:
-        ModelError: it is something else (it says what), or parts are missing or damaged (it names each).
+        ModelError: it is something else, and what.
     """
     if folder.is_file():
         raise ModelError(_single_file(folder))
-    index = _read_index(folder)
-    pipeline = index.get("_class_name")
-    found = _FAMILY_OF_PIPELINE.get(str(pipeline))
-    if found is None:
-        raise ModelError(
-            Problem(
-                f"a `{pipeline}` is not supported",
-                str(folder / "model_index.json"),
-                fix="use a Stable Diffusion 1.x or 2.x base",
-            )
-        )
-    if family not in ("auto", found):
-        raise ModelError(Problem(f"model.family is {family}, but the base is {found}", str(folder), fix="write auto"))
-    problems = [p for component in _WEIGHT_COMPONENTS[found] for p in _check_component(folder, component)]
-    problems += [
-        _incomplete(folder, file.partition("/")[0], file)
-        for file in _CONFIG_FILES[found]
-        if not (folder / file).is_file()
-    ]
-    problems += _check_vocabulary(folder)
-    if problems:
-        raise ModelError(*problems)
-    return BaseFolder(folder, found)
+    return str(_read_index(folder).get("_class_name"))
+
+
+def missing_parts(base: BaseFolder) -> list[Problem]:
+    """Every component of a base that is not there, or whose files are damaged."""
+    problems = [problem for component in base.models for problem in _check_component(base.path, component)]
+    for component in base.others:
+        file = f"{component}/{component}_config.json"
+        if not (base.path / file).is_file():
+            problems.append(incomplete(base.path, component, file))
+    return problems
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -181,7 +187,7 @@ def _single_file(file: Path) -> Problem:
 def _check_component(folder: Path, component: str) -> list[Problem]:
     place = folder / component
     if not (place / "config.json").is_file():
-        return [_incomplete(folder, component, f"{component}/config.json")]
+        return [incomplete(folder, component, f"{component}/config.json")]
     _, files = _find_weights(place)
     if not files:
         pickled = sorted([*place.glob("*.bin"), *place.glob("*.ckpt")])
@@ -193,62 +199,12 @@ def _check_component(folder: Path, component: str) -> list[Problem]:
                     fix="use a base saved with safe_serialization=True (*.safetensors)",
                 )
             ]
-        return [_incomplete(folder, component, f"{component}/*.safetensors")]
+        return [incomplete(folder, component, f"{component}/*.safetensors")]
     return [
         Problem(f"the {component}'s weights are damaged", str(file), fault, "fetch the file again")
         for file in files
         if (fault := _header_keys(file)[1]) is not None
     ]
-
-
-def _check_vocabulary(folder: Path) -> list[Problem]:
-    """The tokenizer has its vocabulary, and the text encoder an embedding for each token and no more.
-
-    transformers makes an empty vocabulary where the files are missing, and every caption means the same.
-    """
-    place, config = folder / "tokenizer", folder / "text_encoder" / "config.json"
-    if not (place / "tokenizer.json").is_file():
-        missing = [name for name in ("vocab.json", "merges.txt") if not (place / name).is_file()]
-        if missing:
-            files = "tokenizer/tokenizer.json" if len(missing) == 2 else f"tokenizer/{missing[0]}"
-            return [_incomplete(folder, "tokenizer vocabulary", files)]
-    try:
-        known = len(_tokens(place))
-        embedded = _read_json(config).get("vocab_size", known)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = "the tokenizer cannot be compared with the text encoder's config.json"
-        return [Problem(what, str(place), f"{type(error).__name__}: {error}", "fetch both folders again")]
-    if known == embedded:
-        return []
-    return [
-        Problem(
-            f"the tokenizer has {known} tokens, the text encoder {embedded}",
-            str(place),
-            "they do not belong together: captions would be read as other words",
-            "fetch tokenizer and text_encoder of one base again",
-        )
-    ]
-
-
-def _tokens(place: Path) -> set[str]:
-    """Every token of a CLIP tokenizer's folder, with those added to the vocabulary."""
-    whole, said = _read_json(place / "tokenizer.json"), _read_json(place / "tokenizer_config.json")
-    special = _read_json(place / "special_tokens_map.json")
-    vocabulary = whole["model"]["vocab"] if whole else _read_json(place / "vocab.json")
-    added = [
-        *("<|startoftext|>", "<|endoftext|>"),
-        *whole.get("added_tokens", ()),
-        *_read_json(place / "added_tokens.json"),
-        *said.get("added_tokens_decoder", {}).values(),
-        *(own[name] for own in (said, special) for name in _NAMED_TOKENS if own.get(name) is not None),
-        *(token for own in (said, special) for key in _MORE_TOKENS for token in own.get(key) or ()),
-    ]
-    return {*vocabulary, *(token if isinstance(token, str) else token["content"] for token in added)}
-
-
-def _read_json(file: Path) -> Any:
-    """The file's content; an empty object where there is none."""
-    return json.loads(file.read_bytes()) if file.is_file() else {}
 
 
 def _find_weights(place: Path) -> tuple[str | None, list[Path]]:
@@ -279,18 +235,19 @@ def _header_keys(file: Path) -> tuple[list[str], str | None]:
         return [], str(error)
 
 
-def _incomplete(folder: Path, component: str, missing: str) -> Problem:
+def incomplete(folder: Path, component: str, missing: str) -> Problem:
+    """That a file of the base is missing."""
     return Problem(
         f"the base is incomplete: no {component}", str(folder / missing), fix="fetch the whole diffusers folder"
     )
 
 
-def _fetch(repository: str, revision: str) -> Path:
+def _fetch(repository: str, revision: str, components: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        wanted = [f"{part}/*{ending}" for part in _COMPONENTS for ending in (".json", ".txt", ".safetensors")]
+        wanted = [f"{part}/*{ending}" for part in components for ending in (".json", ".txt", ".safetensors")]
         return Path(
             snapshot_download(
                 repository,

@@ -1,13 +1,59 @@
-"""Every model family by its name in the config (`model.family`)."""
+"""Every model family by its name in the config (`model.family`), and how a base is opened. Never imports torch."""
 
 from __future__ import annotations
 
-from lora_trainer.models.folder import BaseFolder
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from lora_trainer.errors import ModelError, Problem
+from lora_trainer.models.family import Family
+from lora_trainer.models.folder import BaseFolder, locate_base, missing_parts, pipeline_name
 from lora_trainer.models.stable_diffusion import StableDiffusion
 
-FAMILIES: dict[str, type[StableDiffusion]] = {"sd": StableDiffusion}
+ENTRY_POINTS = "lora_trainer.families"
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
 
 
-def open_family(base: BaseFolder) -> StableDiffusion:
+def families() -> dict[str, type[Family]]:
+    """Ours, and those that installed packages offer under the entry point group `lora_trainer.families`."""
+    outside = [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
+    return {family.name: family for family in (*outside, *FAMILIES)}
+
+
+def open_base(path: str, revision: str | None = None, family: str = "auto") -> BaseFolder:
+    """Find a base, and check that it is whole and of a known family.
+
+    Raises:
+        ModelError: it is not there or something else (it says what), or parts are missing or damaged (it names each).
+    """
+    known = families()
+    if family not in ("auto", *known):
+        raise ModelError(Problem(f"`{family}` is no family", "model.family", fix=f"known: auto, {', '.join(known)}"))
+    wanted = {part for kind in known.values() for part in (*kind.models, *kind.others)}
+    return inspect_base(locate_base(path, revision, sorted(wanted)), family)
+
+
+def inspect_base(folder: Path, family: str = "auto") -> BaseFolder:
+    """Check that a folder is a whole base of a known family, and which.
+
+    Raises:
+        ModelError: as `open_base`.
+    """
+    known, pipeline = families(), pipeline_name(folder)
+    found = next((kind for kind in known.values() if pipeline in kind.pipelines), None)
+    if found is None:
+        names = ", ".join(name for kind in known.values() for name in kind.pipelines)
+        where = str(folder / "model_index.json")
+        raise ModelError(Problem(f"a `{pipeline}` is not supported", where, fix=f"use a base for one of: {names}"))
+    if family not in ("auto", found.name):
+        what = f"model.family is {family}, but the base is {found.name}"
+        raise ModelError(Problem(what, str(folder), fix="write auto"))
+    base = BaseFolder(folder, found.name, found.denoiser, found.models, found.others)
+    if problems := missing_parts(base) or found(base).problems():
+        raise ModelError(*problems)
+    return base
+
+
+def open_family(base: BaseFolder) -> Family:
     """The family object of an inspected base."""
-    return FAMILIES[base.family](base)
+    return families()[base.family](base)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils.logging import disable_progress_bar
+from lora_trainer.errors import Problem
+from lora_trainer.models.clip import check_vocabulary, last_hidden_state
+from lora_trainer.models.diffusers_family import DiffusersFamily
+from lora_trainer.models.family import SampleSettings
 
-from lora_trainer.diffusion.batch import Conditioning
-from lora_trainer.errors import ModelError, Problem
-from lora_trainer.models.folder import BaseFolder
+if TYPE_CHECKING:
+    import torch
 
-disable_progress_bar()
+    from lora_trainer.diffusion.batch import Conditioning
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEEDFORWARD = ("ff.net.0.proj", "ff.net.2")
+PROJECTIONS = ("proj_in", "proj_out")
+RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.*.conv", "upsamplers.*.conv")
 _ARCHITECTURES = {
     "sd_v1": "stable-diffusion-v1",
     "sd_v2": "stable-diffusion-v2-512",
@@ -22,123 +25,102 @@ _ARCHITECTURES = {
 }
 
 
-class StableDiffusion:
-    """Loads, encodes and predicts; holds no component longer than its caller does."""
+class StableDiffusion(DiffusersFamily):
+    """Loads, encodes and predicts; holds no model longer than its caller does.
+
+    The preset `transformer` is kohya's default (`LoRA` in sd-scripts), `transformer+resnet` its convolution extension
+    (`LoCon`).
+    """
 
     name = "sd"
-    kohya_prefixes: ClassVar[dict[str, str]] = {"unet": "lora_unet"}
+    pipelines = ("StableDiffusionPipeline",)
+    models = ("unet", "vae", "text_encoder")
+    others = ("tokenizer", "scheduler")
+    denoiser = "unet"
+    prompt_components = ("tokenizer", "text_encoder")
+    prediction_types = ("epsilon", "v_prediction")
+    kohya_prefixes: ClassVar = {"unet": "lora_unet"}
+    target_presets: ClassVar = {
+        "attention": ATTENTION,
+        "attention+feedforward": (*ATTENTION, *FEEDFORWARD),
+        "transformer": (*ATTENTION, *FEEDFORWARD, *PROJECTIONS),
+        "transformer+resnet": (*ATTENTION, *FEEDFORWARD, *PROJECTIONS, *RESNET),
+    }
 
-    def __init__(self, base: BaseFolder) -> None:
-        self.base = base
-
-    @property
-    def vae_factor(self) -> int:
-        """Pixels per latent, along each side."""
-        return 2 ** (len(self.base.component_config("vae")["block_out_channels"]) - 1)
-
-    @property
-    def noise_schedule(self) -> dict[str, Any]:
-        """The base's noise scheduler configuration."""
-        return self.base.component_config("scheduler")
+    def problems(self) -> list[Problem]:
+        return check_vocabulary(self.base.path)
 
     @property
     def kohya_version(self) -> str:
-        """`ss_base_model_version`: SD 2.x is told by its wider text encoder."""
+        """SD 2.x is told by its wider text encoder."""
         if self.base.component_config("unet")["cross_attention_dim"] != 1024:
             return "sd_v1"
-        return "sd_v2_v" if self.noise_schedule.get("prediction_type") == "v_prediction" else "sd_v2"
+        return "sd_v2_v" if self.base.prediction_type() == "v_prediction" else "sd_v2"
 
     @property
     def architecture(self) -> str:
-        """`modelspec.architecture` of a LoRA for this base."""
         return f"{_ARCHITECTURES[self.kohya_version]}/lora"
 
-    def load_tokenizer(self) -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(self.base.path / "tokenizer")
+    def load_text_encoders(self, device: torch.device) -> Any:
+        import torch
+        from transformers import CLIPTextModel
 
-    def load_text_encoder(self, device: torch.device) -> CLIPTextModel:
-        """The frozen text encoder in fp32, whatever its stored dtype."""
-        return self._load(CLIPTextModel, "text_encoder", device, torch.float32)
+        return self.load(CLIPTextModel, "text_encoder", device, torch.float32)
 
-    def load_vae(self, device: torch.device) -> AutoencoderKL:
-        """The frozen VAE in fp32: SD's overflows in fp16 on some images."""
-        return self._load(AutoencoderKL, "vae", device, torch.float32)
+    def encode_prompt(self, encoders: Any, prompt: str) -> dict[str, torch.Tensor]:
+        return {"prompt_embeds": last_hidden_state(self.tokenizer, encoders, prompt)}
 
-    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-        """The frozen UNet in the dtype of the forward pass."""
-        return self._load(UNet2DConditionModel, "unet", device, dtype)
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Any:
+        from diffusers import UNet2DConditionModel
 
-    @torch.no_grad()
-    def encode_images(self, vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation [B, C, h, w] of the scaled latents of pixels in -1..1."""
-        posterior = vae.encode(pixels_BCHW).latent_dist
-        factor = vae.config.scaling_factor
-        return posterior.mean * factor, posterior.std * factor
-
-    @torch.no_grad()
-    def encode_prompts(
-        self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: Sequence[str]
-    ) -> torch.Tensor:
-        """Prompt embeddings [B, L, D], padded and cut to the encoder's length as the SD pipeline does."""
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        mask = None
-        if getattr(text_encoder.config, "use_attention_mask", False):
-            mask = tokens.attention_mask.to(text_encoder.device)
-        return text_encoder(tokens.input_ids.to(text_encoder.device), attention_mask=mask)[0]
-
-    def count_tokens(self, tokenizer: CLIPTokenizer, prompt: str) -> int:
-        """Tokens of a prompt with its two ends, before any cut."""
-        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        return self.load(UNet2DConditionModel, "unet", device, dtype)
 
     def predict(
-        self,
-        denoiser: UNet2DConditionModel,
-        noisy_BChw: torch.Tensor,
-        timesteps_B: torch.Tensor,
-        conditioning: Conditioning,
+        self, denoiser: Any, noisy_BChw: torch.Tensor, times_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """The denoiser's output [B, C, h, w]."""
-        return denoiser(noisy_BChw, timesteps_B, conditioning.prompt_embeds_BLD, return_dict=False)[0]
+        return denoiser(noisy_BChw, times_B, conditioning["prompt_embeds"], return_dict=False)[0]
 
-    def pipeline(
-        self, denoiser: UNet2DConditionModel, vae: AutoencoderKL, prediction_type: str
-    ) -> StableDiffusionPipeline:
-        """Stock diffusers pipeline (DDIM) over loaded parts, for prompt embeddings rather than texts."""
-        scheduler = DDIMScheduler.from_config(self.noise_schedule, prediction_type=prediction_type)
+    def draw_latents(
+        self, denoiser: Any, vae: Any, prompts: tuple[Conditioning, Conditioning], settings: SampleSettings
+    ) -> torch.Tensor:
+        """By DDIM."""
+        import torch
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+        schedule, prediction_type = self.base.component_config("scheduler"), settings.prediction_type
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=None,
             tokenizer=None,
             unet=denoiser,
-            scheduler=scheduler,
+            scheduler=DDIMScheduler.from_config(schedule, prediction_type=prediction_type),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        cond, uncond = prompts
+        return pipeline(
+            prompt_embeds=cond["prompt_embeds"],
+            negative_prompt_embeds=uncond["prompt_embeds"],
+            height=settings.resolution,
+            width=settings.resolution,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(settings.seed),
+            output_type="latent",
+        ).images
 
-    def _load(self, model: Any, component: str, device: torch.device, dtype: torch.dtype) -> Any:
-        """A component's frozen model.
+    def load_pipeline(self) -> Any:
+        import torch
+        from diffusers import StableDiffusionPipeline
 
-        Raises:
-            ModelError: a weight is not finite.
-        """
-        variant = self.base.variant(component)
-        loaded = model.from_pretrained(
-            self.base.path / component, dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
+        host = torch.device("cpu")
+        return StableDiffusionPipeline.from_pretrained(
+            self.base.path,
+            unet=self.load_denoiser(host, torch.float32),
+            vae=self.load_vae(host),
+            text_encoder=self.load_text_encoders(host),
+            safety_checker=None,
+            requires_safety_checker=False,
         )
-        for name, parameter in loaded.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise ModelError(
-                    Problem(
-                        f"the {component}'s weight `{name}` holds NaN or infinite values", fix="fetch the base again"
-                    )
-                )
-        return loaded.requires_grad_(False).eval().to(device)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.lr_notes import unusual_rates
@@ -29,12 +29,12 @@ from lora_trainer.data.holdout import Split, no_split, split_by_folder, split_by
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
 from lora_trainer.errors import ConfigError, HostError, ModelError, Problem
 from lora_trainer.models.adapters.targets import assign_groups, select_targets
-from lora_trainer.models.folder import BaseFolder, inspect_base, locate_base
-from lora_trainer.planning.run_plan import DENOISER_GROUP, RunPlan, plan_run
+from lora_trainer.models.family import Family, joined_layers
+from lora_trainer.models.folder import BaseFolder
+from lora_trainer.models.registry import open_base, open_family
+from lora_trainer.planning.run_plan import LRGroup, RunPlan, lay_groups, plan_run
 from lora_trainer.runtime.launch import Launch, default_threads
 from lora_trainer.storage import disk_space
-
-PredictionType = Literal["epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Prepared:
     config: RunConfig
     base: BaseFolder
     base_digests: dict[str, str]
-    prediction_type: PredictionType
+    prediction_type: str
     split: Split
-    target_shapes: dict[str, Any]
+    target_shapes: dict[str, tuple[int, ...]]
     plan: RunPlan
     threads: int
 
@@ -58,6 +58,10 @@ class Prepared:
     def dataset(self) -> Dataset:
         """What is trained on."""
         return self.split.training
+
+    def lr_groups(self) -> tuple[LRGroup, ...]:
+        """The groups of weights with their LR schedules laid over the run."""
+        return lay_groups(self.config, self.plan.lr_horizon, self.base.denoiser)
 
     def identity(self) -> dict[str, Any]:
         """All that decides what is learned: settings, content of data and base, and how the sums are split."""
@@ -83,18 +87,22 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     Raises:
         ConfigError, DataError, ModelError, HostError: each with all problems of its kind.
     """
-    base = inspect_base(locate_base(config.model.path, config.model.revision), config.model.family)
+    base = open_base(config.model.path, config.model.revision, config.model.family)
+    family = open_family(base)
+    predicts = _prediction_type(config, base, family)
+    _check_resolution(config, family)
     _check_places(config)
     checked = cache_folder(config) / "checked-images.json"
-    split, prior = _split(config, checked, progress)
-    targets = _targets(config, base)
     fixed = _fixed_before(config, continues)
-    plan = _plan(config, launch.num_processes, split, targets, num_probes=2 + (prior is not None), fixed=fixed)
+    split, prior = _split(config, checked, progress, fixed.held_out)
+    targets = _targets(config, base, family)
+    num_probes = 2 + (prior is not None)
+    plan = _plan(config, base, split, targets, launch.num_processes, num_probes=num_probes, fixed=fixed)
     _check_room(config, plan)
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = _threads(config, fixed, default_threads(launch))
-    return Prepared(config, base, base.digests(), prediction_type(config, base), split, dict(targets), plan, threads)
+    return Prepared(config, base, base.digests(), predicts, split, targets, plan, threads)
 
 
 def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | None = None) -> Prepared:
@@ -106,12 +114,13 @@ def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | Non
     Raises:
         ConfigError: targets, groups or schedules do not fit.
     """
-    targets = _targets(config, prepared.base)
+    base, split = prepared.base, prepared.split
+    targets = _targets(config, base, open_family(base))
     fixed = _fixed_before(config, continues)
-    num_probes = len(prepared.split.probes)
-    plan = _plan(config, prepared.plan.num_processes, prepared.split, targets, num_probes=num_probes, fixed=fixed)
+    num_processes, num_probes = prepared.plan.num_processes, len(split.probes)
+    plan = _plan(config, base, split, targets, num_processes, num_probes=num_probes, fixed=fixed)
     threads = _threads(config, fixed, prepared.threads)
-    return replace(prepared, config=config, target_shapes=dict(targets), plan=plan, threads=threads)
+    return replace(prepared, config=config, target_shapes=targets, plan=plan, threads=threads)
 
 
 def _threads(config: RunConfig, fixed: _Fixed, default: int) -> int:
@@ -119,19 +128,30 @@ def _threads(config: RunConfig, fixed: _Fixed, default: int) -> int:
     return (fixed.threads or default) if config.train.threads == "auto" else config.train.threads
 
 
-def _targets(config: RunConfig, base: BaseFolder) -> Mapping[str, Any]:
-    """The layers to adapt; the groups of weights are checked against them."""
-    targets = select_targets(base.denoiser_shapes(), config.adapter.targets)
-    weights = [f"{DENOISER_GROUP}.{layer}.lora_{kind}.weight" for layer in targets for kind in "AB"]
-    assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, DENOISER_GROUP)
+def _targets(config: RunConfig, base: BaseFolder, family: Family) -> dict[str, tuple[int, ...]]:
+    """The layers to adapt; the groups of weights and the names in LoRA files are checked against them."""
+    chosen = select_targets(base.denoiser_shapes(), config.adapter.targets, family.target_presets)
+    targets = {layer: tuple(shape) for layer, shape in chosen.items()}
+    layers = [f"{base.denoiser}.{layer}" for layer in targets]
+    joined_layers(family.kohya_names(layers))
+    weights = [f"{layer}.lora_{kind}.weight" for layer in layers for kind in "AB"]
+    assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, base.denoiser)
     return targets
 
 
 def _plan(
-    config: RunConfig, num_processes: int, split: Split, targets: Mapping[str, Any], *, num_probes: int, fixed: _Fixed
+    config: RunConfig,
+    base: BaseFolder,
+    split: Split,
+    targets: Mapping[str, Any],
+    num_processes: int,
+    *,
+    num_probes: int,
+    fixed: _Fixed,
 ) -> RunPlan:
     return plan_run(
         config,
+        denoiser=base.denoiser,
         num_images=len(split.training.records),
         bucket_sizes=[split.training.num_samples],
         num_processes=num_processes,
@@ -152,6 +172,8 @@ class _Fixed:
     num_watched: int | None = None
     """Images of each probe."""
     threads: int | None = None
+    held_out: tuple[str, ...] | None = None
+    """Content hashes of the images that it held out."""
 
 
 def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
@@ -160,13 +182,15 @@ def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
         continues = any((run_dir / CHECKPOINTS).glob("step-*"))
     if not continues:
         return _Fixed()
+    held_out = _chosen_before(run_dir / VALIDATION_FILE)
     try:
         before = json.loads((run_dir / PLAN_FILE).read_text())
         length = None if config.resume.schedule == "stretch" else before.get("lr_updates") or before.get("num_updates")
         num_watched = (before.get("validation") or {}).get("num_items")
-        return _Fixed(length, num_watched, before.get("identity", {}).get("train.threads"))
+        threads = before.get("identity", {}).get("train.threads")
+        return _Fixed(length, num_watched, threads, held_out)
     except (OSError, ValueError, AttributeError):
-        return _Fixed()
+        return _Fixed(held_out=held_out)
 
 
 def _check_room(config: RunConfig, plan: RunPlan) -> None:
@@ -178,7 +202,9 @@ def _check_room(config: RunConfig, plan: RunPlan) -> None:
     disk_space.check_room(run_dir, max(one, (kept + 1) * one - there) + plan.export_bytes(config.export.dtype), purpose)
 
 
-def _split(config: RunConfig, checked: Path, progress: Progress) -> tuple[Split, Dataset | None]:
+def _split(
+    config: RunConfig, checked: Path, progress: Progress, chosen_before: Sequence[str] | None
+) -> tuple[Split, Dataset | None]:
     """The training images without those held out, and the prior images where there are some."""
     dataset, validation = discover(config.data, checked, progress), config.validation
     if validation is None:
@@ -189,38 +215,45 @@ def _split(config: RunConfig, checked: Path, progress: Progress) -> tuple[Split,
         for key, folder in folders.items()
     }
     if validation.fraction is not None:
-        before = _chosen_before(run_directory(config) / VALIDATION_FILE)
-        split = split_by_fraction(dataset, validation.fraction, validation.seed, before)
+        split = split_by_fraction(dataset, validation.fraction, validation.seed, chosen_before)
     else:
         split = split_by_folder(dataset, others["dir"])
     return split, others.get("prior_dir")
 
 
-def _chosen_before(file: Path) -> list[str] | None:
+def _chosen_before(file: Path) -> tuple[str, ...] | None:
     """Content hashes of the images that an earlier start of this run held out."""
     try:
-        return json.loads(file.read_text())["images_held_out"]
+        return tuple(json.loads(file.read_text())["images_held_out"])
     except (OSError, ValueError, KeyError):
         return None
 
 
-def prediction_type(config: RunConfig, base: BaseFolder) -> PredictionType:
-    """What the denoiser predicts: as the config says, else as the base's noise scheduler says.
+def _prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str:
+    """What the denoiser predicts.
 
     Raises:
-        ModelError: the base's scheduler names something else than epsilon or v_prediction.
+        ModelError: the family cannot be trained on it.
+        ConfigError: a loss weighting has no meaning on it.
     """
-    said = str(base.component_config("scheduler").get("prediction_type", "epsilon"))
-    chosen = said if config.model.prediction_type == "auto" else config.model.prediction_type
-    if chosen not in ("epsilon", "v_prediction"):
-        raise ModelError(
-            Problem(
-                f"prediction type `{chosen}` is not supported",
-                str(base.path / "scheduler"),
-                fix="set model.prediction_type",
-            )
-        )
-    return cast(PredictionType, chosen)
+    chosen = base.prediction_type(config.model.prediction_type)
+    if chosen not in family.prediction_types:
+        what = f"prediction type `{chosen}` is not supported with the family {family.name}"
+        fix = f"set model.prediction_type to one of {', '.join(family.prediction_types)}, if the base was trained so"
+        raise ModelError(Problem(what, str(base.path / "scheduler"), fix=fix))
+    if chosen == "flow" and config.objective.min_snr_gamma is not None:
+        what, why = "`objective.min_snr_gamma` weights the timesteps of a noise schedule of betas", "the base has none"
+        raise ConfigError(Problem(what, str(base.path / "scheduler"), why, "write objective.min_snr_gamma: null"))
+    return chosen
+
+
+def _check_resolution(config: RunConfig, family: Family) -> None:
+    """Pixels must fill whole latents."""
+    side, factor = config.data.resolution, family.latent_factor
+    if side % factor:
+        what = f"`data.resolution` {side} is no multiple of {factor}, the factor of the base's autoencoder"
+        fix = f"write {side // factor * factor} or {side // factor * factor + factor}"
+        raise ConfigError(Problem(what, "data.resolution", fix=fix))
 
 
 def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:

@@ -7,11 +7,11 @@ so an epoch has sum over buckets of ceil(n_b / G) updates, however G is split.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lora_trainer.config.schema import RunConfig, ValidationConfig
+from lora_trainer.config.schema import LoraConfig, RunConfig, ValidationConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.schedules.facts import facts_of
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, ScheduleOptions, to_updates
@@ -21,8 +21,6 @@ PROBE_STRATA = 16
 MIN_PROBE_ITEMS = 2
 MIN_MEASUREMENTS = 10
 FILE_OVERHEAD = 2**20  # names, shapes and settings beside the tensors, bytes
-DENOISER_GROUP = "unet"
-"""Name in the log of the weights that no other group has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +149,17 @@ class LRGroup:
         return self.schedule.lr(k, self.base_lr)
 
 
-def lay_groups(config: RunConfig, horizon: Horizon) -> tuple[LRGroup, ...]:
+def lay_groups(config: RunConfig, horizon: Horizon, denoiser: str) -> tuple[LRGroup, ...]:
     """The LR groups of a config over this run: the denoiser's first, then those of `optimizer.groups`.
+
+    Args:
+        denoiser: the base's component whose weights are in the first group, which has its name.
 
     Raises:
         ConfigError: a schedule does not fit the run's length or its base LR; all such are named.
     """
     optimizer = config.optimizer
-    wanted = [(DENOISER_GROUP, optimizer.lr, config.lr_scheduler, "lr_scheduler")]
+    wanted = [(denoiser, optimizer.lr, config.lr_scheduler, "lr_scheduler")]
     for index, group in enumerate(optimizer.groups):
         place = f"optimizer.groups[{index}].lr_scheduler"
         wanted.append((group.name, group.lr or optimizer.lr, group.lr_scheduler or config.lr_scheduler, place))
@@ -178,6 +179,7 @@ def lay_groups(config: RunConfig, horizon: Horizon) -> tuple[LRGroup, ...]:
 def plan_run(
     config: RunConfig,
     *,
+    denoiser: str,
     num_images: int,
     bucket_sizes: Sequence[int],
     num_processes: int,
@@ -190,6 +192,7 @@ def plan_run(
     """Work out a run from its config and the counts that only the data, the launcher and the base know.
 
     Args:
+        denoiser: the base's component that gets the adapters.
         num_images: distinct image files.
         bucket_sizes: samples per bucket.
         num_processes: training processes.
@@ -207,7 +210,7 @@ def plan_run(
     per_epoch = updates_per_epoch(bucket_sizes, global_batch)
     num_updates = train.max_steps if train.max_steps is not None else (train.epochs or 0) * per_epoch
     horizon = Horizon(num_updates, per_epoch)
-    groups = lay_groups(config, Horizon(lr_updates or num_updates, per_epoch))
+    groups = lay_groups(config, Horizon(lr_updates or num_updates, per_epoch), denoiser)
     return RunPlan(
         num_images=num_images,
         bucket_sizes=tuple(bucket_sizes),
@@ -218,16 +221,18 @@ def plan_run(
         num_updates=num_updates,
         lr_groups=tuple(_group_plan(group) for group in groups),
         num_modules=len(target_shapes),
-        num_parameters=sum(lora_parameters(shape, config.adapter.rank) for shape in target_shapes.values())
-        + (sum(shape[0] for shape in target_shapes.values()) if config.adapter.use_dora else 0),
-        periods=Periods(
-            checkpoint=_period(config.checkpoint.every_steps, horizon),
-            sample=_period(config.sample.every_steps, horizon),
-            export=_period(config.export.every_steps, horizon),
-        ),
+        num_parameters=_num_parameters(config.adapter, target_shapes.values()),
+        periods=_periods(config, horizon),
         validation=None
         if config.validation is None
-        else plan_validation(config.validation, horizon, global_batch, num_held_out, num_probes, num_watched),
+        else plan_validation(
+            config.validation,
+            horizon,
+            global_batch,
+            num_held_out=num_held_out,
+            num_probes=num_probes,
+            num_watched=num_watched,
+        ),
         lr_updates=None if lr_updates == num_updates else lr_updates,
     )
 
@@ -236,6 +241,7 @@ def plan_validation(
     config: ValidationConfig,
     horizon: Horizon,
     global_batch: int,
+    *,
     num_held_out: int,
     num_probes: int,
     num_watched: int | None = None,
@@ -296,5 +302,10 @@ def lora_parameters(weight_shape: Sequence[int], rank: int) -> int:
     return rank * math.prod(rest) + out_features * rank
 
 
-def _period(duration: int | str | None, horizon: Horizon) -> int | None:
-    return None if duration is None else to_updates(duration, horizon)
+def _num_parameters(adapter: LoraConfig, shapes: Iterable[Sequence[int]]) -> int:
+    return sum(lora_parameters(s, adapter.rank) + (s[0] if adapter.use_dora else 0) for s in shapes)
+
+
+def _periods(config: RunConfig, horizon: Horizon) -> Periods:
+    asked = (config.checkpoint.every_steps, config.sample.every_steps, config.export.every_steps)
+    return Periods(*(None if duration is None else to_updates(duration, horizon) for duration in asked))

@@ -168,7 +168,9 @@ class Ramp(ScheduleOptions):
         start, end, last = math.log(self.start_ratio), math.log(self.end_ratio), horizon.num_updates - 1
 
         def ramp(k: int, _: float) -> float:
-            share = min(1.0, k / last) if last else 0.0
+            if k == 0 or k >= last:  # the ends as they were given, without a rounding through their logarithms
+                return self.start_ratio if k == 0 else self.end_ratio
+            share = k / last
             return math.exp((1 - share) * start + share * end)
 
         return ramp

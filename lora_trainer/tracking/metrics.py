@@ -16,7 +16,12 @@ TIMING_FIELDS = ("images_per_s", "step_s", "peak_memory_gib", "elapsed_s")
 HELD_OUT, TRAIN, PRIOR = "held_out", "train", "prior"
 """What `validation` events call the probes of the three sets of images."""
 UPDATE = "update"
-_ESSENTIAL = {UPDATE: {"trial", "lr", "grad_norm"}, "validation": {"probe", "items"}, "skip": {"reason"}}
+_ESSENTIAL = {
+    UPDATE: {"trial", "lr", "grad_norm"},
+    "validation": {"probe", "items"},
+    "skip": {"reason"},
+    "renamed": {"trial", "before"},
+}
 """Fields, besides `step`, without which a line is no row of its event; an update is none."""
 
 

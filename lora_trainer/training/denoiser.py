@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from lora_trainer.diffusion.batch import Conditioning, tile
-from lora_trainer.diffusion.objective import NoisedLatents, Objective, squared_error
+from lora_trainer.diffusion.noise_paths import NoisedLatents, NoisePath
+from lora_trainer.diffusion.objective import squared_error
 from lora_trainer.models.adapters.bank import AdapterBank
-from lora_trainer.models.stable_diffusion import StableDiffusion
+from lora_trainer.models.family import Family
 from lora_trainer.runtime.runtime import Runtime
 
 
@@ -17,9 +18,9 @@ from lora_trainer.runtime.runtime import Runtime
 class AdaptedDenoiser:
     """What the optimizer step, validation and samples predict with."""
 
-    family: StableDiffusion
+    family: Family
     bank: AdapterBank
-    objective: Objective
+    path: NoisePath
     runtime: Runtime
 
     def squared_errors(self, noised: NoisedLatents, conditioning: Conditioning, num_trials: int) -> torch.Tensor:
@@ -28,7 +29,7 @@ class AdaptedDenoiser:
             prediction_MChw = self.family.predict(  # M = P x B, one copy of the batch after the other
                 self.bank.denoiser,
                 tile(noised.noisy_BChw, num_trials),
-                tile(noised.timesteps_B, num_trials),
+                tile(noised.model_times_B, num_trials),
                 conditioning.tiled(num_trials),
             )
         errors_M = squared_error(prediction_MChw, tile(noised.target_BChw, num_trials))

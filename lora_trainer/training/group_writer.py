@@ -45,8 +45,10 @@ class GroupWriter:
         """Continue every log where the checkpoint left it."""
         step = 0 if point is None else point.step
         for writer in self._writers:
-            length = 0 if point is None else point.trials[writer.trial.name]["metrics_bytes"]
-            for note in writer.open(step, metrics_bytes=length, resuming=point is not None):
+            name = writer.trial.name
+            length = 0 if point is None else point.trials[name]["metrics_bytes"]
+            resumed_as = None if point is None else point.names[name]
+            for note in writer.open(step, metrics_bytes=length, resumed_as=resumed_as):
                 self._screen.say(note)
         if point is not None:
             self._screen.say(f"resuming after step {step} of {self._group.num_updates}")

@@ -12,7 +12,8 @@ import torch
 from lora_trainer.data.batches import BatchSource
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Conditioning, Slot
-from lora_trainer.diffusion.objective import NoisedLatents
+from lora_trainer.diffusion.noise_paths import NoisedLatents
+from lora_trainer.diffusion.objective import draw
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.optimizers import step_size
 from lora_trainer.training.trial import MAX_OVERFLOWS_IN_A_ROW, Trial
@@ -139,19 +140,19 @@ class OptimizerStep:
         )
 
     def settle_scales(self) -> None:
-        """Halve each fp16 loss scale until update 0 has finite gradients; apply nothing."""
+        """Halve each fp16 loss scale until update 0 has finite gradients, with room for the next; apply nothing."""
         unsettled = [trial for trial in self.trials if trial.scaler.is_enabled() and trial.parent is None]
-        for _ in range(MAX_OVERFLOWS_IN_A_ROW):
+        for halvings in range(MAX_OVERFLOWS_IN_A_ROW):
             if unsettled:
                 self._reduce(self._gradients(0, with_base=False).losses, stop_asked=False)
-                unsettled = [trial for trial in unsettled if not trial.settle_scale()]
+                unsettled = [trial for trial in unsettled if not trial.settle_scale(has_halved=halvings > 0)]
         for trial in self.trials:
             trial.clear_gradients()
 
     def activation_bytes(self) -> int:
         """What the forward of one micro-batch keeps for its backward, per trial. Changes nothing."""
         batch, bank = self._batches.at(self._batches.slots_of(0, 0, 0)), self._denoiser.bank
-        noised = self._denoiser.objective.draw(batch, self._seed)
+        noised = draw(self._denoiser.path, batch, self._seed)
         frozen = {p.untyped_storage().data_ptr() for p in bank.denoiser.parameters()}
         kept: dict[int, int] = {}
 
@@ -188,7 +189,7 @@ class OptimizerStep:
         the gradient that it would have alone.
         """
         batch, bank = self._batches.at(slots), self._denoiser.bank
-        noised = self._denoiser.objective.draw(batch, self._seed)
+        noised = draw(self._denoiser.path, batch, self._seed)
         for own in self._passes:
             members = [trial for trial in own if trial.parent is None]
             live = [place for place, trial in enumerate(members) if trial.is_live]

@@ -16,7 +16,6 @@ from lora_trainer.config.identity import Identity, compare, difference, refusal
 from lora_trainer.config.places import METRICS_FILE, lora_file
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.storage.checkpoint import Checkpoint, newest_checkpoint
 from lora_trainer.tracking.console import Screen
@@ -58,8 +57,8 @@ def find_resume_point(group: TrialGroup, runtime: Runtime, screen: Screen) -> Re
     point = _point(checkpoint, group)
     if checkpoint.state["format"] == 1 and (tried := checkpoint.state["progress"]["attempt"]) != point.step:
         screen.say(
-            f"{tried - point.step} skipped updates of an earlier version are not made up for: update {point.step} has "
-            "its own images and noise again"
+            f"{tried - point.step} update(s) that an earlier version skipped are not made up for: update {point.step} "
+            "has its own images and noise again"
         )
     return _accept(point, group, runtime, screen)
 
@@ -150,11 +149,12 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, screen: Scr
         if changes.unknown:
             notes[f"not recorded by the earlier version, taken as unchanged: {', '.join(changes.unknown)}"] = None
         failed = stored["ending"] is not None and stored["ending"]["status"] == "failed"
-        if failed and changes.accepted and len(group.members) == 1:
+        if failed and changes.accepted and group.folder == own.run_dir:  # a run that is trained alone
             trials[member.name] = stored | {"ending": None, "skips": asdict(Skips(stored["skips"]["total"]))}
-        check_kept_curve(own)
     if problems:
         raise ConfigError(*problems)
+    for member in group.members:
+        check_kept_curve(member.prepared)
     for note in notes:
         screen.say(note)
     return replace(point, trials=trials)
@@ -173,7 +173,7 @@ def check_kept_curve(prepared: Prepared) -> None:
     """
     plan = prepared.plan
     length = plan.lr_horizon.num_updates
-    groups = lay_groups(prepared.config, plan.lr_horizon)
+    groups = prepared.lr_groups()
     if plan.num_updates > length and all(group.lr(length) == 0 for group in groups):
         raise ConfigError(
             Problem(

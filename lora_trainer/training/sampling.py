@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from lora_trainer.config.schema import PromptConfig, SampleConfig
 from lora_trainer.data.batches import PromptStore
+from lora_trainer.models.family import SampleSettings, View
 from lora_trainer.storage import atomic_files
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.trial import Trial
@@ -28,7 +29,7 @@ class Sampler:
     def __init__(self, denoiser: AdaptedDenoiser, prompts: PromptStore, config: SampleConfig, resolution: int) -> None:
         self._denoiser, self._prompts = denoiser, prompts
         self._config, self._resolution = config, resolution
-        self._vae: AutoencoderKL | None = None
+        self._vae: Any = None
 
     @torch.no_grad()
     def draw(self, trial: Trial) -> list[Image.Image]:
@@ -48,25 +49,23 @@ class Sampler:
             bank.denoiser.train(was_training)
             vae.to("cpu")
 
-    def _draw_one(self, vae: AutoencoderKL, prompt: PromptConfig) -> Image.Image:
-        own = self._denoiser
-        pipeline = own.family.pipeline(own.bank.denoiser, vae, own.objective.prediction_type)
-        device, dtype = own.runtime.device, own.runtime.dtype
-        cond = self._prompts.conditioning([prompt.prompt], device).prompt_embeds_BLD
-        uncond = self._prompts.conditioning([prompt.negative_prompt], device).prompt_embeds_BLD
+    def _draw_one(self, vae: Any, prompt: PromptConfig) -> Image.Image:
+        own, resolution = self._denoiser, self._resolution
+        square = View((resolution, resolution), (resolution, resolution), 0, 0, resolution)
+        device = own.runtime.device
+        views = {name: torch.tensor([v], device=device) for name, v in own.family.view_conditioning(square).items()}
+        texts = (prompt.prompt, prompt.negative_prompt)
+        cond, uncond = (self._prompts.conditioning([text], views, device).to(own.runtime.dtype) for text in texts)
+        settings = SampleSettings(
+            resolution,
+            self._config.num_inference_steps,
+            self._config.guidance_scale,
+            prompt.seed,
+            own.path.prediction_type,
+        )
         with own.runtime.autocast():
-            latents = pipeline(
-                prompt_embeds=cond.to(dtype),
-                negative_prompt_embeds=uncond.to(dtype),
-                height=self._resolution,
-                width=self._resolution,
-                num_inference_steps=self._config.num_inference_steps,
-                guidance_scale=self._config.guidance_scale,
-                generator=torch.Generator("cpu").manual_seed(prompt.seed),
-                output_type="latent",
-            ).images
-        pixels = vae.decode(latents.float() / vae.config.scaling_factor).sample
-        return to_image(pixels[0])
+            latents = own.family.draw_latents(own.bank.denoiser, vae, (cond, uncond), settings)
+        return to_image(own.family.decode(vae, latents.float())[0])
 
 
 def to_image(pixels_CHW: torch.Tensor) -> Image.Image:

@@ -12,12 +12,11 @@ import torch
 from lora_trainer.config.schema import LoraConfig
 from lora_trainer.data.batches import BatchSource, PromptStore
 from lora_trainer.data.cache import Cache, build_cache
-from lora_trainer.diffusion.objective import Objective
+from lora_trainer.diffusion.noise_paths import noise_path
 from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
 from lora_trainer.models.adapters.targets import select_targets
 from lora_trainer.models.registry import open_family
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.planning.run_plan import DENOISER_GROUP, lay_groups
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.tracking.console import Screen
 from lora_trainer.training.denoiser import AdaptedDenoiser
@@ -59,17 +58,18 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     """
     shared, config = group.shared, group.shared.config
     family = open_family(shared.base)
-    cache = build_cache(config, family, shared.split, shared.base_digests, runtime, screen.track)
+    cache = build_cache(config, family, shared.split, shared.base_digests, runtime, progress=screen.track)
     _say_cache(cache, screen)
     model = family.load_denoiser(runtime.device, runtime.dtype)
     adapters = {f"trial{index}": _adapter(shared, own.trial.config.adapter) for index, own in enumerate(group.members)}
-    bank = AdapterBank.attach(model, DENOISER_GROUP, adapters, seed=config.seed)
+    bank = AdapterBank.attach(model, family.denoiser, adapters, seed=config.seed)
     if config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train()
 
-    objective = Objective(config.objective, family.noise_schedule, shared.prediction_type, runtime.device)
-    denoiser = AdaptedDenoiser(family, bank, objective, runtime)
+    schedule = shared.base.component_config("scheduler")
+    path = noise_path(schedule, shared.prediction_type, config.objective, runtime.device)
+    denoiser = AdaptedDenoiser(family, bank, path, runtime)
     trials = tuple(_trial(own, name, bank, runtime) for own, name in zip(group.members, adapters, strict=True))
     optimizer_step = OptimizerStep(
         denoiser,
@@ -111,13 +111,14 @@ def fitting_trials_per_pass(trials: Sequence[Trial], activation_bytes: int, runt
 def _trial(member: Member, adapter: str, bank: AdapterBank, runtime: Runtime) -> Trial:
     """The trial over its adapter in the bank, with its schedules laid over its plan."""
     config = member.prepared.config
-    groups = lay_groups(config, member.prepared.plan.lr_horizon)
+    groups = member.prepared.lr_groups()
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
     return Trial(config, adapter, bank.parameters(adapter), groups, scaler)
 
 
 def _adapter(prepared: Prepared, config: LoraConfig) -> AdapterSpec:
-    return AdapterSpec(config, tuple(select_targets(prepared.base.denoiser_shapes(), config.targets)))
+    presets = open_family(prepared.base).target_presets
+    return AdapterSpec(config, tuple(select_targets(prepared.base.denoiser_shapes(), config.targets, presets)))
 
 
 def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:

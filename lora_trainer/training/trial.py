@@ -20,6 +20,7 @@ from lora_trainer.training.optimizers import build_optimizer, evaluated_weights
 Tensors = dict[str, torch.Tensor]
 MAX_OVERFLOWS_IN_A_ROW = 30  # fp16's scale halves at each: more than enough to come down from 2**16
 OVERFLOW = "fp16 overflow"
+SETTLING_MARGIN = 4.0  # other batches have larger gradients, and A has none before B moves
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +156,16 @@ class Trial:
             often = "" if times == 1 else f" in {times} updates in a row"
             self.end(Ending(k + 1, "failed", f"its {fault} was not finite{often}; images {', '.join(files)}"))
 
-    def settle_scale(self) -> bool:
-        """Whether the gradients are finite under this loss scale; it halves where they are not."""
+    def settle_scale(self, *, has_halved: bool) -> bool:
+        """Whether the gradients are finite under this loss scale; it halves where they are not.
+
+        Args:
+            has_halved: they were not before: the largest scale that fits one batch would overflow in the next.
+        """
         fits = math.isfinite(float(self.clip()))
         self._update_scale()
+        if fits and has_halved:
+            self.scaler.update(self.scaler.get_scale() / SETTLING_MARGIN)
         return fits
 
     def _update_scale(self) -> None:

@@ -64,8 +64,12 @@ class TrialWriter:
         self._runtime: Runtime = setup.denoiser.runtime
         self._has_ended = not trial.is_live
 
-    def open(self, step: int, *, metrics_bytes: int, resuming: bool) -> list[str]:
-        """Write what this run is, and continue its log where the checkpoint left it; what is wrong with the log."""
+    def open(self, step: int, *, metrics_bytes: int, resumed_as: str | None) -> list[str]:
+        """Write what this run is, and continue its log where the checkpoint left it; what is wrong with the log.
+
+        Args:
+            resumed_as: the name that the trial had in the checkpoint; None where it begins.
+        """
         for folder in (self.run_dir, diffusers_lora_file(self._config).parent, self.run_dir / SAMPLES):
             atomic_files.clear_temporaries(folder)
         write_run_files(self._prepared, self._runtime)
@@ -79,8 +83,10 @@ class TrialWriter:
         self._tensorboard = None
         if self._config.tracking.tensorboard:
             self._tensorboard = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, say=self._say)
-        if resuming:
+        if resumed_as is not None:
             self._metrics.event("resume", step)
+        if resumed_as not in (None, self.trial.name):
+            self._metrics.event("renamed", step, trial=self.trial.name, before=resumed_as)
         self._diagnosis = LiveDiagnosis(log, RunFacts.of(self._plan, self._config))
         if self._diagnosis.log.num_damaged:
             notes.append(damage_note(str(log), self._diagnosis.log.num_damaged))

@@ -18,7 +18,7 @@ import torch
 from lora_trainer.data.batches import PromptStore
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import ProbeItems
-from lora_trainer.diffusion.objective import NoisedLatents, Objective
+from lora_trainer.diffusion.noise_paths import NoisedLatents, NoisePath
 from lora_trainer.evidence.statistics.paired import paired_rise
 from lora_trainer.planning.run_plan import PROBE_STRATA
 from lora_trainer.training.denoiser import AdaptedDenoiser
@@ -74,13 +74,15 @@ class _Grid:
     """The M = N x S noised images of a probe, ready for the denoiser."""
 
     noised: NoisedLatents
+    view_tensors: Mapping[str, torch.Tensor]
+    """[M, ...] by name."""
     prompts: tuple[str, ...]
 
     def rows(self, rows_R: torch.Tensor) -> NoisedLatents:
         """Some of its rows, on its device."""
         own = self.noised
         return NoisedLatents(
-            own.noisy_BChw[rows_R], own.target_BChw[rows_R], own.timesteps_B[rows_R], own.weight_B[rows_R]
+            own.noisy_BChw[rows_R], own.target_BChw[rows_R], own.model_times_B[rows_R], own.weight_B[rows_R]
         )
 
 
@@ -102,7 +104,7 @@ class Validator:
         batch_size: int,
     ) -> None:
         self._denoiser, self._prompts, self._batch_size = denoiser, prompts, batch_size
-        self._grids = {name: _grid(items, denoiser.objective, seed) for name, items in probes.items()}
+        self._grids = {name: _grid(items, denoiser.path, seed) for name, items in probes.items()}
         self._base: dict[str, Losses] = {}
 
     def measure(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> list[dict[str, ProbeReading]]:
@@ -139,8 +141,9 @@ class Validator:
         try:
             for rows_R in own_M.split(self._batch_size):
                 prompts = [grid.prompts[row] for row in rows_R.tolist()]
-                conditioning = self._prompts.conditioning(prompts, runtime.device)
                 rows_R = rows_R.to(runtime.device)
+                views = {name: values[rows_R] for name, values in grid.view_tensors.items()}
+                conditioning = self._prompts.conditioning(prompts, views, runtime.device)
                 errors_PR = self._denoiser.squared_errors(grid.rows(rows_R), conditioning, num_trials)
                 losses_PM[:, rows_R] = errors_PR.double()
         finally:
@@ -148,18 +151,13 @@ class Validator:
         return runtime.sum_over_processes(losses_PM).unflatten(1, (-1, PROBE_STRATA)).cpu().numpy()
 
 
-def strata_midpoints(num_timesteps: int) -> list[int]:
-    """The timestep in the middle of each of 16 equal parts of the schedule."""
-    return [int((stratum + 0.5) * num_timesteps / PROBE_STRATA) for stratum in range(PROBE_STRATA)]
-
-
-def _grid(items: ProbeItems, objective: Objective, seed: int) -> _Grid:
+def _grid(items: ProbeItems, path: NoisePath, seed: int) -> _Grid:
     """Every image at every stratum with its own noise."""
     shape, device = items.latents_NChw.shape[1:], items.latents_NChw.device
-    midpoints = strata_midpoints(objective.num_timesteps)
     places = [(key, stratum) for key in items.keys for stratum in range(PROBE_STRATA)]
-    noise = [random_streams.normal(shape, seed, "probe", *place) for place in places]
-    timesteps = torch.tensor(midpoints * len(items.keys), device=device)
+    noise = torch.stack([random_streams.normal(shape, seed, "probe", *place) for place in places]).to(device)
+    times = torch.tensor(path.strata(PROBE_STRATA) * len(items.keys), device=device)
     latents_MChw = items.latents_NChw.repeat_interleave(PROBE_STRATA, dim=0)
+    views = {name: values.repeat_interleave(PROBE_STRATA, dim=0) for name, values in items.view_tensors.items()}
     prompts = tuple(prompt for prompt in items.prompts for _ in range(PROBE_STRATA))
-    return _Grid(objective.noised(latents_MChw, torch.stack(noise).to(device), timesteps), prompts)
+    return _Grid(path.at(latents_MChw, noise, times), views, prompts)

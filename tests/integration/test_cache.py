@@ -59,7 +59,7 @@ def test_cached_equals_fresh(train_toy: Callable[..., Path], images: Path, toy_b
         nearest = list(cached.values())[int(np.argmin(distances))]
         torch.testing.assert_close(nearest["mean"], posterior.mean[0] * factor, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(nearest["std"], posterior.std[0] * factor, rtol=1e-5, atol=1e-6)
-    prompts = [load(f)[0]["embeds"] for f in (tmp_path / "runs" / ".cache" / "prompts").iterdir()]
+    prompts = [load(f)[0]["prompt_embeds"] for f in (tmp_path / "runs" / ".cache" / "prompts").iterdir()]
     assert len(prompts) == 4
     fresh, _ = pipeline.encode_prompt("picture 1", "cpu", 1, False)
     assert min(float((embeds - fresh[0]).abs().max()) for embeds in prompts) < 1e-6

@@ -14,6 +14,7 @@ from lora_trainer.cli.confirm import confirm
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError
 from lora_trainer.experiments.sweep.confirmation import plan_confirmation
+from lora_trainer.training import fit as fit_module
 
 Sweep = Callable[..., Path]
 GRID = "grid: {lr_scheduler: [{type: constant}, {type: linear}], optimizer.lr: [1e-4, 1e-3, 3e-3]}"
@@ -126,5 +127,5 @@ def test_a_confirmation_trains_the_leaders_and_the_report_says_what_they_showed(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished trial was trained again")
 
-    monkeypatch.setattr(fit_group_module, "training_loop", never)
+    monkeypatch.setattr(fit_module, "train_loop", never)
     confirm(toy_config, words)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import spoil_losses
 from test_resume import rows, stop_after
 
 from lora_trainer.errors import NumericStop, StoppedBySignal
@@ -56,10 +57,7 @@ def test_the_stored_run_is_judged_as_it_was_live(train_toy: Callable[..., Path])
 def test_a_numeric_stop_is_diagnosed_with_its_images(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from lora_trainer.diffusion.objective import Objective
-
-    honest = Objective.loss
-    monkeypatch.setattr(Objective, "loss", lambda self, *arguments: honest(self, *arguments) * float("nan"))
+    spoil_losses(monkeypatch, lambda call: True)
     with pytest.raises(NumericStop):
         train_toy("tracking.base_loss_every=null")
     run_dir = tmp_path / "runs" / "toy"

@@ -16,7 +16,7 @@ import torch
 from lora_trainer.errors import ExitCode, HostError
 from lora_trainer.storage import atomic_files, checkpoint, disk_space
 from lora_trainer.storage.atomic_files import AppendLog
-from lora_trainer.storage.checkpoint import Progress, newest_checkpoint, open_checkpoint, save_checkpoint
+from lora_trainer.storage.checkpoint import newest_checkpoint, open_checkpoint, save_checkpoint
 from lora_trainer.tracking import tensorboard
 from lora_trainer.tracking.metrics import read_rows
 from lora_trainer.training import trial_writer
@@ -24,9 +24,8 @@ from lora_trainer.training import trial_writer
 Train = Callable[..., Path]
 
 
-def save(folder: Path, step: int, attempt: int = 0) -> Path:
-    parts = {"adapter": {"w": torch.full((3,), float(attempt))}}
-    return save_checkpoint(folder, Progress(step, attempt), parts, plain={}, identity={}, scaler={})
+def save(folder: Path, step: int, value: float = 0) -> Path:
+    return save_checkpoint(folder, step, {"adapter": {"w": torch.full((3,), value)}}, {"value": value})
 
 
 def refusing(operation: str, name: str, error: int) -> atomic_files.Observer:
@@ -73,7 +72,7 @@ def test_stop_leaves_a_lora_of_its_step_and_whole_checkpoints(train_toy: Train, 
     run_dir = tmp_path / "runs" / "toy"
     assert (run_dir / "toy-step00000004.safetensors").is_file()
     assert json.loads((run_dir / "exit.json").read_text())["code"] == ExitCode.ENVIRONMENT
-    assert open_checkpoint(run_dir / "checkpoints", None).progress.step == 2
+    assert open_checkpoint(run_dir / "checkpoints", None).state["step"] == 2
     train_toy(*overrides)
     assert (run_dir / "toy.safetensors").is_file()
     assert not (run_dir / trial_writer.RESERVE_FILE).exists()
@@ -123,17 +122,17 @@ def test_rows_that_the_disk_refuses_wait(tmp_path: Path) -> None:
 def test_the_older_checkpoint_of_a_step_stays_until_the_new_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(tmp_path, 3, attempt=3)
+    save(tmp_path, 3, value=3)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="could not be read back"):
         patch.setattr(checkpoint, "_fault", lambda _: "torn")
-        save(tmp_path, 3, attempt=6)
+        save(tmp_path, 3, value=6)
     found, _ = newest_checkpoint(tmp_path)
     assert found is not None
-    assert found.progress.attempt == 3
-    save(tmp_path, 3, attempt=9)
+    assert found.state["value"] == 3
+    save(tmp_path, 3, value=9)
     found, _ = newest_checkpoint(tmp_path)
     assert found is not None
-    assert found.progress.attempt == 9
+    assert found.state["value"] == 9
 
 
 def test_damaged_checkpoints_are_no_fresh_start_the_second_time_either(tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ def test_a_foreign_file_in_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
     (folder / "notes.safetensors").write_text("not ours")
     found, faults = newest_checkpoint(tmp_path)
     assert found is not None
-    assert (faults, set(found.parts())) == ([], {"adapter"})
+    assert (faults, set(found.tensors())) == ([], {"adapter"})
 
 
 def test_the_reserve_takes_its_room_and_gives_it_back(tmp_path: Path) -> None:
@@ -169,13 +168,13 @@ def test_a_real_full_disk(program: Callable[..., Any], toy_config: Path, tmp_pat
     script = (
         "import sys; from pathlib import Path; from lora_trainer.training import trial_writer\n"
         "from lora_trainer.cli.train import train\n"
-        "mount, honest = Path(sys.argv[1]), trial_writer.Recorder.update\n"
-        "def update(self, progress, *rest):\n"
-        "    honest(self, progress, *rest)\n"
-        "    if progress.step == 3:\n"
+        "mount, honest = Path(sys.argv[1]), trial_writer.TrialWriter.row\n"
+        "def row(self, step, *rest):\n"
+        "    if step == 3:\n"
         "        try: (mount / 'other').write_bytes(bytes(2**27))\n"
         "        except OSError as error: print('full:', error.errno)\n"
-        "trial_writer.Recorder.update = update\n"
+        "    return honest(self, step, *rest)\n"
+        "trial_writer.TrialWriter.row = row\n"
         "train(Path(sys.argv[2]), sys.argv[3:])\n"
         "print('kept', sorted(f.name for f in mount.rglob('*.safetensors') if 'toy' in f.name))\n"
     )

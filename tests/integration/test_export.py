@@ -17,9 +17,9 @@ from lora_trainer.errors import NumericStop
 from lora_trainer.lora_files.files import write_lora
 from lora_trainer.lora_files.recipe import read_recipe
 from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
-from lora_trainer.models.folder import inspect_base
-from lora_trainer.models.registry import open_family
+from lora_trainer.models.registry import inspect_base, open_family
 from lora_trainer.storage.checkpoint import open_checkpoint
+from lora_trainer.training.resume import stored_trial
 
 TOLERANCE = 1e-5
 VARIANTS = {
@@ -48,11 +48,11 @@ def output(unet: UNet2DConditionModel, inputs: tuple[torch.Tensor, ...]) -> torc
 def live_output(run_dir: Path, base: Path, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The denoiser with the run's last adapter injected by peft."""
     config = load_config(run_dir / "config.yaml")
-    state = open_checkpoint(run_dir / "checkpoints", None).parts()["adapter"]
-    adapter = {name.removeprefix("toy/"): tensor for name, tensor in state.items()}
+    _, state = stored_trial(open_checkpoint(run_dir / "checkpoints", None))
+    adapter = state["adapter"]
     unet = UNet2DConditionModel.from_pretrained(base / "unet").requires_grad_(False)
-    layers = sorted({name.rpartition(".lora_")[0] for name in adapter})
-    bank = AdapterBank.attach(unet, {"live": AdapterSpec(config.adapter, tuple(layers))}, seed=0)
+    layers = sorted({name.rpartition(".lora_")[0].removeprefix("unet.") for name in adapter})
+    bank = AdapterBank.attach(unet, "unet", {"live": AdapterSpec(config.adapter, tuple(layers))}, seed=0)
     bank.load("live", adapter)
     return output(unet, inputs)
 
@@ -149,11 +149,11 @@ def test_what_is_not_finite_is_never_saved(toy_base: Path, train_toy: Callable[.
         recipe = read_recipe(file.metadata())
     assert recipe is not None
     family = open_family(inspect_base(toy_base))
-    adapter = {"x.lora_A.weight": torch.zeros(4, 8), "x.lora_B.weight": torch.full((8, 4), 1e6)}
+    adapter = {"unet.x.lora_A.weight": torch.zeros(4, 8), "unet.x.lora_B.weight": torch.full((8, 4), 1e6)}
     with pytest.raises(NumericStop, match="fp16's range"):
-        write_lora(tmp_path / "x.safetensors", adapter, recipe, family, "kohya", "fp16")
-    adapter["x.lora_B.weight"][0, 0] = float("nan")
+        write_lora(tmp_path / "x.safetensors", adapter, recipe, family, layout="kohya", dtype="fp16")
+    adapter["unet.x.lora_B.weight"][0, 0] = float("nan")
     for layout in ("kohya", "diffusers"):
         with pytest.raises(NumericStop, match="never saved"):
-            write_lora(tmp_path / "x.safetensors", adapter, recipe, family, layout, "fp32")
+            write_lora(tmp_path / "x.safetensors", adapter, recipe, family, layout=layout, dtype="fp32")
     assert not (tmp_path / "x.safetensors").exists()

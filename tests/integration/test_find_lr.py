@@ -1,190 +1,258 @@
-"""The learning-rate finder on a real base: what it measures, what it leaves, and that everything comes back bitwise."""
+"""The learning-rate finder on a real base: two groups of trials, what they measure, and what they leave alone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lora_trainer.experiments.lr_finder.ramp import Ramp
+from faults import spoil_gradients, spoil_losses
+from worlds import run_in_world
 
+from lora_trainer.cli.find_lr import find_lr as find_lr_command
 from lora_trainer.cli.program import main
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import ConfigError, StoppedBySignal
-from lora_trainer.experiments.lr_finder.analysis import analyse
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
-from lora_trainer.experiments.lr_finder.run import Instrument, restored
+from lora_trainer.experiments.lr_finder.run import Found, find_lr, run_short
+from lora_trainer.experiments.lr_finder.verification import ShortRun
+from lora_trainer.models.stable_diffusion import StableDiffusion
+from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.runtime.launch import Launch
-from lora_trainer.runtime.runtime import start_runtime
+from lora_trainer.runtime.runtime import joined_processes
+from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.tracking.console import Screen
-from lora_trainer.training.optimizer_step import Updater, UpdateResult
-from lora_trainer.training.setup import Assembly, assemble
-from lora_trainer.training.trial import TrialSpec
-from lora_trainer.training.validation import Validator
+from lora_trainer.tracking.metrics import read_rows, step_rows
+from lora_trainer.training.group import TrialGroup
 
-CPU = torch.device("cpu")
-HELD_OUT = "validation={fraction: 0.3}"
-SMALL = FinderOptions(num_updates=32, start_lr=1e-4, end_lr=1.0, num_images=2)
+HELD_OUT = "validation={fraction: 0.3, batch_size: 32}"  # a probe of two images is one forward
+SMALL = FinderOptions(num_updates=30, start_lr=1e-4, end_lr=0.1, num_images=2)
+LRS = np.geomspace(1e-4, 0.1, 30)
+OF_A_LOG = {"config.yaml", "environment.json", "metrics.jsonl", "plan.json", "validation.json"}
+"""All that a group leaves that only logs."""
 
 
-def silent(items: object, _: str, __: int) -> object:
+def silent(items: Any, _: str, __: int) -> Any:
     return items
 
 
 def finder_of(config: Path, *overrides: str, options: FinderOptions = SMALL) -> PreparedFinder:
-    return prepare_finder(load_config(config, [HELD_OUT, *overrides]), Launch(), options, silent)  # type: ignore[arg-type]
+    return prepare_finder(load_config(config, [HELD_OUT, *overrides]), Launch(), options, silent)
 
 
-def short(finder: PreparedFinder) -> PreparedFinder:
-    """The same with a ramp of eight updates, too few to read."""
-    return replace(finder, ramp=Ramp(1e-4, 1.0, 8))
+def found_by(finder: PreparedFinder) -> Found:
+    return find_lr(finder, screen=Screen(silent=True))
 
 
-@contextmanager
-def assembled(finder: PreparedFinder) -> Iterator[Assembly]:
-    prepared = finder.prepared
-    with start_runtime(prepared.launch, "fp32", 1) as runtime:
-        spec = TrialSpec("trial", prepared.config)
-        yield assemble(prepared, [spec], runtime, Screen(silent=True))
+def short_runs(group: TrialGroup, screen: Screen | None = None) -> list[ShortRun]:
+    with joined_processes(Launch()) as joined:
+        return run_short(group, screen=screen or Screen(silent=True), should_stop=lambda: False, joined=joined)
 
 
-def state_digest(parts: Assembly) -> str:
-    """Of everything that training could change: weights, optimizer, base, torch's, numpy's and Python's randomness."""
-    digest = hashlib.sha256()
-    tensors, plain = parts.trials[0].state()
-    for part in sorted(tensors):
-        for name, tensor in sorted(tensors[part].items()):
-            digest.update(f"{part} {name} {tensor.dtype}".encode() + tensor.cpu().numpy().tobytes())
-    for name, tensor in parts.denoiser.state_dict().items():
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    digest.update(json.dumps([plain, parts.updater.state(), parts.denoiser.training], sort_keys=True).encode())
-    digest.update(torch.get_rng_state().numpy().tobytes())
-    digest.update(repr((random.getstate(), np.random.get_state())).encode())
-    return digest.hexdigest()
+def events(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [row for row in read_rows(folder / "metrics.jsonl") if row.get("event") == name]
 
 
 def files_digest(folder: Path) -> dict[str, str]:
     return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_everything_comes_back_bitwise(toy_config: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool) -> None:
-    finder = short(finder_of(toy_config, "adapter.dropout=0.1"))
-    with assembled(finder) as parts:
-        for k in range(3):
-            parts.updater.run(k, k, stop_asked=False)
-        before = state_digest(parts)
-        instrument = Instrument(parts, CPU, lambda: False)
-        if interrupted:
-            measure, calls = Validator.measure, iter(range(100))
-
-            def interrupt(self: Validator, adapter: str, weights: dict[str, torch.Tensor]) -> object:
-                if next(calls) == 4:
-                    raise KeyboardInterrupt
-                return measure(self, adapter, weights)
-
-            monkeypatch.setattr(Validator, "measure", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                instrument.run_ramp(finder, Screen(silent=True))
-        else:
-            assert len(instrument.run_ramp(finder, Screen(silent=True))) == 8
-        assert state_digest(parts) == before
+def lrs_of(found: Found) -> list[float]:
+    return [each.point.lr for each in found.measured]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
-def test_training_goes_on_after_the_finder_as_without_it(toy_config: Path, optimizer: str) -> None:
-    words = ["adapter.dropout=0.1", f"optimizer={{type: {optimizer}}}", "lr_scheduler={type: constant}"]
-    finder = short(finder_of(toy_config, *words))
-    digests = []
-    for with_finder in (False, True):
-        with assembled(finder) as parts:
-            for k in range(4):
-                if k == 2 and with_finder:
-                    instrument = Instrument(parts, CPU, lambda: False)
-                    instrument.run_ramp(finder, Screen(silent=True))
-                    instrument.run_forks([1e-3, 1e-2], 2, Screen(silent=True))
-                parts.updater.run(k, k, stop_asked=False)
-            tensors, _ = parts.trials[0].state()
-            digests.append({name: t.clone() for own in tensors.values() for name, t in own.items()})
-    for name, tensor in digests[0].items():
-        assert torch.equal(tensor, digests[1][name]), name
+def test_the_ramp_is_a_group_of_one_that_is_validated_at_every_step_and_leaves_its_log_alone(toy_config: Path) -> None:
+    finder = finder_of(toy_config, "adapter.dropout=0.1", "export.every_steps=1", "checkpoint.every_steps=1")
+    found = found_by(finder)
+    assert finder.folder.name == "toy-find-lr"
+    assert {file.name for file in finder.folder.iterdir()} == OF_A_LOG
+    probes = events(finder.folder, "validation")
+    assert [row["step"] for row in probes] == list(range(31))
+    assert {row["probe"] for row in probes} == {"held_out"}
+    rows = step_rows(finder.folder / "metrics.jsonl")
+    np.testing.assert_allclose([row["lr"] for row in rows], LRS, rtol=1e-12)
+    assert lrs_of(found) == [row["lr"] for row in rows]
+    assert [each.grad_norm for each in found.measured] == [row["grad_norm"] for row in rows]
+    assert [each.point.training_loss for each in found.measured] == [row["loss"] for row in rows]
+    for each, probe in zip(found.measured, probes[1:], strict=True):
+        assert each.relative_NS is not None
+        assert each.relative_NS.shape == (2, 16)
+        np.testing.assert_allclose(each.relative_NS.mean(axis=1), probe["items"], rtol=1e-8)
+        assert each.point.gain == pytest.approx(probe["gain"], abs=1e-9)
 
 
-def test_restoring_covers_an_optimizer_that_had_no_state_yet(toy_config: Path) -> None:
-    with assembled(finder_of(toy_config)) as parts:
-        trial = parts.trials[0]
-        with restored(trial, parts.updater, CPU):
-            parts.updater.run(0, 0, stop_asked=False)
-            assert trial.optimizer.state
-        assert not trial.optimizer.state
-        assert all(p.grad is None for p in trial.parameters.values())
+def test_both_groups_are_plain_data(toy_config: Path) -> None:
+    finder = finder_of(toy_config)
+    for group in (finder.ramp_group(), finder.verification_group([1e-4, 1e-3])):
+        assert TrialGroup.from_json(group.to_json()) == group
 
 
-def test_each_update_uses_the_ramps_rate_and_groups_keep_their_ratio(
+def test_the_optimizer_uses_the_ramps_rates_and_groups_keep_their_ratio(
     toy_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    used: list[list[float]] = []
+    honest = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *arguments: object) -> object:
+        used.append([group["lr"] for group in self.param_groups])
+        return honest(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     groups = "optimizer.groups=[{name: values, match: [to_v], lr: 1e-4, lr_scheduler: {type: linear}}]"
-    finder = short(finder_of(toy_config, groups))
-    with assembled(finder) as parts:
-        used: list[list[float]] = []
-        optimizer = parts.trials[0].optimizer
-        optimizer.register_step_pre_hook(lambda own, *_: used.append([group["lr"] for group in own.param_groups]))
-        measured = Instrument(parts, CPU, lambda: False).run_ramp(finder, Screen(silent=True))
-    np.testing.assert_allclose([own[0] for own in used], np.geomspace(1e-4, 1, 8)[: len(used)], rtol=1e-12)
+    found = found_by(finder_of(toy_config, groups))
+    assert [own[0] for own in used] == lrs_of(found)
+    np.testing.assert_allclose([own[0] for own in used], LRS, rtol=1e-12)
     np.testing.assert_allclose([own[1] / own[0] for own in used], 0.1, rtol=1e-12)  # 1e-4 beside the toy's 1e-3
-    assert [each.point.lr for each in measured] == [own[0] for own in used]
 
 
-def test_a_stop_leaves_no_result(toy_config: Path) -> None:
-    finder = short(finder_of(toy_config))
-    asked = iter([False] * 5)
-    with assembled(finder) as parts:
-        before = state_digest(parts)
-        with pytest.raises(StoppedBySignal):
-            Instrument(parts, CPU, lambda: next(asked, True)).run_ramp(finder, Screen(silent=True))
-        assert state_digest(parts) == before
+@pytest.mark.parametrize("optimizer", ["sgd", "schedule_free_adamw"])
+def test_other_optimizers_ramp_too(toy_config: Path, optimizer: str) -> None:
+    words = (f"optimizer={{type: {optimizer}, lr: 1e-2}}", "lr_scheduler={type: constant}")
+    found = found_by(finder_of(toy_config, *words))
+    np.testing.assert_allclose(lrs_of(found), LRS, rtol=1e-12)
 
 
-@pytest.mark.parametrize("fault", ["loss", "fp16 overflow"])
+def stop_at(poll: int) -> Callable[[], bool]:
+    polls = iter(range(10**6))
+    return lambda: next(polls) >= poll
+
+
+def test_a_stop_leaves_no_answer_and_the_next_start_begins_anew(toy_config: Path) -> None:
+    finder = finder_of(toy_config)
+    with pytest.raises(StoppedBySignal, match="there is no answer yet"):
+        find_lr(finder, screen=Screen(silent=True), should_stop=stop_at(5))
+    assert [row["step"] for row in step_rows(finder.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    again = found_by(finder_of(toy_config))
+    assert len(again.measured) == 30
+    elsewhere = found_by(finder_of(toy_config, "name=other"))
+    assert [each.point for each in again.measured] == [each.point for each in elsewhere.measured]
+    assert [row["step"] for row in step_rows(finder.folder / "metrics.jsonl")] == list(range(1, 31))
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_end_the_ramp_as_a_divergence(
     toy_config: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    finder, run = short(finder_of(toy_config)), Updater.run
+    """The sixth update, at once: a ramp does not try three."""
+    finder = finder_of(toy_config)
+    if fault == "gradient":
+        spoil_gradients(monkeypatch, [5])
+    else:
+        spoil_losses(monkeypatch, [1 + 2 * 5])  # forwards: the base's probe, then each update and the probe after it
+    found = found_by(finder)
+    assert [each.point.is_finite for each in found.measured] == [True] * 5 + [False]
+    assert found.measured[-1].relative_NS is None
+    assert found.measured[-1].point.lr == pytest.approx(LRS[5])
+    assert [skip["reason"] for skip in events(finder.folder, "skip")] == [fault]
+    assert [failed["step"] for failed in events(finder.folder, "failed")] == [6]
 
-    def failing(self: Updater, attempt: int, step: int, *, stop_asked: bool) -> UpdateResult:
-        result = run(self, attempt, step, stop_asked=stop_asked)
-        return result if step < 5 else replace(result, skipped=fault, trials={})
 
-    monkeypatch.setattr(Updater, "run", failing)
-    with assembled(finder) as parts:
-        measured = Instrument(parts, CPU, lambda: False).run_ramp(finder, Screen(silent=True))
-    assert [each.point.is_finite for each in measured] == [True] * 5 + [False]
+def test_a_ramp_ends_where_the_probe_has_diverged(toy_config: Path) -> None:
+    options = FinderOptions(num_updates=30, start_lr=1e-2, end_lr=1.0, num_images=2)
+    hot = ("adapter.alpha=400", "adapter.targets=transformer+resnet")
+    finder = finder_of(toy_config, *hot, options=options)
+    found = found_by(finder)
+    assert len(found.measured) < 30
+    assert found.measured[-1].point.is_diverged
+    assert not found.measured[0].point.is_diverged
+    rows = list(read_rows(finder.folder / "metrics.jsonl"))
+    assert rows[-1]["step"] == len(found.measured)
+
+
+def test_an_fp16_overflow_leaves_its_point_out(toy_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_gradients(monkeypatch, [5, 6, 20], value=float("inf"))
+    finder = finder_of(toy_config, "train.precision=fp16")
+    found = found_by(finder)
+    np.testing.assert_allclose(lrs_of(found), np.delete(LRS, [5, 6, 20]), rtol=1e-12)
+    assert all(each.point.is_finite for each in found.measured)
+    assert [skip["step"] for skip in events(finder.folder, "skip")] == [6, 7, 21]
+    assert found.measured[5].point.lr == pytest.approx(LRS[7])
+
+
+class TestVerification:
+    LRS = (1e-4, 1e-3, 1e-2)
+    OPTIONS = FinderOptions(num_updates=30, num_images=2, verify=True, num_verify_updates=5)
+
+    @pytest.fixture
+    def finder(self, toy_config: Path) -> PreparedFinder:
+        return finder_of(toy_config, options=self.OPTIONS)
+
+    def test_its_rates_are_exact_and_groups_keep_their_ratio(self, toy_config: Path) -> None:
+        groups = "optimizer.groups=[{name: values, match: [to_v], lr: 7e-5}, {name: keys, match: [to_k]}]"
+        finder = finder_of(toy_config, groups, "optimizer.lr=0.0007", options=self.OPTIONS)
+        for member, lr in zip(finder.verification_group(self.LRS).members, self.LRS, strict=True):
+            rates = [group.lr(k) for k in (0, 4) for group in lay_groups(member.prepared.config, Horizon(5, 3))]
+            assert rates == pytest.approx([lr, lr / 10, lr] * 2, rel=1e-12)
+            assert rates[0] == lr
+
+    def test_it_trains_its_rates_packed_and_equals_solo_runs(
+        self, finder: PreparedFinder, train_toy: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        packed = short_runs(finder.verification_group(self.LRS), Screen())
+        assert "trials per forward: 3" in capsys.readouterr().out
+        assert [run.lr for run in packed] == pytest.approx(self.LRS, rel=1e-12)
+        watched = "validation={fraction: 0.3, every_steps: 5, max_cost: 1.0}"
+        for number, (lr, run) in enumerate(zip(self.LRS, packed, strict=True)):
+            constant = ("lr_scheduler={type: constant}", f"optimizer.lr={lr}", "train.max_steps=5")
+            alone = train_toy(watched, *constant, name=f"alone{number}")
+            reading = [row for row in events(alone, "validation") if row["probe"] == "held_out"][-1]
+            assert run.relative_NS is not None
+            np.testing.assert_allclose(run.relative_NS.mean(axis=1), reading["items"], rtol=1e-5)
+        assert len({run.relative_NS.tobytes() for run in packed if run.relative_NS is not None}) == 3
+
+    def test_each_rate_leaves_a_log_and_nothing_else(self, finder: PreparedFinder) -> None:
+        short_runs(finder.verification_group(self.LRS))
+        folder = finder.folder / "verify"
+        assert sorted(each.name for each in folder.iterdir()) == ["lr1.0e-02", "lr1.0e-03", "lr1.0e-04"]
+        logs = [step_rows(each / "metrics.jsonl") for each in sorted(folder.iterdir())]
+        for each, rows, lr in zip(sorted(folder.iterdir()), logs, sorted(self.LRS, reverse=True), strict=True):
+            assert {file.name for file in each.iterdir()} == OF_A_LOG
+            assert [row["lr"] for row in rows] == pytest.approx([lr] * 5, rel=1e-12)
+            assert [row["step"] for row in events(each, "validation")] == [0, 5]
+        assert len({tuple(row["draws"] for row in rows) for rows in logs}) == 1
+
+    def test_a_rate_whose_numbers_are_not_finite_has_diverged_and_the_others_do_not_notice(
+        self, finder: PreparedFinder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        group = finder.verification_group(self.LRS)
+        healthy = short_runs(group)
+        spoil_gradients(monkeypatch, [3], trial="lr1.0e-03")
+        runs = short_runs(group)
+        assert runs[1].relative_NS is None
+        for one, other in ((0, 0), (2, 2)):
+            ours, theirs = runs[one].relative_NS, healthy[other].relative_NS
+            assert ours is not None
+            assert theirs is not None
+            assert np.array_equal(ours, theirs)
+
+
+def find(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["find-lr", *words])
+    return int(ended.value.code or 0)
 
 
 def test_the_program_end_to_end(
-    toy_config: Path, tmp_path: Path, train_toy: object, capsys: pytest.CaptureFixture[str]
+    toy_config: Path, tmp_path: Path, train_toy: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = train_toy(HELD_OUT)  # type: ignore[operator]
+    run_dir = train_toy(HELD_OUT)
     before = files_digest(run_dir)
-    words = ["find-lr", "-c", str(toy_config), HELD_OUT, "--steps", "32", "--start-lr", "1e-4", "--images", "2"]
+    words = ["-c", str(toy_config), HELD_OUT, "--steps", "32", "--start-lr", "1e-4", "--images", "2"]
     folder = tmp_path / "runs" / "toy-find-lr"
     found = []
     for _ in range(2):
-        with pytest.raises(SystemExit) as ended:
-            main([*words, "--verify", "--verify-steps", "2"])
-        assert ended.value.code == 0
+        assert find(*words, "--verify", "--verify-steps", "2") == 0
         found.append(json.loads((folder / "find_lr.json").read_text()))
     said = capsys.readouterr().out
     assert files_digest(run_dir) == before
-    assert {file.name for file in folder.iterdir()} == {".lock", "find_lr.json", "find_lr.png"}
+    assert {file.name for file in folder.iterdir()} == OF_A_LOG | {".lock", "find_lr.json", "find_lr.png", "verify"}
+    assert not [file for file in folder.rglob("*") if file.suffix == ".safetensors" or file.name == "checkpoints"]
     assert (folder / "find_lr.png").read_bytes().startswith(b"\x89PNG")
     first, second = found
     assert first.pop("time")
@@ -192,10 +260,10 @@ def test_the_program_end_to_end(
     assert first == second
     assert first["finding"]["verdict"] == "found"
     assert f"optimizer.lr={first['lr']:.1e}" in said
-    forks = first["forks"]["events"]
-    assert [fork["lr"] for fork in forks] == sorted({fork["lr"] for fork in forks})
-    assert [fork["factor"] for fork in forks] == pytest.approx([fork["lr"] / 1e-3 for fork in forks])
-    assert all(fork["event"] == "fork" and len(fork["items"]) == 2 for fork in forks)
+    runs = first["forks"]["events"]
+    assert [run["lr"] for run in runs] == sorted({run["lr"] for run in runs})
+    assert [run["factor"] for run in runs] == pytest.approx([run["lr"] / 1e-3 for run in runs])
+    assert all(run["event"] == "fork" and len(run["items"]) == 2 for run in runs)
     assert first["forks"]["choice"] == first["lr"]
     start = np.array(first["probe"]["start"])
     for point in first["points"]:
@@ -204,16 +272,46 @@ def test_the_program_end_to_end(
         assert point["se"] == pytest.approx(falls.std(ddof=1) / math.sqrt(falls.size), abs=1e-8)
 
 
+def test_two_processes_find_what_one_does(toy_config: Path, tmp_path: Path) -> None:
+    """Both groups train in one world: processes that joined once do not join a second time."""
+    options = FinderOptions(num_updates=30, start_lr=1e-4, end_lr=0.1, num_images=2, verify=True, num_verify_updates=2)
+    alone, shared = ([f"name={name}", HELD_OUT, f"train.batch_size={size}"] for name, size in (("one", 2), ("two", 1)))
+    find_lr_command(toy_config, alone, options)
+    assert run_in_world(2, lambda: find_lr_command(toy_config, shared, options)) == [0, 0]
+    one, two = (
+        json.loads((tmp_path / "runs" / f"{name}-find-lr" / "find_lr.json").read_text()) for name in ("one", "two")
+    )
+    assert one["lr"] == two["lr"]
+    assert [point["lr"] for point in one["points"]] == [point["lr"] for point in two["points"]]
+    gains = ([point["gain"] for point in each["points"]] for each in (one, two))
+    np.testing.assert_allclose(*gains, rtol=1e-3, atol=1e-6)
+    assert [run["gain"] for run in two["forks"]["events"]] == pytest.approx(
+        [run["gain"] for run in one["forks"]["events"]], rel=1e-3, abs=1e-6
+    )
+
+
+def held_out_by(finder: PreparedFinder) -> list[str]:
+    return [record.name for record in finder.prepared.split.held_out]
+
+
+def test_an_earlier_ramp_does_not_decide_which_images_are_held_out(toy_config: Path) -> None:
+    found_by(finder_of(toy_config))
+    other_seeds = [f"validation={{fraction: 0.3, seed: {seed}}}" for seed in range(1, 5)]
+    for seed in other_seeds:
+        assert held_out_by(finder_of(toy_config, seed)) == held_out_by(finder_of(toy_config, seed, "name=untouched"))
+    assert len({tuple(held_out_by(finder_of(toy_config, seed))) for seed in other_seeds}) > 1
+
+
 def test_without_validation_it_refuses_with_the_fix(toy_config: Path) -> None:
     with pytest.raises(ConfigError) as refused:
-        prepare_finder(load_config(toy_config), Launch(), SMALL, silent)  # type: ignore[arg-type]
+        prepare_finder(load_config(toy_config), Launch(), SMALL, silent)
     assert "validation: {fraction: 0.1}" in str(refused.value.problems[0].fix)
 
 
 def test_all_that_is_wrong_is_told_at_once(toy_config: Path) -> None:
     config = load_config(toy_config, ["optimizer={type: prodigy}"])
     with pytest.raises(ConfigError) as refused:
-        prepare_finder(config, Launch(), FinderOptions(num_updates=5, start_lr=1e-2, end_lr=1e-3), silent)  # type: ignore[arg-type]
+        prepare_finder(config, Launch(), FinderOptions(num_updates=5, start_lr=1e-2, end_lr=1e-3), silent)
     said = [problem.what for problem in refused.value.problems]
     assert len(said) == 4
     assert any("prodigy" in what for what in said)
@@ -221,26 +319,32 @@ def test_all_that_is_wrong_is_told_at_once(toy_config: Path) -> None:
     assert any("does not rise" in what for what in said)
 
 
+def gains(runs: Iterable[ShortRun], start_NS: np.ndarray) -> Sequence[float]:
+    return [-math.inf if run.relative_NS is None else float((start_NS - run.relative_NS).mean()) for run in runs]
+
+
 def test_the_suggestion_serves_nearly_as_well_as_the_best_of_a_grid(toy_config: Path) -> None:
     """The short form of benchmarks/evaluation/evaluate_find_lr.py."""
-    finder = finder_of(toy_config)
-    with assembled(finder) as parts:
-        instrument = Instrument(parts, CPU, lambda: False)
-        finding = analyse([each.point for each in instrument.run_ramp(finder, Screen(silent=True))], 1e-4)
-        gains = {}
-        for lr in [1e-4, 1e-3, 1e-2, 1e-1, finding.suggestion]:
-            relative_NS = instrument.run_constant(lr, 30)
-            gains[lr] = float("-inf") if relative_NS is None else float((instrument.start_NS - relative_NS).mean())
-    assert finding.verdict == "found"
-    assert gains[finding.suggestion] >= 0.8 * max(gains.values())
+    options = FinderOptions(num_updates=32, start_lr=1e-4, end_lr=1.0, num_images=2, num_verify_updates=30)
+    finder = finder_of(toy_config, options=options)
+    found = found_by(finder)
+    assert found.reading.verdict == "found"
+    grid = [1e-4, 1e-3, 1e-2, 1e-1]
+    *others, suggested = gains(short_runs(finder.verification_group([*grid, found.reading.suggestion])), found.start_NS)
+    assert suggested >= 0.8 * max(*others, suggested)
 
 
-def test_a_model_that_cannot_learn_has_no_signal(toy_config: Path) -> None:
+def test_a_model_that_cannot_learn_has_no_signal(toy_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The denoiser's output is cut off, so no adapter inside has any effect."""
-    finder = short(finder_of(toy_config))
-    with assembled(finder) as parts:
-        for parameter in parts.denoiser.conv_out.parameters():
+    honest = StableDiffusion.load_denoiser
+
+    def cut_off(self: StableDiffusion, *arguments: Any) -> Any:
+        model = honest(self, *arguments)
+        for parameter in model.conv_out.parameters():
             torch.nn.init.zeros_(parameter)
-        measured = Instrument(parts, CPU, lambda: False).run_ramp(finder, Screen(silent=True))
-    finding = analyse([each.point for each in measured], 1e-4)
-    assert (finding.verdict, finding.suggestion) == ("no signal", 1e-4)
+        return model
+
+    monkeypatch.setattr(StableDiffusion, "load_denoiser", cut_off)
+    finder = finder_of(toy_config)
+    reading = found_by(finder).reading
+    assert (reading.verdict, reading.suggestion) == ("no signal", 1e-4)

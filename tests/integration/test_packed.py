@@ -13,17 +13,19 @@ from toys import toy_unet
 
 from lora_trainer.config.load import load_config
 from lora_trainer.config.schema import LoraConfig
+from lora_trainer.config.trials import TrialConfig
 from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
 from lora_trainer.models.adapters.targets import select_targets
-from lora_trainer.planning.prepare import prepare
+from lora_trainer.planning.prepare import prepare, prepare_like
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.runtime.runtime import start_runtime
 from lora_trainer.tracking.console import Screen
-from lora_trainer.training.setup import Assembly, assemble
-from lora_trainer.training.trial import Ending, TrialSpec
+from lora_trainer.training.group import Member, TrialGroup
+from lora_trainer.training.setup import Setup, set_up
+from lora_trainer.training.trial import passes_of
 
 Tensors = dict[str, torch.Tensor]
-Train = Callable[..., tuple[Assembly, dict[str, Tensors]]]
+Train = Callable[..., tuple[Setup, dict[str, Tensors]]]
 
 SIX = {
     f"trial{index}": (
@@ -65,38 +67,46 @@ def train(toy_config: Path) -> Train:
         trials_per_pass: int = 1,
         num_updates: int = 5,
         exact: bool = False,
-        before: Callable[[int, Assembly], None] = lambda *_: None,
+        before: Callable[[int, Setup], None] = lambda *_: None,
         precision: str = "fp32",
-    ) -> tuple[Assembly, dict[str, Tensors]]:
-        shared = (f"train.max_steps={num_updates}", *overrides)
-        specs = [TrialSpec(name, load_config(toy_config, [*shared, *own])) for name, own in trials.items()]
-        prepared = prepare(specs[0].config, Launch(), lambda items, *_: items)
-        with start_runtime(prepared.launch, precision, 1) as runtime:
-            parts = assemble(
-                prepared, specs, runtime, Screen(silent=True), trials_per_pass=trials_per_pass, drop_failed=True
-            )
+    ) -> tuple[Setup, dict[str, Tensors]]:
+        shared = (f"train.max_steps={num_updates}", f"train.precision={precision}", *overrides)
+        configs = [load_config(toy_config, [f"name={name}", *shared, *own]) for name, own in trials.items()]
+        first = prepare(configs[0], Launch(), lambda items, *_: items)
+        members = [Member(TrialConfig(each.name, each.name, {}, each), prepare_like(first, each)) for each in configs]
+        group = TrialGroup("group", first.run_dir, tuple(members), trials_per_pass)
+        with start_runtime(Launch(), precision, 1) as runtime:
+            setup = set_up(group, runtime, Screen(silent=True), trials_per_pass=trials_per_pass)
             if exact:
-                in_float64(parts)
-            for step in range(num_updates):
-                before(step, parts)
-                parts.updater.run(step, step, stop_asked=False)
-        return parts, {trial.name: parts.bank.state(trial.adapter) for trial in parts.trials}
+                in_float64(setup)
+            setup.optimizer_step.settle_scales()
+            for k in range(num_updates):
+                before(k, setup)
+                setup.optimizer_step.run(k, stop_asked=False)
+        bank = setup.denoiser.bank
+        return setup, {trial.name: bank.state(trial.adapter) for trial in setup.trials}
 
     return run
 
 
-def in_float64(parts: Assembly) -> None:
+def passes(setup: Setup) -> list[list[str]]:
+    """The names of the trials in each forward."""
+    return [[trial.name for trial in members] for members in passes_of(setup.trials, setup.trials_per_pass)]
+
+
+def in_float64(setup: Setup) -> None:
     """Everything between the batch and the loss, and the adapters, in double precision."""
-    parts.denoiser.double()
-    for trial in parts.trials:
+    setup.denoiser.bank.denoiser.double()
+    for trial in setup.trials:
         if trial.average is not None:
             trial.average.tensors = {name: own.double() for name, own in trial.average.tensors.items()}
-    honest = parts.family.predict
+    family = setup.denoiser.family
+    honest = family.predict
 
     def predict(_: Any, denoiser: Any, noisy: Any, timesteps: Any, said: Any) -> torch.Tensor:
         return honest(denoiser, noisy.double(), timesteps, type(said)(said.prompt_embeds_BLD.double()))
 
-    parts.family.predict = types.MethodType(predict, parts.family)  # type: ignore[method-assign]
+    family.predict = types.MethodType(predict, family)  # type: ignore[method-assign]
 
 
 def largest_difference(ours: Tensors, theirs: Tensors) -> float:
@@ -112,7 +122,7 @@ def test_the_packed_forward_equals_pefts(targets: str) -> None:
     configs = [LoraConfig(rank=r, alpha=a, use_rslora=s) for r, a, s in [(4, 8, False), (2, 3, True), (7, 1, False)]]
     specs = {f"t{index}": AdapterSpec(config, layers) for index, config in enumerate(configs)}
     specs["fewer"] = AdapterSpec(LoraConfig(rank=3), layers[::2])
-    bank = AdapterBank.attach(unet, specs, seed=0)
+    bank = AdapterBank.attach(unet, "unet", specs, seed=0)
     unet.double()
     generator = torch.Generator().manual_seed(0)
     for name in specs:
@@ -142,12 +152,12 @@ def test_the_packed_forward_equals_pefts(targets: str) -> None:
 def test_six_packed_trials_equal_six_separate_runs(train: Train) -> None:
     """Six LRs, ranks, schedules, weight decays and clips; 15 clipped AdamW updates in float64."""
     shared = ("train.gradient_accumulation_steps=2", "train.ema_decay=0.9")
-    parts, packed = train(SIX, *shared, trials_per_pass=6, num_updates=15, exact=True)
-    assert [len(members) for members in parts.passes] == [6]
+    setup, packed = train(SIX, *shared, trials_per_pass=6, num_updates=15, exact=True)
+    assert passes(setup) == [list(SIX)]
     for name, own in SIX.items():
         solo, alone = train({name: own}, *shared, num_updates=15, exact=True)
         assert largest_difference(packed[name], alone[name]) < 1e-10
-        assert largest_difference(parts.trials[int(name[-1])].weights(), solo.trials[0].weights()) < 1e-10
+        assert largest_difference(setup.trials[int(name[-1])].weights(), solo.trials[0].weights()) < 1e-10
 
 
 def test_one_trial_per_pass_is_the_solo_run_to_the_bit(train: Train) -> None:
@@ -164,12 +174,14 @@ def test_gradient_checkpointing_changes_nothing_in_a_packed_pass(train: Train) -
         assert all(torch.equal(plain[name][key], saved[name][key]) for key in plain[name])
 
 
-def test_packed_trials_train_in_bf16_with_weights_in_fp32(train: Train) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_packed_trials_train_in_half_precision_with_weights_in_fp32(train: Train, precision: str) -> None:
     two = {name: SIX[name] for name in ("trial1", "trial3")}
-    parts, packed = train(two, trials_per_pass=2, precision="bf16")
-    assert parts.denoiser.dtype == torch.bfloat16
+    setup, packed = train(two, trials_per_pass=2, precision=precision)
+    assert setup.denoiser.bank.denoiser.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert [trial.scaler.is_enabled() for trial in setup.trials] == [precision == "fp16"] * 2
     for name, own in two.items():
-        _, alone = train({name: own}, precision="bf16")
+        _, alone = train({name: own}, precision=precision)
         solo = torch.cat([t.flatten() for key, t in alone[name].items() if "lora_B" in key])
         moved = torch.cat([t.flatten() for key, t in packed[name].items() if "lora_B" in key])
         assert moved.dtype == torch.float32
@@ -183,8 +195,8 @@ def test_dora_and_dropout_run_alone(train: Train) -> None:
         "dropout": ("adapter.dropout=0.1",),
         "wide": ("adapter.rank=8",),
     }
-    parts, group = train(trials, trials_per_pass=4, num_updates=3)
-    assert [[trial.name for trial in members] for members in parts.passes] == [["plain", "wide"], ["dora"], ["dropout"]]
+    setup, group = train(trials, trials_per_pass=4, num_updates=3)
+    assert passes(setup) == [["plain", "wide"], ["dora"], ["dropout"]]
     for name in ("dora", "dropout"):
         _, alone = train({name: trials[name]}, num_updates=3)
         assert all(torch.equal(group[name][key], alone[name][key]) for key in group[name])
@@ -194,26 +206,29 @@ def test_dora_and_dropout_run_alone(train: Train) -> None:
 def test_a_failing_trial_is_dropped_and_the_others_are_untouched(train: Train, trials_per_pass: int) -> None:
     three = {name: SIX[name] for name in ("trial0", "trial1", "trial2")}
 
-    def poison(step: int, parts: Assembly) -> None:
-        if step == 2:
-            weights = next(iter(parts.bank.parameters(parts.trials[1].adapter).values()))
-            weights.data.view(-1)[0] = float("inf")
+    def poison(k: int, setup: Setup) -> None:
+        if k == 2:
+            next(iter(setup.trials[1].parameters.values())).data.view(-1)[0] = float("inf")
 
-    _, healthy = train(three, trials_per_pass=trials_per_pass)
-    parts, rest = train(three, trials_per_pass=trials_per_pass, before=poison)
-    assert parts.trials[1].ending == Ending(2, "failed", "its loss was not finite")
-    assert [trial.is_live for trial in parts.trials] == [True, False, True]
+    _, healthy = train(three, trials_per_pass=trials_per_pass, num_updates=7)
+    setup, rest = train(three, trials_per_pass=trials_per_pass, num_updates=7, before=poison)
+    ending = setup.trials[1].ending
+    assert ending is not None
+    assert (ending.step, ending.status) == (5, "failed")
+    assert ending.reason.startswith("its loss was not finite in 3 updates in a row; images ")
+    assert [trial.is_live for trial in setup.trials] == [True, False, True]
     for name in ("trial0", "trial2"):
         assert all(torch.equal(rest[name][key], healthy[name][key]) for key in healthy[name])
 
 
 def test_probes_of_a_packed_pass_equal_those_of_single_trials(train: Train) -> None:
     watched = "validation={fraction: 0.34, max_cost: 1.0}"
-    parts, _ = train(SIX, watched, trials_per_pass=6)
-    assert parts.validator is not None
-    together = parts.validator.measure_packed({trial.adapter: trial.weights() for trial in parts.trials})
-    for trial, readings in zip(parts.trials, together, strict=True):
-        alone = parts.validator.measure(trial.adapter, trial.weights())
+    setup, _ = train(SIX, watched, trials_per_pass=6)
+    assert setup.validation is not None
+    validator = setup.validation.validator
+    together = validator.measure({trial.adapter: trial.weights() for trial in setup.trials})
+    for trial, readings in zip(setup.trials, together, strict=True):
+        (alone,) = validator.measure({trial.adapter: trial.weights()})
         for probe, reading in readings.items():
             assert reading.items == pytest.approx(alone[probe].items, rel=1e-5)
     assert len({reading["held_out"].relative for reading in together}) == 6

@@ -23,6 +23,8 @@ from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.experiments.sweep.confirmation import plan_confirmation
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows, step_rows
+from lora_trainer.training import fit as fit_module
+from lora_trainer.training.trial import Trial
 from lora_trainer.training.validation import Validator
 
 Sweep = Callable[..., Path]
@@ -116,7 +118,7 @@ def test_a_stopped_sweep_resumes_to_the_byte_and_repeats_no_group(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished trial was trained again")
 
-    monkeypatch.setattr(fit_group_module, "training_loop", never)
+    monkeypatch.setattr(fit_module, "train_loop", never)
     before = lora_files(resumed)
     sweep(section, "train.ema_decay=0.9")
     assert lora_files(resumed) == before
@@ -175,7 +177,7 @@ def test_steps_added_under_a_curve_that_ended_at_zero_need_a_stretch(sweep: Swee
 
 def test_another_setting_under_the_same_name_is_refused(sweep: Sweep) -> None:
     sweep("{trials: {a: {optimizer.lr: 1e-3}}}")
-    with pytest.raises(ConfigError, match="trial `a-seed42` began with other settings") as caught:
+    with pytest.raises(ConfigError, match="`a-seed42` began with other settings") as caught:
         sweep("{trials: {a: {optimizer.lr: 2e-3}}}")
     assert "optimizer.lr: 0.001 -> 0.002" in str(caught.value)
 
@@ -231,21 +233,26 @@ def test_a_failing_trial_is_marked_and_the_others_come_to_their_end(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     healthy = sweep("{grid: {optimizer.lr: [1e-3, 2e-3]}, trials_per_pass: 2}", name="healthy")
-    from lora_trainer.training.trial import Trial
-
     honest = Trial.clip
 
     def clip(self: Trial) -> Any:
         norm = honest(self)
         return (
-            norm * float("nan") if self.name.startswith("lr2e-3") and self.optimizer.param_groups[0]["lr"] > 0 else norm
-        )
+            norm * float("nan") if self.name == "lr2e-3-seed42" and self.optimizer.state else norm
+        )  # after one update
 
     monkeypatch.setattr(Trial, "clip", clip)
     done = sweep("{grid: {optimizer.lr: [1e-3, 2e-3]}, trials_per_pass: 2}")
     failed, other = results(done)["lr2e-3-seed42"], results(done)["lr1e-3-seed42"]
-    assert (failed["status"], failed["reason"], failed["final"]) == ("failed", "its gradient was not finite", None)
-    assert failed["step"] < 6
+    assert (failed["status"], failed["step"], failed["final"]) == ("failed", 4, None)
+    assert failed["reason"].startswith("its gradient was not finite in 3 updates in a row; images 0")
+    rows = list(read_rows(done / "trials" / "lr2e-3-seed42" / "metrics.jsonl"))
+    assert [row["step"] for row in rows if "event" not in row] == [1]
+    assert [(row["step"], row["reason"]) for row in rows if row.get("event") == "skip"] == [
+        (2, "gradient"),
+        (3, "gradient"),
+        (4, "gradient"),
+    ]
     assert other["status"] == "finished"
     assert not (done / "trials" / "lr2e-3-seed42" / "lr2e-3-seed42.safetensors").exists()
     own = Path("trials") / "lr1e-3-seed42"
@@ -266,9 +273,9 @@ def test_a_diverged_trial_is_stopped_where_that_was_asked(sweep: Sweep) -> None:
 def test_a_probe_that_is_not_finite_breaks_no_record(
     sweep: Sweep, toy_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    honest, seen = Validator.measure_packed, list[int]()
+    honest, seen = Validator.measure, list[int]()
 
-    def measure_packed(self: Validator, weights: Any) -> Any:
+    def measure(self: Validator, weights: Any) -> Any:
         """NaN for the first trial always; infinite for the second at its first probe only."""
         readings = honest(self, weights)
         seen.append(len(readings))
@@ -278,7 +285,7 @@ def test_a_probe_that_is_not_finite_breaks_no_record(
             readings[place]["held_out"] = replace(own, losses_NS=own.losses_NS * value)
         return readings
 
-    monkeypatch.setattr(Validator, "measure_packed", measure_packed)
+    monkeypatch.setattr(Validator, "measure", measure)
     arms = "lost: {lr_scheduler: {type: plateau, patience: 1}}, back: {lr_scheduler: {type: constant}}, sound: {}"
     section = f"{{trials: {{{arms}}}, trials_per_pass: 3}}"
     done = sweep(section, "checkpoint.every_steps=3")
@@ -304,13 +311,13 @@ def test_a_probe_that_is_not_finite_breaks_no_record(
 
 
 def test_a_probe_that_is_no_number_is_stopped_as_diverged(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Validator.measure_packed
+    honest = Validator.measure
 
-    def measure_packed(self: Validator, weights: Any) -> Any:
+    def measure(self: Validator, weights: Any) -> Any:
         (own,) = honest(self, weights)
         return [{name: replace(reading, losses_NS=reading.losses_NS * np.nan) for name, reading in own.items()}]
 
-    monkeypatch.setattr(Validator, "measure_packed", measure_packed)
+    monkeypatch.setattr(Validator, "measure", measure)
     (trial,) = results(sweep("{prune: {diverged: 2}}")).values()
     assert (trial["status"], trial["step"], trial["best"]) == ("stopped", 3, None)
 

@@ -20,6 +20,7 @@ from lora_trainer.evidence.statistics.paired import rise_in_se
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.schedules.plateau import PlateauFeedback
 from lora_trainer.tracking.metrics import read_rows, step_rows
+from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.validation import ProbeReading, Validator, strata_midpoints
 
 CPU = torch.device("cpu")
@@ -79,8 +80,8 @@ def validator(world: GaussianWorld, seed: int = 0, batch_size: int = 64, items: 
     objective = Objective(ObjectiveConfig(), SD_NOISE, "epsilon", CPU)
     prompts = PromptStore(torch.zeros(1, 4, 8), {"": 0})
     probes = {"held_out": items or world.items}
-    parts: Any = (world, NoBank(), probes, prompts, objective, OneProcess())
-    return Validator(*parts, seed=seed, batch_size=batch_size)
+    parts: Any = (world, NoBank(), objective, OneProcess())
+    return Validator(AdaptedDenoiser(*parts), probes, prompts, seed=seed, batch_size=batch_size)
 
 
 def losses(world: GaussianWorld, **options: Any) -> np.ndarray:

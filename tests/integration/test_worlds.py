@@ -7,14 +7,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from faults import spoil_losses
 from safetensors.torch import load_file
 from worlds import run_in_world
 
-from lora_trainer.diffusion.objective import Objective
 from lora_trainer.errors import ExitCode, HostError
 from lora_trainer.schedules.registry import SCHEDULES
 from lora_trainer.schedules.schedule import Horizon
@@ -69,14 +68,7 @@ def test_worlds_and_accumulation_change_neither_lr_nor_gradients(train_world: Ca
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_in_the_same_update(
     train_toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = Objective.loss
-    calls = iter(range(1000))
-
-    def loss(self: Objective, *arguments: Any) -> torch.Tensor:
-        bad = next(calls) >= 2 and os.environ["RANK"] == "1"
-        return honest(self, *arguments) * (float("nan") if bad else 1.0)
-
-    monkeypatch.setattr(Objective, "loss", loss)
+    spoil_losses(monkeypatch, lambda call: call >= 2 and os.environ["RANK"] == "1")
     overrides = ("train.batch_size=1", "tracking.base_loss_every=null", "train.max_steps=8")
     codes = run_in_world(2, lambda: train_toy(*overrides, name="poisoned") and None)
     assert codes == [ExitCode.NUMERIC] * 2
@@ -84,8 +76,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_in_the_same_update(
     rows = list(read_rows(run_dir / "metrics.jsonl"))
     assert [row["step"] for row in rows if "event" not in row] == [1, 2]
     assert [len(row["files"]) for row in rows if row.get("event") == "skip"] == [2, 2, 2]
+    assert [row["step"] for row in rows if row.get("event") == "failed"] == [5]
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
-    assert checkpoint.name == "step-00000002"
+    assert checkpoint.name == "step-00000005"
     for tensor in load_file(checkpoint / "adapter.safetensors").values():
         assert torch.isfinite(tensor).all()
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from lora_trainer.errors import ExitCode, ModelError
-from lora_trainer.models.folder import inspect_base, locate_base
+from lora_trainer.models.folder import locate_base
+from lora_trainer.models.registry import inspect_base
 
 
 @pytest.fixture
@@ -109,13 +110,13 @@ def test_another_pipeline_is_named(base: Path) -> None:
 
 def test_no_folder_and_no_revision(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist"):
-        locate_base(str(tmp_path / "absent" / "deep"), None)
+        locate_base(str(tmp_path / "absent" / "deep"), None, ["unet"])
     with pytest.raises(ModelError, match="needs a fixed revision"):
-        locate_base("org/name", None)
+        locate_base("org/name", None, ["unet"])
     with pytest.raises(ModelError, match="cannot be fetched"):
-        locate_base("org/name", "main")
+        locate_base("org/name", "main", ["unet"])
     with pytest.raises(ModelError, match="no effect on a folder"):
-        locate_base(str(tmp_path), "main")
+        locate_base(str(tmp_path), "main", ["unet"])
 
 
 def tokenizer_json(base: Path) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from lora_trainer import streams
 from lora_trainer.data.batches import BatchSource, LatentStore, PromptStore
 from lora_trainer.data.records import Dataset, Record
+from lora_trainer.diffusion import random_streams
 
 REPEATS = (3, 1, 7, 2)
 SEED = 5
@@ -24,8 +24,8 @@ def source(batch_size: int) -> BatchSource:
     return BatchSource(
         records,
         Dataset(records, ()).samples(),
-        LatentStore(blank, blank, rows, num_crops=1, flips=False),
-        PromptStore(torch.zeros(1, 2, 3), {"": 0}),
+        LatentStore(blank, blank, {}, rows, num_crops=1, flips=False),
+        PromptStore({}, {"": 0}),
         seed=SEED,
         batch_size=batch_size,
         accumulation=1,
@@ -39,7 +39,7 @@ def test_the_order_is_the_permutation_of_the_samples_written_out() -> None:
     batches = source(batch_size=4)
     written_out = [index for index, repeats in enumerate(REPEATS) for _ in range(repeats)]
     for epoch in range(3):
-        attempts = range(epoch * batches.updates_per_epoch, (epoch + 1) * batches.updates_per_epoch)
-        slots = [slot for attempt in attempts for slot in batches.slots_of(attempt, 0, 0)]
-        order = streams.stream(SEED, "order", epoch).permutation(len(written_out)).tolist()
+        updates = range(epoch * batches.updates_per_epoch, (epoch + 1) * batches.updates_per_epoch)
+        slots = [slot for k in updates for slot in batches.slots_of(k, 0, 0)]
+        order = random_streams.stream(SEED, "order", epoch).permutation(len(written_out)).tolist()
         assert batches.at(slots).files == tuple(f"{written_out[sample]}.png" for sample in order)

@@ -138,7 +138,6 @@ PHASES = "lr_scheduler: {{type: phases, phases: [{{type: constant, steps: 3}}, {
         ("optimizer: {type: sgd}\n", "`optimizer.lr` is required"),
         ("data: {crops_per_image: 3, dir: x}\n", "no effect with `crop: center`"),
         ("data: {dir: x, sources: [{dir: y}]}\n", "exactly one of `data.dir` and `data.sources`"),
-        ("data: {dir: x, resolution: 510}\n", "write 504 or 512"),
         ("sample: {every_steps: 10}\n", "no effect without `sample.prompts`"),
         ("adapter: {use_dora: true, use_rslora: true}\n", "use_rslora"),
         ("train: {max_steps: 10, epochs: 2}\n", "exactly one of"),

@@ -303,7 +303,9 @@ def store(folder: Path, state: State, seed: int = 5003) -> Path:
     """A run directory as `train` leaves it, of a synthetic log."""
     rows, num_updates = synthetic_rows(state, seed)
     run = run_facts(num_updates)
-    plan = plan_run(run.config, num_images=20, bucket_sizes=[20], num_processes=1, target_shapes={"x": [8, 8]})
+    plan = plan_run(
+        run.config, denoiser="unet", num_images=20, bucket_sizes=[20], num_processes=1, target_shapes={"x": [8, 8]}
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "plan.json").write_text(json.dumps(plan.as_json()))
     (folder / "config.yaml").write_text(to_yaml(run.config))

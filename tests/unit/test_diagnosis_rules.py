@@ -142,3 +142,28 @@ def test_reversals_count_moves_that_are_large_for_the_gain(least: float, turns: 
     for step, level in enumerate((1.0, 0.8, 1.0, 0.9, 1.0)):
         probe.add({"step": step, "items": [level - 0.01, level + 0.01], "loss": level})
     assert reversals(probe, list(range(5)), least) == turns
+
+
+def overflowed(skipped: int, updates: int, reason: str = "fp16 overflow") -> TrialLog:
+    """A log whose first updates were skipped."""
+    log = TrialLog()
+    for step in range(1, updates + 1):
+        if step <= skipped:
+            log.add({"event": "skip", "step": step, "reason": reason, "files": ["a"]})
+        else:
+            log.add({"step": step, "lr": 1e-3, "grad_norm": 0.5, "clipped": False})
+    return log
+
+
+@pytest.mark.parametrize(
+    ("skipped", "updates", "status"), [(2, 60, "not found"), (3, 300, "not found"), (4, 300, "found")]
+)
+def test_overflows_are_a_fault_above_one_percent_of_the_updates_and_from_three_on(
+    skipped: int, updates: int, status: str
+) -> None:
+    assert answer(State.NON_FINITE, overflowed(skipped, updates), updates).status == status
+
+
+def test_clipping_is_judged_by_updates_that_were_applied() -> None:
+    assert answer(State.CLIPPING, overflowed(30, 30), 30).evidence == "only 0 updates were applied"
+    assert answer(State.CLIPPING, overflowed(1, 60), 60).status == "not found"

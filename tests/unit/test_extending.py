@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shutil
 import sys
@@ -18,6 +19,7 @@ from house import House
 from lora_trainer.cli.program import app
 from lora_trainer.config.optimizers import OptimizerOptions, OptimizerRow
 from lora_trainer.config.structure import all_keys
+from lora_trainer.models.family import Family
 
 ROOT = Path(__file__).parents[2]
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
@@ -34,10 +36,10 @@ def entry_point_groups() -> set[str]:
 
 def test_every_extension_point_has_its_stub_example_and_contract() -> None:
     groups = entry_point_groups()
-    assert groups == {"lora_trainer.lr_schedules", "lora_trainer.optimizers"}
+    assert groups == {"lora_trainer.lr_schedules", "lora_trainer.optimizers", "lora_trainer.families"}
     lookups = sum(source.count("entry_points(group=") for source in House(ROOT).sources.values())
     assert lookups == sum(source.count("entry_points(group=ENTRY_POINTS") for source in House(ROOT).sources.values())
-    for group in groups:
+    for group in groups - {"lora_trainer.families"}:
         (contract,) = re.findall(rf"\| `{group}` \|.*\| `lora_trainer\.testing\.(\w+)` \|", EXTENDING)
         assert f"({contract})" in EXTENDING
         assert f'entry-points."{group}"' in EXTENDING
@@ -45,6 +47,9 @@ def test_every_extension_point_has_its_stub_example_and_contract() -> None:
         (stub,) = re.findall(rf"(?ms)^class {kind.__name__}\b.*?(?=^class|^```)", EXTENDING)
         names = [f.name for f in fields(kind)] if kind is OptimizerRow else [*OptimizerOptions.model_fields]
         assert re.findall(r"(?m)^    (\w+): ", stub) == names
+    (stub,) = re.findall(r"(?ms)^class Family\b.*?^```", EXTENDING)
+    members = re.findall(r"(?m)^    (?:def )?(\w+)(?:: |\()", stub)
+    assert members == re.findall(r"(?m)^    (?:def )?(\w+)(?:: |\()", inspect.getsource(Family))
 
 
 def test_the_example_of_the_page_is_the_package_of_the_tests() -> None:
@@ -141,7 +146,8 @@ for words in {commands!r}:
     except SystemExit as end:
         print("code", end.code or 0)
 page = describe()
-print([told in page for told in ("lr_scheduler.type: sqrt", "optimizer.type: nadam", "patience_px")])
+expected = ("lr_scheduler.type: sqrt", "optimizer.type: nadam", "Of no effect but on the plan. *May change.*")
+print([told in page for told in expected])
 print("torch" in sys.modules)
 """
 
@@ -160,7 +166,13 @@ def test_the_recipes_add_a_schedule_an_optimizer_and_a_setting(
     edited(tmp_path, optimizers, (r"Added to the denominator\.\"\"\"\n", NADAM), (r"\nROWS = \(\n", row))
     schema, user = recipe_files("a setting")
     heeded = '    yield "patience", f"{prepared.config.train.patience_px} px"\n'
-    edited(tmp_path, schema, (r"class TrainConfig\(Section\):\n    \"\"\".*?\"\"\"\n", SETTING))
+    level = '    "train.patience_px": "free",\n'
+    edited(
+        tmp_path,
+        schema,
+        (r"class TrainConfig\(Section\):\n    \"\"\".*?\"\"\"\n", SETTING),
+        (r"\nLEVELS: [^\n]*\n", level),
+    )
     edited(tmp_path, user, (r"def explanation\(.*?\"\"\".*?\"\"\"\n", heeded))
 
     chosen = ["lr_scheduler={type: sqrt, warmup_steps: 2}", "optimizer={type: nadam, lr: 0.1}", "train.patience_px=7"]

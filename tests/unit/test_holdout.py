@@ -80,7 +80,7 @@ def test_as_many_trained_and_prior_images_are_watched() -> None:
 
 def planned(num_updates: int, batch: int, items: int, **options: object) -> tuple[int, int, int]:
     config = ValidationConfig.model_validate({"fraction": 0.1, **options})
-    plan = plan_validation(config, Horizon(num_updates, 10), batch, items, 2)
+    plan = plan_validation(config, Horizon(num_updates, 10), batch, num_held_out=items, num_probes=2)
     assert plan.cost <= config.max_cost or any("over the cap" in note for note in plan.notes)
     return plan.num_items, plan.every, plan.num_measurements
 
@@ -100,7 +100,10 @@ def test_the_cost_cap_takes_items_first_then_the_period() -> None:
 def test_a_longer_run_keeps_the_images_it_began_to_watch() -> None:
     """Readings before and after are compared image by image."""
     config = ValidationConfig(fraction=0.1)
-    free, kept = (plan_validation(config, Horizon(10_000, 10), 4, 20, 2, watched) for watched in (None, 3))
+    free, kept = (
+        plan_validation(config, Horizon(10_000, 10), 4, num_held_out=20, num_probes=2, num_watched=watched)
+        for watched in (None, 3)
+    )
     assert (free.num_items, kept.num_items, kept.every) == (20, 3, 1000)
 
 

@@ -8,14 +8,31 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_trainer.experiments.lr_finder.forks import Fork, fork_lrs, judge_forks
-from lora_trainer.experiments.lr_finder.ramp import Ramp
-from lora_trainer.experiments.lr_finder.usual_rules import debiased_average, usual_rules, valley_index
 
-from lora_trainer.experiments.lr_finder.analysis import Finding, Point, analyse, has_diverged, paired_gain, round_down
+from lora_trainer.experiments.lr_finder.analysis import (
+    Point,
+    RampReading,
+    analyse,
+    debiased_average,
+    has_diverged,
+    paired_gain,
+    round_down,
+    usual_rules,
+    valley_index,
+)
+from lora_trainer.experiments.lr_finder.verification import ShortRun, judge, lrs_around
+from lora_trainer.schedules.cycles import Ramp
+from lora_trainer.schedules.schedule import Horizon
 
-RAMP = Ramp(1e-6, 1.0, 100)
-LRS = [RAMP.lr(k) for k in range(100)]
+
+def ramp_lrs(start: float, end: float, base_lr: float = 1e-4, length: int = 100) -> list[float]:
+    """The learning rates that a ramp of so many updates uses."""
+    schedule = Ramp(start_ratio=start / base_lr, end_ratio=end / base_lr).resolve(Horizon(length, 10))
+    return [schedule.lr(k, base_lr) for k in range(length)]
+
+
+LRS = ramp_lrs(1e-6, 1.0)
+RATIO = 1e6 ** (1 / 99)
 FALLBACK = 1e-4
 
 
@@ -30,54 +47,54 @@ def points(gains: list[float], se: float = 0.01) -> list[Point]:
     return [Point(lr, gain, se, 1.0) for lr, gain in zip(LRS, gains, strict=False)]
 
 
-def test_ramp_is_geometric_with_exact_ends() -> None:
-    np.testing.assert_allclose(LRS, np.geomspace(1e-6, 1, 100), rtol=1e-12)
-    for start, end in ((1e-6, 1.0), (1e-7, 0.1), (3e-5, 0.9)):
-        ramp = Ramp(start, end, 100)
-        assert (ramp.lr(0), ramp.lr(99)) == (start, end)
-    assert LRS[1] / LRS[0] == pytest.approx(RAMP.ratio)
+@pytest.mark.parametrize(("start", "end"), [(1e-6, 1.0), (1e-7, 0.1), (3e-5, 0.9)])
+def test_the_ramp_is_geometric(start: float, end: float) -> None:
+    np.testing.assert_allclose(ramp_lrs(start, end), np.geomspace(start, end, 100), rtol=1e-12)
+    np.testing.assert_allclose(ramp_lrs(start, end, base_lr=3e-3), np.geomspace(start, end, 100), rtol=1e-12)
+    *_, last = lrs = ramp_lrs(start, end, base_lr=1.0)
+    assert (lrs[0], last) == (start, end)  # to the bit, but for the product with another base LR
 
 
 @given(best=st.floats(1e-3, 3e-2), factor=st.floats(1.5, 20))
 def test_onset_and_crossing_are_where_the_curve_has_them(best: float, factor: float) -> None:
     crossing = min(best * factor, 0.9)
-    finding = analyse(points([hill(lr, best, crossing) for lr in LRS]), FALLBACK)
+    reading = analyse(points([hill(lr, best, crossing) for lr in LRS]), FALLBACK)
     found = max(hill(lr, best, crossing) for lr in LRS)
-    assert finding.verdict == "found"
-    assert finding.onset == next(lr for lr in LRS if hill(lr, best, crossing) >= 0.1 * found)
-    assert finding.crossing == next(lr for lr in LRS if lr > best and hill(lr, best, crossing) < 0)
-    middle = math.sqrt(finding.onset * finding.crossing)
-    assert finding.high == finding.crossing / 2
-    assert finding.suggestion <= min(middle, finding.high) * (1 + 1e-11)
-    assert finding.suggestion * 1.11 > min(middle, finding.high)
+    assert reading.verdict == "found"
+    assert reading.onset == next(lr for lr in LRS if hill(lr, best, crossing) >= 0.1 * found)
+    assert reading.crossing == next(lr for lr in LRS if lr > best and hill(lr, best, crossing) < 0)
+    middle = math.sqrt(reading.onset * reading.crossing)
+    assert reading.high == reading.crossing / 2
+    assert reading.suggestion <= min(middle, reading.high) * (1 + 1e-11)
+    assert reading.suggestion * 1.11 > min(middle, reading.high)
 
 
 def test_a_fall_after_the_divergence_is_not_taken_for_learning() -> None:
     gains = [hill(lr, 1e-3, 1e-2) if lr < 2e-2 else -5.0 if lr < 0.1 else 3.0 for lr in LRS]
-    finding = analyse(points(gains), FALLBACK)
-    assert finding.best is not None
-    assert finding.best.lr == pytest.approx(1e-3, rel=0.15)
-    assert finding.crossing == pytest.approx(1e-2, rel=0.16)
+    reading = analyse(points(gains), FALLBACK)
+    assert reading.best is not None
+    assert reading.best.lr == pytest.approx(1e-3, rel=0.15)
+    assert reading.crossing == pytest.approx(1e-2, rel=0.16)
 
 
 def test_numbers_that_are_not_finite_are_a_crossing() -> None:
     gains = [hill(lr, 1e-3, 1.0) if lr < 3e-3 else math.nan for lr in LRS]
-    finding = analyse(points(gains), FALLBACK)
-    assert finding.crossing == next(lr for lr in LRS if lr >= 3e-3)
+    reading = analyse(points(gains), FALLBACK)
+    assert reading.crossing == next(lr for lr in LRS if lr >= 3e-3)
     assert has_diverged(points(gains)[: gains.index(next(g for g in gains if math.isnan(g))) + 1])
 
 
 def test_a_ramp_that_never_crosses_suggests_less_than_its_best() -> None:
-    finding = analyse(points([hill(lr, 1e-2, 1e6) for lr in LRS]), FALLBACK)
-    assert (finding.verdict, finding.crossing) == ("found", None)
-    assert finding.high == finding.best.lr if finding.best else False
-    assert finding.suggestion < 1e-2
+    reading = analyse(points([hill(lr, 1e-2, 1e6) for lr in LRS]), FALLBACK)
+    assert (reading.verdict, reading.crossing) == ("found", None)
+    assert reading.high == reading.best.lr if reading.best else False
+    assert reading.suggestion < 1e-2
 
 
 def test_a_ramp_that_diverges_early_is_too_coarse_to_read() -> None:
-    finding = analyse(points([hill(lr, 1e-5, 3e-5) for lr in LRS]), FALLBACK)
-    assert (finding.verdict, finding.suggestion) == ("too few points", FALLBACK)
-    assert finding.num_points < 30
+    reading = analyse(points([hill(lr, 1e-5, 3e-5) for lr in LRS]), FALLBACK)
+    assert (reading.verdict, reading.suggestion) == ("too few points", FALLBACK)
+    assert reading.num_points < 30
 
 
 def noise_that_is_new_at_each_update(rng: np.random.Generator) -> list[Point]:
@@ -103,15 +120,15 @@ def test_exactly_no_effect_has_no_signal() -> None:
     assert analyse(points([0.0] * 100, se=0.0), FALLBACK).verdict == "no signal"
 
 
-def quadratic_ramp(curvature: float, seed: int) -> Finding:
+def quadratic_ramp(curvature: float, seed: int) -> RampReading:
     """SGD on the mean of (c/2)(x - a)^2 over 256 values a, one a per update, from x = 10; stable below LR 2 / c."""
     rng = np.random.default_rng(seed)
     centres, x, seen = rng.normal(size=256), 10.0, []
     start = curvature / 2 * (x - centres) ** 2
     for k in range(100):
-        x -= RAMP.lr(k) * curvature * (x - rng.choice(centres))
+        x -= LRS[k] * curvature * (x - rng.choice(centres))
         now = curvature / 2 * (x - centres) ** 2
-        seen.append(Point(RAMP.lr(k), *paired_gain(now / start.mean(), start / start.mean()), 1.0))
+        seen.append(Point(LRS[k], *paired_gain(now / start.mean(), start / start.mean()), 1.0))
         if has_diverged(seen):
             break
     return analyse(seen, FALLBACK)
@@ -120,11 +137,11 @@ def quadratic_ramp(curvature: float, seed: int) -> Finding:
 @pytest.mark.parametrize("curvature", [10.0, 100.0, 1000.0])
 def test_the_upper_end_is_within_a_factor_of_two_of_a_quadratics_stability_limit(curvature: float) -> None:
     for seed in range(10):
-        finding = quadratic_ramp(curvature, seed)
+        reading = quadratic_ramp(curvature, seed)
         limit = 2 / curvature
-        assert finding.high is not None
-        assert limit / 2 <= finding.high <= limit * 2
-        assert finding.suggestion < limit
+        assert reading.high is not None
+        assert limit / 2 <= reading.high <= limit * 2
+        assert reading.suggestion < limit
 
 
 @given(st.floats(1e-7, 0.99))
@@ -137,8 +154,8 @@ def test_rounding_keeps_two_digits_and_never_rises(lr: float) -> None:
 
 def test_usual_rules_on_a_known_curve() -> None:
     rules = usual_rules(points([hill(lr, 1e-3, 1e-2) for lr in LRS]))
-    assert rules["probe: minimum / 10"] == pytest.approx(1e-4, rel=RAMP.ratio - 1)
-    assert rules["probe: steepest"] == pytest.approx(1e-3, rel=2 * (RAMP.ratio - 1))
+    assert rules["probe: minimum / 10"] == pytest.approx(1e-4, rel=RATIO - 1)
+    assert rules["probe: steepest"] == pytest.approx(1e-3, rel=2 * (RATIO - 1))
 
 
 def test_valley_is_the_middle_of_the_longest_fall() -> None:
@@ -156,38 +173,38 @@ START = np.ones((4, 16))
 NOISE = np.random.default_rng(0).normal(size=(4, 16))
 
 
-def fork(lr: float, gain: float, spread: float = 0.01) -> Fork:
-    return Fork(lr, START - gain + spread * NOISE * (1 + lr))
+def short_run(lr: float, gain: float, spread: float = 0.01) -> ShortRun:
+    return ShortRun(lr, START - gain + spread * NOISE * (1 + lr))
 
 
-def test_the_fork_that_gains_most_is_chosen() -> None:
-    verdict = judge_forks([fork(1e-4, 0.1), fork(3e-4, 0.2), fork(1e-3, 0.3), Fork(1e-2, None)], START)
+def test_the_short_run_that_gains_most_is_chosen() -> None:
+    verdict = judge([short_run(1e-4, 0.1), short_run(3e-4, 0.2), short_run(1e-3, 0.3), ShortRun(1e-2, None)], START)
     assert verdict.choice == 1e-3
     assert verdict.readings[0].behind == pytest.approx(0.2, rel=0.01)
     assert verdict.readings[3].gain is None
 
 
-def test_of_two_forks_that_overlap_the_smaller_is_chosen() -> None:
+def test_of_two_short_runs_that_overlap_the_smaller_is_chosen() -> None:
     other = np.random.default_rng(1).normal(size=(4, 16))
-    forks = [fork(1e-4, 0.1), fork(3e-4, 0.2), Fork(1e-3, START - 0.201 + 0.05 * other)]
-    verdict = judge_forks(forks, START)
+    runs = [short_run(1e-4, 0.1), short_run(3e-4, 0.2), ShortRun(1e-3, START - 0.201 + 0.05 * other)]
+    verdict = judge(runs, START)
     assert verdict.choice == 3e-4
     assert verdict.reason == "3.0e-04 and 1.0e-03 cannot be told apart: the smaller one"
 
 
-def test_of_two_forks_that_rounding_tells_apart_the_smaller_is_named_first() -> None:
+def test_of_two_short_runs_that_rounding_tells_apart_the_smaller_is_named_first() -> None:
     plain = START - 0.2 + 0.01 * NOISE
     for rounding in (-1e-12, 1e-12):
-        verdict = judge_forks([Fork(1e-4, plain + rounding * NOISE), Fork(3e-4, plain)], START)
+        verdict = judge([ShortRun(1e-4, plain + rounding * NOISE), ShortRun(3e-4, plain)], START)
         assert verdict.choice == 1e-4
         assert verdict.reason.startswith("1.0e-04 and 3.0e-04 cannot be told apart")
 
 
-def test_forks_without_gain_choose_nothing() -> None:
-    assert judge_forks([fork(1e-4, 0.0001), fork(1e-3, -0.1)], START).choice is None
-    assert judge_forks([Fork(1e-4, None)], START).choice is None
+def test_short_runs_without_gain_choose_nothing() -> None:
+    assert judge([short_run(1e-4, 0.0001), short_run(1e-3, -0.1)], START).choice is None
+    assert judge([ShortRun(1e-4, None)], START).choice is None
 
 
-def test_forks_are_five_half_a_decade_apart() -> None:
-    assert fork_lrs(2e-3, 1.0) == [2e-4, 6.3e-4, 2e-3, 6.3e-3, 2e-2]
-    assert fork_lrs(0.5, 1.0)[-1] == 1.0
+def test_short_runs_are_five_half_a_decade_apart() -> None:
+    assert lrs_around(2e-3, 1.0) == [2e-4, 6.3e-4, 2e-3, 6.3e-3, 2e-2]
+    assert lrs_around(0.5, 1.0)[-1] == 1.0

@@ -1,14 +1,16 @@
-"""Noise, target and loss, against diffusers' own noise scheduler."""
+"""Noise, target, times and weights, against diffusers' own schedulers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from lora_trainer.config.schema import ObjectiveConfig
+from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Batch, Conditioning, Slot
-from lora_trainer.diffusion.objective import Objective
+from lora_trainer.diffusion.noise_paths import NoisePath, noise_path
+from lora_trainer.diffusion.objective import draw, squared_error
 
 SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 CPU = torch.device("cpu")
@@ -17,62 +19,88 @@ CPU = torch.device("cpu")
 def batch(num: int = 8) -> Batch:
     latents = torch.randn(num, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     slots = tuple(Slot(0, position) for position in range(num))
-    return Batch(latents, Conditioning(torch.zeros(num, 4, 8)), torch.ones(num), slots, ("x",) * num)
+    return Batch(latents, Conditioning({}), torch.ones(num), slots, ("x",) * num)
 
 
-def objective(prediction_type: str = "epsilon", gamma: float | None = None) -> Objective:
-    return Objective(ObjectiveConfig(min_snr_gamma=gamma), SD_NOISE, prediction_type, CPU)
+def path(prediction_type: str = "epsilon", gamma: float | None = None, **schedule: object) -> NoisePath:
+    return noise_path(SD_NOISE | schedule, prediction_type, ObjectiveConfig(min_snr_gamma=gamma), CPU)
+
+
+def noise_of(num: int, seed: int) -> torch.Tensor:
+    return torch.stack([random_streams.normal((4, 8, 8), seed, "noise", 0, position) for position in range(num)])
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_noisy_latents_and_targets_equal_diffusers(prediction_type: str) -> None:
-    ours, theirs, clean = objective(prediction_type), DDPMScheduler(**SD_NOISE), batch()
-    draw = ours.draw(clean, seed=3)
-    noisy = theirs.add_noise(clean.latents_BChw, draw.noise_BChw, draw.timesteps_B)
-    torch.testing.assert_close(ours.noisy(clean.latents_BChw, draw), noisy, rtol=1e-6, atol=1e-6)
-    velocity = theirs.get_velocity(clean.latents_BChw, draw.noise_BChw, draw.timesteps_B)
-    expected = draw.noise_BChw if prediction_type == "epsilon" else velocity
-    torch.testing.assert_close(ours.target(clean.latents_BChw, draw), expected, rtol=1e-6, atol=1e-6)
+    clean, theirs = batch(), DDPMScheduler(**SD_NOISE)
+    latents, noise, ours = clean.latents_BChw, noise_of(8, 3), draw(path(prediction_type), clean, seed=3)
+    noisy = theirs.add_noise(latents, noise, ours.model_times_B)
+    torch.testing.assert_close(ours.noisy_BChw, noisy, rtol=1e-6, atol=1e-6)
+    expected = noise if prediction_type == "epsilon" else theirs.get_velocity(latents, noise, ours.model_times_B)
+    torch.testing.assert_close(ours.target_BChw, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_draws_belong_to_the_slot_not_to_the_batch() -> None:
-    ours = objective()
-    whole = batch(6)
-    together = ours.draw(whole, seed=1)
-    alone = Batch(whole.latents_BChw[4:5], Conditioning(torch.zeros(1, 4, 8)), torch.ones(1), whole.slots[4:5], ("x",))
-    single = ours.draw(alone, seed=1)
-    assert torch.equal(single.noise_BChw[0], together.noise_BChw[4])
-    assert single.timesteps_B[0] == together.timesteps_B[4]
+def test_flow_equals_diffusers() -> None:
+    """Where diffusers' scheduler has a step: sigma = t of its training steps."""
+    theirs, flow = FlowMatchEulerDiscreteScheduler(), path("flow")
+    clean, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    steps = theirs.timesteps[[1, 400, 990]]
+    ours = flow.at(clean, noise, steps / 1000)
+    torch.testing.assert_close(ours.noisy_BChw, theirs.scale_noise(clean, steps, noise), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.model_times_B, steps)
+    stepped = theirs.step(ours.target_BChw[1:2], steps[1], ours.noisy_BChw[1:2], return_dict=False)[0]
+    lower = flow.at(clean[1:2], noise[1:2], theirs.timesteps[401:402] / 1000)
+    torch.testing.assert_close(stepped, lower.noisy_BChw, rtol=1e-4, atol=1e-4)
+    assert ours.weight_B.tolist() == [1, 1, 1]
 
 
-def test_timesteps_are_uniform() -> None:
-    ours = objective()
-    timesteps = torch.tensor([ours._timestep(Slot(0, position), 7) for position in range(20_000)])
-    counts = torch.bincount(timesteps // 100, minlength=10)
-    assert timesteps.min() >= 0
-    assert timesteps.max() <= 999
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow"])
+def test_draws_belong_to_the_slot_not_to_the_batch(prediction_type: str) -> None:
+    whole, ours = batch(6), path(prediction_type)
+    together = draw(ours, whole, seed=1)
+    alone = Batch(whole.latents_BChw[4:5], Conditioning({}), torch.ones(1), whole.slots[4:5], ("x",))
+    single = draw(ours, alone, seed=1)
+    assert torch.equal(single.noisy_BChw[0], together.noisy_BChw[4])
+    assert single.model_times_B[0] == together.model_times_B[4]
+    assert single.digest != together.digest
+    assert draw(ours, whole, seed=2).digest != together.digest
+
+
+def test_the_digest_knows_noise_and_times_alone() -> None:
+    assert draw(path(), batch(4), seed=1).digest == draw(path("v_prediction", gamma=5), batch(4), seed=1).digest
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow"])
+def test_times_are_uniform_and_strata_lie_in_the_middle(prediction_type: str) -> None:
+    ours = path(prediction_type)
+    drawn = torch.tensor([ours.draw_time(random_streams.stream(7, "timestep", 0, slot)) for slot in range(20_000)])
+    share = drawn / 1000 if prediction_type == "epsilon" else drawn
+    counts = torch.histc(share, 10, 0, 1)
+    assert share.min() >= 0
+    assert share.max() < 1
     assert (counts - 2000).abs().max() < 200
+    whole = 1000 if prediction_type == "epsilon" else 1
+    assert ours.strata(4) == [whole * middle for middle in (0.125, 0.375, 0.625, 0.875)]
 
 
-def test_loss_is_the_mean_square_of_each_sample() -> None:
-    ours, clean = objective(), batch(3)
-    draw = ours.draw(clean, seed=0)
-    prediction = torch.randn(3, 4, 8, 8)
-    expected = torch.nn.functional.mse_loss(prediction, draw.noise_BChw, reduction="none").mean((1, 2, 3))
-    torch.testing.assert_close(ours.loss(prediction, clean.latents_BChw, draw), expected)
-    assert ours.loss(prediction.bfloat16(), clean.latents_BChw, draw).dtype == torch.float32
+def test_the_error_is_the_mean_square_of_each_sample() -> None:
+    target, prediction = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    expected = torch.nn.functional.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
+    torch.testing.assert_close(squared_error(prediction, target), expected)
+    assert squared_error(prediction.bfloat16(), target).dtype == torch.float32
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_weights(prediction_type: str) -> None:
-    gamma, clean = 5.0, batch(8)
-    plain, weighted = objective(prediction_type), objective(prediction_type, gamma)
-    draw = plain.draw(clean, seed=0)
-    prediction = torch.zeros(8, 4, 8, 8)
-    alphas = DDPMScheduler(**SD_NOISE).alphas_cumprod[draw.timesteps_B]
+    ours = draw(path(prediction_type, 5.0), batch(8), seed=0)
+    alphas = DDPMScheduler(**SD_NOISE).alphas_cumprod[ours.model_times_B]
     snr = alphas / (1 - alphas)
     divisor = snr if prediction_type == "epsilon" else snr + 1
-    expected = (
-        plain.loss(prediction, clean.latents_BChw, draw) * torch.minimum(snr, torch.full_like(snr, gamma)) / divisor
-    )
-    torch.testing.assert_close(weighted.loss(prediction, clean.latents_BChw, draw), expected)
+    torch.testing.assert_close(ours.weight_B, snr.clamp(max=5) / divisor)
+
+
+@pytest.mark.parametrize(("prediction_type", "limit"), [("epsilon", 1.0), ("v_prediction", 0.0)])
+def test_min_snr_has_its_limit_where_no_signal_is_left(prediction_type: str, limit: float) -> None:
+    ours = path(prediction_type, 5.0, rescale_betas_zero_snr=True)
+    end = ours.at(torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8), torch.tensor([999]))
+    assert end.weight_B.item() == pytest.approx(limit, abs=1e-6)

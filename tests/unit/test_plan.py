@@ -24,7 +24,12 @@ def config(**sections: object) -> RunConfig:
 
 def planned(run: RunConfig, samples: int = 100, processes: int = 1) -> RunPlan:
     return plan_run(
-        run, num_images=samples, bucket_sizes=[samples], num_processes=processes, target_shapes={"a.to_q": (8, 4)}
+        run,
+        denoiser="unet",
+        num_images=samples,
+        bucket_sizes=[samples],
+        num_processes=processes,
+        target_shapes={"a.to_q": (8, 4)},
     )
 
 
@@ -89,6 +94,7 @@ def test_parameter_counts_equal_pefts(use_dora: bool) -> None:
     expected = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     plan = plan_run(
         config(adapter={"rank": 3, "use_dora": use_dora}),
+        denoiser="unet",
         num_images=1,
         bucket_sizes=[1],
         num_processes=1,

@@ -7,7 +7,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from lora_trainer.errors import ConfigError
-from lora_trainer.models.adapters.targets import TARGETS, select_targets
+from lora_trainer.models.adapters.targets import select_targets
+from lora_trainer.models.stable_diffusion import StableDiffusion
+
+PRESETS = StableDiffusion.target_presets
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +27,33 @@ def sd15() -> dict[str, tuple[int, ...]]:
     [("attention", 128), ("attention+feedforward", 160), ("transformer", 192), ("transformer+resnet", 278)],
 )
 def test_counts_at_sd15_shape(sd15: dict[str, tuple[int, ...]], targets: str, count: int) -> None:
-    assert targets in TARGETS
-    assert len(select_targets(sd15, targets)) == count
+    assert len(select_targets(sd15, targets, PRESETS)) == count
 
 
 def test_all_linear_takes_every_linear_layer_and_no_other(sd15: dict[str, tuple[int, ...]]) -> None:
-    chosen = select_targets(sd15, "all-linear")
+    chosen = select_targets(sd15, "all-linear", {})
     assert set(chosen) == {name for name, shape in sd15.items() if len(shape) == 2}
 
 
 def test_patterns_match_from_a_dot_to_the_end(sd15: dict[str, tuple[int, ...]]) -> None:
-    assert len(select_targets(sd15, ["attn2.to_k"])) == 16
-    up = select_targets(sd15, ["up_blocks.*.to_v"])
+    assert len(select_targets(sd15, ["attn2.to_k"], PRESETS)) == 16
+    up = select_targets(sd15, ["up_blocks.*.to_v"], PRESETS)
     assert len(up) == 18
     assert all(name.startswith("up_blocks") for name in up)
-    assert len(select_targets(sd15, ["to_k", "attn2.to_k"])) == 32
-    assert list(select_targets(sd15, ["conv_in"])) == ["conv_in"]
+    assert len(select_targets(sd15, ["to_k", "attn2.to_k"], PRESETS)) == 32
+    assert list(select_targets(sd15, ["conv_in"], PRESETS)) == ["conv_in"]
 
 
 def test_a_pattern_that_matches_nothing_is_refused(sd15: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(ConfigError, match="`q_proj` matches no layer"):
-        select_targets(sd15, ["to_k", "q_proj"])
+        select_targets(sd15, ["to_k", "q_proj"], PRESETS)
     with pytest.raises(ConfigError, match="`o_k` matches no layer"):
-        select_targets(sd15, ["o_k"])
+        select_targets(sd15, ["o_k"], PRESETS)
+
+
+def test_an_unknown_preset_is_refused_with_those_of_the_family(sd15: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        select_targets(sd15, "attentoin", PRESETS)
+    assert "did you mean attention? known: attention, attention+feedforward, transformer, transformer+resnet" in str(
+        caught.value
+    )

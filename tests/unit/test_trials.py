@@ -160,7 +160,6 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
         ("  random: {num: 2, optimizer.lr: {log_uniform: [1, 0]}}", (), "the smaller one first"),
         ("  trials: {a: {optimizer.lr: 1e-4}, b: [optimizer.lr=1e-4]}", (), "`a` and `b` are the same trial"),
         ("  seeds: [1]", ("validation=null",), "add validation"),
-        ("  seeds: [1]", ("train.precision=fp16",), "one loss scale for all trials"),
     ],
 )
 def test_refusals(tmp_path: Path, sweep: str, overrides: tuple[str, ...], said: str) -> None:

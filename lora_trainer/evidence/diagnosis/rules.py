@@ -91,8 +91,8 @@ def clipping(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     limit = run.config.train.max_grad_norm
     if limit is None:
         return State.CLIPPING.not_measured("train.max_grad_norm is null, nothing is clipped")
-    if log.step < LEAST_UPDATES:
-        return State.CLIPPING.not_measured(f"only {log.step} updates")
+    if len(log.clipped) < LEAST_UPDATES:
+        return State.CLIPPING.not_measured(f"only {len(log.clipped)} updates were applied")
     window = min(log.step, max(CLIP_WINDOW, run.num_updates // 10))
     share = float(np.mean(log.clipped[-window:]))
     median = float(np.median(log.grad_norms[-window:]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic_core import PydanticUndefined
 
 from lora_trainer.config.optimizers import Prodigy
+from lora_trainer.config.places import cache_folder
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.data.holdout import with_watched
@@ -17,8 +18,9 @@ from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.experiments.lr_finder.analysis import MIN_POINTS
 from lora_trainer.experiments.lr_finder.verification import FACTORS
 from lora_trainer.planning.prepare import Prepared, prepare, prepare_like
-from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS, lay_groups
+from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS
 from lora_trainer.runtime.launch import Launch
+from lora_trainer.schedules.curves import Constant
 from lora_trainer.schedules.cycles import Ramp
 from lora_trainer.tracking.metrics import HELD_OUT
 from lora_trainer.training.group import Member, TrialGroup
@@ -66,7 +68,7 @@ class PreparedFinder:
 
     def lr(self, k: int) -> float:
         """The learning rate of the ramp's update k."""
-        return lay_groups(self.prepared.config, self.prepared.plan.lr_horizon)[0].lr(k)
+        return self.prepared.lr_groups()[0].lr(k)
 
     def ramp_group(self) -> TrialGroup:
         """The ramp as a group of one."""
@@ -82,10 +84,16 @@ class PreparedFinder:
     def _short_run(self, lr: float) -> Prepared:
         config, length = self.prepared.config, self.options.num_verify_updates
         ratio = lr / config.optimizer.lr
+        groups = tuple(
+            group if group.lr is None else group.model_copy(update={"lr": group.lr * ratio})
+            for group in config.optimizer.groups
+        )
         changes = {
             "name": f"lr{lr:.1e}",
             "output_dir": str(self.folder / "verify"),
-            "lr_scheduler": Ramp(start_ratio=ratio, end_ratio=ratio),
+            "data": config.data.model_copy(update={"cache_dir": str(cache_folder(config))}),
+            "optimizer": config.optimizer.model_copy(update={"lr": lr, "groups": groups}),
+            "lr_scheduler": Constant(),
             "train": config.train.model_copy(update={"max_steps": length}),
         }
         prepared = prepare_like(self.prepared, config.model_copy(update=changes), continues=False)

@@ -15,7 +15,6 @@ from lora_trainer.experiments.lr_finder.analysis import Point, RampReading, anal
 from lora_trainer.experiments.lr_finder.prepare import HIGHEST_LR, PreparedFinder
 from lora_trainer.experiments.lr_finder.verification import ShortRun, Verification, judge, lrs_around
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.runtime.runtime import joined_processes
 from lora_trainer.tracking.console import Screen
@@ -72,7 +71,7 @@ def find_lr(finder: PreparedFinder, *, screen: Screen, should_stop: Callable[[],
 
 def _find(finder: PreparedFinder, screen: Screen, should_stop: Callable[[], bool], started: float) -> Found:
     with joined_processes(read_launch(finder.prepared.config)) as joined:
-        ramp = _RampObserver(finder, screen)
+        ramp = RampObserver(finder, screen)
         fit(finder.ramp_group(), screen=screen, should_stop=should_stop, on_measure=ramp.observe, joined=joined)
         measured = ramp.measured()
         reading = analyse([each.point for each in measured], finder.fallback_lr)
@@ -99,7 +98,7 @@ def run_short(
 
 
 @dataclass
-class _RampObserver:
+class RampObserver:
     """Collects a point per update, and ends the ramp where the probe has diverged."""
 
     finder: PreparedFinder
@@ -149,4 +148,4 @@ def _relative(measurement: Measurement) -> np.ndarray:
 
 
 def _first_lr(prepared: Prepared) -> float:
-    return lay_groups(prepared.config, prepared.plan.lr_horizon)[0].lr(0)
+    return prepared.lr_groups()[0].lr(0)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.training.group import SharedPrefix
 
 
@@ -38,7 +37,7 @@ def find_prefixes(members: Sequence[Prepared]) -> list[SharedPrefix | None]:
 
 def _curve(member: Prepared) -> _Curve | None:
     """None where the rates are not known beforehand."""
-    groups = lay_groups(member.config, member.plan.lr_horizon)
+    groups = member.lr_groups()
     if any(group.schedule.feedback is not None for group in groups):
         return None
     lrs = tuple(tuple(group.lr(k) for group in groups) for k in range(member.plan.num_updates))

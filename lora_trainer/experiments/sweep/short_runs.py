@@ -115,7 +115,7 @@ def _gap(config: RunConfig, whole: int, length: int) -> float:
 
 def _areas(config: RunConfig, horizon: Horizon) -> list[Any]:
     """Of each LR group: the area under its curve up to 100 moments of the run; empty where it waits for a probe."""
-    groups = lay_groups(config, horizon)
+    groups = lay_groups(config, horizon, "denoiser")
     if any(group.schedule.feedback is not None for group in groups):
         return []
     moments = np.linspace(0, 1, 101)

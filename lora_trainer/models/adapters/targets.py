@@ -1,32 +1,23 @@
 """Which layers get an adapter: named, documented lists of layer names, or the user's own patterns. Never imports torch.
 
-The names are those of diffusers' UNet. `transformer` is kohya's default (`LoRA` in sd-scripts), `transformer+resnet`
-its convolution extension (`LoCon`).
+The named lists belong to the model families.
 """
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 
 from lora_trainer.errors import ConfigError, Problem
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-FEEDFORWARD = ("ff.net.0.proj", "ff.net.2")
-PROJECTIONS = ("proj_in", "proj_out")
-RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.*.conv", "upsamplers.*.conv")
-
-TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ATTENTION,
-    "attention+feedforward": (*ATTENTION, *FEEDFORWARD),
-    "transformer": (*ATTENTION, *FEEDFORWARD, *PROJECTIONS),
-    "transformer+resnet": (*ATTENTION, *FEEDFORWARD, *PROJECTIONS, *RESNET),
-}
-
 Shape = Sequence[int]
+ALL_LINEAR = "all-linear"
 
 
-def select_targets(shapes: Mapping[str, Shape], targets: str | Sequence[str]) -> dict[str, Shape]:
+def select_targets(
+    shapes: Mapping[str, Shape], targets: str | Sequence[str], presets: Mapping[str, Sequence[str]]
+) -> dict[str, Shape]:
     """The layers that get an adapter, in the order of their names, with their weight shapes.
 
     A pattern matches the end of a layer's name from a dot on, and `*` stands for anything: `attn2.to_k`,
@@ -34,16 +25,25 @@ def select_targets(shapes: Mapping[str, Shape], targets: str | Sequence[str]) ->
 
     Args:
         shapes: weight shape of every layer of the denoiser, by name.
-        targets: a key of `TARGETS`, `all-linear`, or patterns.
+        targets: a preset, `all-linear`, or patterns.
+        presets: the family's lists of patterns.
 
     Raises:
-        ConfigError: a pattern matches no layer.
+        ConfigError: there is no such preset, or a pattern matches no layer.
     """
-    if targets == "all-linear":
+    if targets == ALL_LINEAR:
         chosen = {name for name, shape in shapes.items() if len(shape) == 2}
         return {name: shapes[name] for name in sorted(chosen)}
     if isinstance(targets, str):
-        patterns: Sequence[str] = TARGETS[targets]
+        if targets not in presets:
+            known = [*presets, ALL_LINEAR]
+            near = difflib.get_close_matches(targets, known, n=1)
+            fix = f"did you mean {near[0]}? " if near else ""
+            what = f"`{targets}` is no named list of layers"
+            raise ConfigError(
+                Problem(what, "adapter.targets", fix=f"{fix}known: {', '.join(known)}; or write patterns")
+            )
+        patterns = presets[targets]
         return {name: shapes[name] for name in sorted(shapes) if any(_matches(name, p) for p in patterns)}
     problems = [
         Problem(

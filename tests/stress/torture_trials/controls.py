@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -14,18 +15,12 @@ from stress.torture_trials.record import Trial
 from stress.torture_trials.world import Outputs, Prepare, World
 
 from lora_trainer.storage import checkpoint
-from lora_trainer.training import fit, resume, trial_writer
-from lora_trainer.training.optimizer_step import Updater
+from lora_trainer.training import group_writer, resume
+from lora_trainer.training.group_writer import GroupWriter
+from lora_trainer.training.optimizer_step import OptimizerStep
 from lora_trainer.training.trial import Trial as TrainedTrial
 
 EXIT_STEP, EXITED = 4, 99
-FRESH_SCALER = {
-    "scale": 2.0**24,
-    "growth_factor": 2.0,
-    "backoff_factor": 0.5,
-    "growth_interval": 2000,
-    "_growth_tracker": 0,
-}
 PLATEAU = (
     "validation={fraction: 0.5, every_steps: 1, max_cost: 1.0}",
     "lr_scheduler={type: plateau, patience: 2, threshold_se: 100, factor: 0.5}",
@@ -42,6 +37,8 @@ class Control:
 
     forget: Prepare
     overrides: tuple[str, ...] = ()
+    skipped: tuple[int, ...] = (1,)
+    """Updates whose loss is said not to be finite, so that a log has fewer rows than steps."""
 
 
 def drop_each_part(world: World) -> Iterator[Trial]:
@@ -52,11 +49,11 @@ def drop_each_part(world: World) -> Iterator[Trial]:
 
 def _control(world: World, name: str, control: Control) -> Callable[[], str | None]:
     def run() -> str | None:
-        straight = _end(world, f"{name}-straight", control.overrides, [])
+        straight = _end(world, f"{name}-straight", control, [])
         ends = []
         for place, forget in ((f"{name}-whole", []), (f"{name}-less", [control.forget])):
-            _end(world, place, control.overrides, [_exit_after_save])
-            ends.append(_end(world, place, control.overrides, forget))
+            _end(world, place, control, [_exit_after_save])
+            ends.append(_end(world, place, control, forget))
             world.forget(place)
         world.forget(f"{name}-straight")
         if ends[0] != straight:
@@ -66,14 +63,16 @@ def _control(world: World, name: str, control: Control) -> Callable[[], str | No
     return run
 
 
-def _end(world: World, place: str, overrides: tuple[str, ...], prepare: list[Prepare]) -> Outputs | int:
+def _end(world: World, place: str, control: Control, prepare: list[Prepare]) -> Outputs | int:
     """How a run ends: its outputs, or the code it ended with before."""
 
     def all_of_them() -> None:
-        for each in [_skip_one_attempt, _overflow_at_first, *prepare]:
+        _skip(control.skipped)
+        _overflow_at_first()
+        for each in prepare:
             each()
 
-    code = world.attempt(place, overrides, all_of_them)
+    code = world.attempt(place, control.overrides, all_of_them)
     return world.outputs(place) if code == 0 else code
 
 
@@ -83,30 +82,30 @@ def _exit_after_save() -> None:
 
     def save(*arguments: Any, **named: Any) -> Any:
         result = honest(*arguments, **named)
-        if arguments[1].step == EXIT_STEP:
+        if arguments[1] == EXIT_STEP:
             os._exit(EXITED)
         return result
 
-    patch.object(trial_writer, "save_checkpoint", save).start()
+    patch.object(group_writer, "save_checkpoint", save).start()
 
 
-def _skip_one_attempt() -> None:
-    """The second attempt is skipped, so that attempts and steps differ."""
-    honest_run, honest_fault, now = Updater.run, Updater._fault, [0]
+def _skip(updates: tuple[int, ...]) -> None:
+    """The loss of these updates is not finite, as the run sees it."""
+    honest_run, honest_fault, now = OptimizerStep.run, TrainedTrial.fault, [0]
 
-    def run(self: Updater, attempt: int, step: int, **named: Any) -> Any:
-        now[0] = attempt
-        return honest_run(self, attempt, step, **named)
+    def run(self: OptimizerStep, k: int, **named: Any) -> Any:
+        now[0] = k
+        return honest_run(self, k, **named)
 
-    def fault(self: Updater, *numbers: Any) -> str | None:
-        return "loss" if now[0] == 1 else honest_fault(self, *numbers)
+    def fault(self: TrainedTrial, *numbers: float) -> str | None:
+        return "loss" if now[0] in updates else honest_fault(self, *numbers)
 
-    patch.object(Updater, "run", run).start()
-    patch.object(Updater, "_fault", fault).start()
+    patch.object(OptimizerStep, "run", run).start()
+    patch.object(TrainedTrial, "fault", fault).start()
 
 
 def _overflow_at_first() -> None:
-    """With fp16, start at a gradient scale that overflows for some attempts."""
+    """With fp16, start at a loss scale that overflows until it is settled."""
     patch.object(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**24)).start()
 
 
@@ -116,13 +115,13 @@ def _without(key: str, *, tensors: bool) -> Prepare:
     def install() -> None:
         honest = TrainedTrial.load_state
 
-        def load(self: TrainedTrial, parts: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
+        def load(self: TrainedTrial, parts: Mapping[str, Any], plain: Mapping[str, Any], **named: Any) -> None:
             fresh_parts, fresh_plain = self.state()
             if tensors:
                 kept = {name: tensor.clone() for name, tensor in fresh_parts[key].items()}
-                honest(self, {**parts, key: kept}, plain)
+                honest(self, {**parts, key: kept}, plain, **named)
             else:
-                honest(self, parts, {**plain, key: fresh_plain[key]})
+                honest(self, parts, {**plain, key: fresh_plain[key]}, **named)
 
         patch.object(TrainedTrial, "load_state", load).start()
 
@@ -130,20 +129,41 @@ def _without(key: str, *, tensors: bool) -> Prepare:
 
 
 def _with_state(change: Callable[[dict[str, Any]], None]) -> Prepare:
-    """A resume from a checkpoint whose counters or scaler were changed after it was verified."""
+    """A resume from a checkpoint whose JSON was changed after it was verified."""
 
     def install() -> None:
-        honest = resume.find_checkpoint
+        honest = checkpoint.newest_checkpoint
 
-        def find(*arguments: Any) -> Any:
-            found = honest(*arguments)
+        def find(folder: Path) -> Any:
+            found, faults = honest(folder)
             assert found is not None
             change(found.state)
-            return found
+            return found, faults
 
-        patch.object(fit, "find_checkpoint", find).start()
+        patch.object(resume, "newest_checkpoint", find).start()
 
     return install
+
+
+def _of_trial(**values: Any) -> Prepare:
+    """A resume from a checkpoint that says other things of its one trial."""
+
+    def change(state: dict[str, Any]) -> None:
+        (trial,) = state["trials"].values()
+        trial.update(values)
+
+    return _with_state(change)
+
+
+def _nothing_due() -> None:
+    """A resume that takes what was due at the checkpoint's step as done."""
+    honest = GroupWriter.export_and_sample
+
+    def later(self: GroupWriter, step: int) -> None:
+        if step != EXIT_STEP:
+            honest(self, step)
+
+    patch.object(GroupWriter, "export_and_sample", later).start()
 
 
 CONTROLS = {
@@ -153,9 +173,10 @@ CONTROLS = {
     "average": Control(_without("average", tensors=True)),
     "plateau memory": Control(_without("feedback", tensors=False), PLATEAU),
     "best probe": Control(_without("best", tensors=False), PLATEAU),
-    "gradient scaler": Control(_with_state(lambda state: state.update(scaler=FRESH_SCALER)), FP16),
-    "step": Control(_with_state(lambda state: state["progress"].update(step=0))),
-    "attempt": Control(_with_state(lambda state: state["progress"].update(attempt=state["progress"]["step"]))),
-    "length of the log": Control(_with_state(lambda state: state["progress"].update(metrics_bytes=0))),
-    "work owed": Control(_with_state(lambda state: state["progress"].update(owed=False)), SAMPLES),
+    "loss scale": Control(_without("scaler", tensors=False), FP16),
+    "skips in a row": Control(_without("skips", tensors=False), skipped=(2, 3, 4)),
+    "ending": Control(_of_trial(ending=None), skipped=(1, 2, 3)),
+    "step": Control(_with_state(lambda state: state.update(step=0))),
+    "length of the log": Control(_of_trial(metrics_bytes=0)),
+    "what is due at its step": Control(_nothing_due, SAMPLES),
 }

@@ -13,7 +13,7 @@ from stress.torture_trials.world import World
 
 from lora_trainer.storage import atomic_files
 from lora_trainer.storage.checkpoint import newest_checkpoint, save_checkpoint
-from lora_trainer.training import trial_writer
+from lora_trainer.training import group_writer
 
 
 def replayed(world: World, seed: int, count: int, stride: int = 1) -> Iterator[Trial]:
@@ -31,10 +31,10 @@ def trace(world: World) -> list[CutMoment]:
 
     def saved(*arguments: Any, **named: Any) -> Any:
         result = save_checkpoint(*arguments, **named)
-        tracer.reported = arguments[1].step
+        tracer.reported = arguments[1]
         return result
 
-    with patch.object(trial_writer, "save_checkpoint", saved), atomic_files.observe_operations(tracer):
+    with patch.object(group_writer, "save_checkpoint", saved), atomic_files.observe_operations(tracer):
         world.train_quietly("traced")
     world.forget("traced")
     return tracer.moments
@@ -57,7 +57,7 @@ def _reported_is_lost(world: World, place: str, cut: CutMoment) -> str | None:
     if cut.reported is None:
         return None
     found, faults = newest_checkpoint(world.run_dir(place) / "checkpoints")
-    if found is None or found.progress.step < cut.reported:
-        there = "none" if found is None else f"step {found.progress.step}"
+    if found is None or found.state["step"] < cut.reported:
+        there = "none" if found is None else f"step {found.state['step']}"
         return f"step {cut.reported} was reported as saved, {there} is there ({'; '.join(faults)})"
     return None

@@ -15,12 +15,11 @@ from unittest.mock import patch
 
 from toys import build_toy_base, tiny_unet, write_images
 
+from lora_trainer.cli import train as train_command
 from lora_trainer.cli.session import report_error
-from lora_trainer.cli.train import train
 from lora_trainer.errors import TrainerError
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows
-from lora_trainer.training import trial_writer
 
 NUM_UPDATES = 6
 UNEQUAL_EVENTS = ("resume", "checkpoint", "disk")
@@ -66,7 +65,7 @@ class World:
     @classmethod
     def build(cls, folder: Path) -> World:
         """Make base and images, and do everything once in this process, so that later starts find all imported."""
-        patch.object(trial_writer, "draw_curves", _draw_nothing).start()
+        patch.object(train_command, "draw_curves", _draw_nothing).start()
         world = cls(folder)
         build_toy_base(folder / "base", unet=tiny_unet)
         write_images(folder / "images", num=4, size=(32, 32))
@@ -90,7 +89,7 @@ class World:
                 updates=NUM_UPDATES,
             )
         )
-        train(config, [f"data.cache_dir={shared}", *overrides])
+        train_command.train(config, [f"data.cache_dir={shared}", *overrides])
 
     def train_quietly(self, place: str, overrides: Sequence[str] = ()) -> None:
         """Train in this process; what it prints goes to the trial's log."""

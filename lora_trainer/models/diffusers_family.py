@@ -1,0 +1,94 @@
+"""What the families of diffusers folders have in common. torch is imported where a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lora_trainer.errors import ModelError, Problem
+from lora_trainer.models.family import Family, FileName, View
+from lora_trainer.models.folder import BaseFolder
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DiffusersFamily(Family):
+    """A base that diffusers and transformers load: its VAE is an `AutoencoderKL`, its (first) tokenizer CLIP's."""
+
+    kohya_prefixes: ClassVar[Mapping[str, str]]
+    """What stands for each component in kohya's layout."""
+
+    def __init__(self, base: BaseFolder) -> None:
+        self.base = base
+
+    def problems(self) -> list[Problem]:
+        return []
+
+    @property
+    def latent_factor(self) -> int:
+        return 2 ** (len(self.base.component_config("vae")["block_out_channels"]) - 1)
+
+    def kohya_names(self, layers: Iterable[str]) -> dict[str, FileName]:
+        """The prefix and the layer's name with underscores for dots."""
+        named = {}
+        for layer in layers:
+            component, _, rest = layer.partition(".")
+            named[layer] = FileName(f"{self.kohya_prefixes[component]}_{rest.replace('.', '_')}")
+        return named
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import CLIPTokenizer
+
+        return CLIPTokenizer.from_pretrained(self.base.path / "tokenizer")
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokenizer.model_max_length
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+
+    def view_conditioning(self, view: View) -> dict[str, tuple[float, ...]]:
+        return {}
+
+    def load_vae(self, device: torch.device) -> Any:
+        """The frozen VAE in fp32: SD's overflows in fp16 on some images."""
+        import torch
+        from diffusers import AutoencoderKL
+
+        return self.load(AutoencoderKL, "vae", device, torch.float32)
+
+    def encode_images(self, vae: Any, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled and shifted as the VAE's config says: (z - shift) x scale."""
+        posterior, factor = vae.encode(pixels_BCHW).latent_dist, vae.config.scaling_factor
+        return (posterior.mean - (vae.config.shift_factor or 0)) * factor, posterior.std * factor
+
+    def decode(self, vae: Any, latents_BChw: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents_BChw / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+
+    def load_pipeline(self) -> Any:
+        what = f"there is no stock pipeline for the family {self.name}"
+        raise ModelError(Problem(what, str(self.base.path), fix="use sample.prompts, which draws while it trains"))
+
+    def load(self, model: Any, component: str, device: torch.device, dtype: torch.dtype) -> Any:
+        """A component's frozen model.
+
+        Raises:
+            ModelError: a weight is not finite.
+        """
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        variant = self.base.variant(component)
+        loaded = model.from_pretrained(
+            self.base.path / component, dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
+        )
+        for name, parameter in loaded.named_parameters():
+            if not torch.isfinite(parameter).all():
+                what = f"the {component}'s weight `{name}` holds NaN or infinite values"
+                raise ModelError(Problem(what, fix="fetch the base again"))
+        return loaded.requires_grad_(False).eval().to(device)

@@ -1,0 +1,51 @@
+"""Numbers made not finite on purpose, in chosen updates of chosen trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from lora_trainer.training.denoiser import AdaptedDenoiser
+from lora_trainer.training.optimizer_step import OptimizerStep
+
+
+def before_updates(monkeypatch: pytest.MonkeyPatch, change: Callable[[OptimizerStep, int], None]) -> None:
+    """Call `change` with the optimizer step and k before each update k."""
+    honest = OptimizerStep.run
+
+    def run(self: OptimizerStep, k: int, **named: Any) -> Any:
+        change(self, k)
+        return honest(self, k, **named)
+
+    monkeypatch.setattr(OptimizerStep, "run", run)
+
+
+def spoil_gradients(
+    monkeypatch: pytest.MonkeyPatch, updates: Collection[int], *, trial: str | None = None, value: float = float("nan")
+) -> None:
+    """Multiply a gradient of one trial (by name; the first where it has none) by `value` in these updates."""
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def spoil(step: OptimizerStep, k: int) -> None:
+        while hooks:
+            hooks.pop().remove()
+        if k in updates:
+            own = next(each for each in step.trials if trial in (None, each.name))
+            parameter = next(iter(own.parameters.values()))
+            hooks.append(parameter.register_hook(lambda gradient: gradient * value))
+
+    before_updates(monkeypatch, spoil)
+
+
+def spoil_losses(monkeypatch: pytest.MonkeyPatch, calls: Callable[[int], bool] | Sequence[int]) -> None:
+    """Make the losses of these forwards, counted from 0, NaN."""
+    honest, count = AdaptedDenoiser.squared_errors, iter(range(10**6))
+    is_spoilt = calls if callable(calls) else set(calls).__contains__
+
+    def squared_errors(self: AdaptedDenoiser, *arguments: Any) -> torch.Tensor:
+        return honest(self, *arguments) * (float("nan") if is_spoilt(next(count)) else 1.0)
+
+    monkeypatch.setattr(AdaptedDenoiser, "squared_errors", squared_errors)
