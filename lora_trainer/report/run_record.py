@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from lora_trainer.config.places import CONFIG_FILE, ENVIRONMENT_FILE, EXIT_FILE, METRICS_FILE, PLAN_FILE, SAMPLES
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.arms import Purpose
@@ -162,7 +164,7 @@ def read_sweep(folder: Path) -> list[RunRecord]:
         ConfigError: nothing has begun, or something cannot be read.
     """
     try:
-        trials = json.loads((folder / SWEEP_FILE).read_text())["trials"]
+        trials = _read_json(folder / SWEEP_FILE)["trials"]
         left_out = {(trial["setting"], trial["peak_lr"]) for trial in _not_begun(trials)}
         records = [
             replace(
@@ -184,11 +186,9 @@ def read_sweep(folder: Path) -> list[RunRecord]:
 
 def not_begun(folders: Sequence[Path]) -> list[str]:
     """The trials of sweeps that were decided not to be begun, with the reason; from what `read_runs` could read."""
-    found = []
-    for file in (folder / SWEEP_FILE for folder in folders):
-        trials = json.loads(file.read_text())["trials"] if file.is_file() else []
-        found += [f"{trial['name']} was not trained: {trial['reason']}" for trial in _not_begun(trials)]
-    return found
+    sweeps = [_read_json(folder / SWEEP_FILE) for folder in folders]
+    idle = [trial for sweep in sweeps for trial in _not_begun(sweep.get("trials", ()))]
+    return [f"{trial['name']} was not trained: {trial['reason']}" for trial in idle]
 
 
 def _not_begun(trials: Sequence[Row]) -> list[Row]:
@@ -205,8 +205,8 @@ def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[R
     problems: list[Problem] = []
     for folder in folders:
         try:
-            found = read_sweep(folder) if (folder / SWEEP_FILE).is_file() else [read_run(folder)]
-            records += [replace(record, purpose=purpose, source=folder.resolve().name) for record in found]
+            trials = read_sweep(folder) if (folder / SWEEP_FILE).is_file() else [read_run(folder)]
+            records += [replace(trial, purpose=purpose, source=folder.resolve().name) for trial in trials]
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -219,11 +219,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _prompts(config: Path) -> tuple[str, ...]:
-    from ruamel.yaml import YAML
-
-    if not config.is_file():
-        return ()
-    settings = YAML(typ="safe").load(config)
+    settings = YAML(typ="safe").load(config) if config.is_file() else {"sample": {"prompts": ()}}
     return tuple(prompt["prompt"] for prompt in settings["sample"]["prompts"])
 
 

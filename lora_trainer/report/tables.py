@@ -89,8 +89,8 @@ def differences_table(records: Sequence[RunRecord], groups: Sequence[ArmRuns]) -
     keys = varied(records)
     if len(groups) < 2 or not keys:
         return None
-    settings = [group.runs[0].identity for group in groups]
-    rows = tuple((key, *(_shown(own[key]) if key in own else "–" for own in settings)) for key in keys)
+    identities = [group.runs[0].identity for group in groups]
+    rows = tuple((key, *(_shown(values[key]) if key in values else "–" for values in identities)) for key in keys)
     return Table("Settings that differ", ("setting", *(group.name for group in groups)), rows)
 
 
