@@ -26,6 +26,7 @@ from rich.progress import track
 
 from lora_trainer.config.schema import CheckpointConfig
 from lora_trainer.models.adapters.targets import select_targets
+from lora_trainer.models.stable_diffusion import StableDiffusion
 from lora_trainer.runtime.runtime import processor_name
 from lora_trainer.storage import atomic_files
 from lora_trainer.storage.checkpoint import prune, save_checkpoint
@@ -62,7 +63,7 @@ def sdxl_state(targets: str) -> dict[str, Tensors]:
         if name.endswith(".weight") and parameter.dim() > 1
     }
     adapter: Tensors = {}
-    for name, (out, *rest) in select_targets(shapes, targets).items():
+    for name, (out, *rest) in select_targets(shapes, targets, StableDiffusion.target_presets).items():
         adapter[f"run/{name}.lora_A.weight"] = torch.randn(RANK, *rest)
         adapter[f"run/{name}.lora_B.weight"] = torch.randn(out, RANK)
     moments = {

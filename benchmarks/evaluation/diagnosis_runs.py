@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -138,19 +138,21 @@ def _paint_gray(folder: Path, rng: np.random.Generator) -> None:
 @contextmanager
 def _one_loss_not_finite(seed: int) -> Iterator[None]:
     """The loss of one of the first forty updates is not a number."""
-    from lora_trainer.diffusion.objective import Objective
+    import torch
 
-    honest, calls, spoilt = Objective.draw, count(1), int(np.random.default_rng(seed).integers(5, 41))
+    from lora_trainer.training.denoiser import AdaptedDenoiser
 
-    def draw(*given: Any) -> Any:
-        noised = honest(*given)
-        return replace(noised, weight_B=noised.weight_B * float("nan")) if next(calls) == spoilt else noised
+    honest, calls, spoilt = AdaptedDenoiser.squared_errors, count(1), int(np.random.default_rng(seed).integers(5, 41))
 
-    Objective.draw = draw  # type: ignore[method-assign,assignment]
+    def squared_errors(*given: Any) -> Any:
+        spoil = torch.is_grad_enabled() and next(calls) == spoilt  # probes take no gradient
+        return honest(*given) * float("nan") if spoil else honest(*given)
+
+    AdaptedDenoiser.squared_errors = squared_errors  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        Objective.draw = honest  # type: ignore[method-assign]
+        AdaptedDenoiser.squared_errors = honest  # type: ignore[method-assign]
 
 
 WARM = {"warmup_steps": "5%"}
