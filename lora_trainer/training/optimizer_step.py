@@ -106,7 +106,7 @@ class OptimizerStep:
         with_base = self._base_loss_every is not None and k % self._base_loss_every == 0
 
         # 1. Forward and backward of every micro-batch; then one all-reduce of all gradients, K + 1 losses and the wish
-        #    to stop. Gradients are fp32: rank 16 on all of SD 1.5's transformer layers has 6.8 M of them, 26 MiB a trial.
+        #    to stop. Gradients are fp32: rank 16 on the transformer layers of SD 1.5 is 6.8 M numbers, 26 MiB a trial.
         sums = self._gradients(k, with_base=with_base)
         stopping = self._reduce(sums.losses, stop_asked)
 
