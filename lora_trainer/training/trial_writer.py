@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 
 from PIL import Image
 
@@ -66,6 +67,7 @@ class TrialWriter:
         self._setup, self._sampler = setup, sampler
         self._runtime: Runtime = setup.denoiser.runtime
         self._has_ended = not trial.is_live
+        self._opened = ExitStack()
 
     def open(self, step: int, *, metrics_bytes: int, resumed_as: str | None) -> list[str]:
         """Write what this run is, and continue its log where the checkpoint left it; what is wrong with the log.
@@ -82,10 +84,11 @@ class TrialWriter:
         log, notes = self.run_dir / METRICS_FILE, []
         if metrics_bytes > (log.stat().st_size if log.exists() else 0):
             notes.append(f"{log} is shorter than it was at step {step}: rows before it are missing")
-        self._metrics = MetricsLog(log, keep_bytes=metrics_bytes)
+        self._metrics = self._opened.enter_context(closing(MetricsLog(log, keep_bytes=metrics_bytes)))
         self._tensorboard = None
         if self._config.tracking.tensorboard:
-            self._tensorboard = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, say=self._say)
+            events = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, say=self._say)
+            self._tensorboard = self._opened.enter_context(closing(events))
         if resumed_as is not None:
             self._metrics.event("resume", step)
         if resumed_as not in (None, self.trial.name):
@@ -96,9 +99,8 @@ class TrialWriter:
         return notes
 
     def close(self) -> None:
-        self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """Close what was opened, be it all or a part."""
+        self._opened.close()
 
     def row(self, step: int, result: StepResult, seconds: float) -> StepRow | None:
         """Log a completed update; None where it was not applied to this trial."""
