@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.evidence.statistics.arms import Arm, Purpose
+from lora_trainer.evidence.statistics.verdict import Arm, Purpose
 from lora_trainer.report.run_record import RunRecord
 
 MUST_AGREE = ("base content", "data content", "validation content", "validation.seed", "data.resolution")
@@ -61,9 +61,8 @@ def named_runs(groups: Sequence[ArmRuns]) -> list[tuple[str, RunRecord]]:
 
 def varied(records: Sequence[RunRecord]) -> list[str]:
     """The settings that are not equal in all runs; the seed and what only places the work are none."""
-    keys = sorted({key for record in records for key in record.identity})
-    settings = [key for key in keys if key not in _NO_SETTING and not key.startswith("validation.")]
-    return [key for key in settings if _differs(records, key)]
+    keys = sorted({key for record in records for key in record.identity if not key.startswith("validation.")})
+    return [key for key in keys if key not in _NO_SETTING and _differs(records, key)]
 
 
 def arms(records: Sequence[RunRecord]) -> list[ArmRuns]:
@@ -76,36 +75,33 @@ def arms(records: Sequence[RunRecord]) -> list[ArmRuns]:
         names = [(str(record.arm), str(record.setting)) for record in records]
     else:
         names = _names(records)
-    members: dict[tuple[str, str], list[RunRecord]] = {}
-    for name, record in zip(names, records, strict=True):
-        members.setdefault(name, []).append(record)
-    by_seed = {name: sorted(runs, key=lambda run: run.seed) for name, runs in members.items()}
-    fix = "name one of them"
-    twins = [
-        Problem(f"two runs have the same settings and seed {run.seed}", f"{run.folder} and {other.folder}", fix=fix)
-        for runs in by_seed.values()
+    members: dict[tuple[str, str], list[RunRecord]] = {name: [] for name in names}
+    for name, record in sorted(zip(names, records, strict=True), key=lambda named: named[1].seed):
+        members[name].append(record)
+    if twins := [
+        Problem(
+            f"two runs have the same settings and seed {run.seed}",
+            f"{run.folder} and {other.folder}",
+            fix="name one of them",
+        )
+        for runs in members.values()
         for run, other in pairwise(runs)
         if run.seed == other.seed
-    ]
-    if twins:
+    ]:
         raise ConfigError(*twins)
-    settings = list(dict.fromkeys(setting for _, setting in by_seed))
-    lrs = sorted({runs[0].peak_lr for runs in by_seed.values()})
+    settings = list(dict.fromkeys(setting for _, setting in members))
+    lrs = sorted({runs[0].peak_lr for runs in members.values()})
     return [
         ArmRuns(name, setting, tuple(runs), (settings.index(setting), lrs.index(runs[0].peak_lr)))
-        for (name, setting), runs in by_seed.items()
+        for (name, setting), runs in members.items()
     ]
 
 
 def incompatibilities(records: Sequence[RunRecord]) -> list[str]:
     """Why these runs cannot be compared; empty where they can."""
-    reasons = [
-        f"they differ in {key}, so their held-out losses do not measure the same thing"
-        for key in MUST_AGREE
-        if _differs(records, key)
-    ]
-    without = [record.name for record in records if not record.probe()]
-    if without:
+    what = "so their held-out losses do not measure the same thing"
+    reasons = [f"they differ in {key}, {what}" for key in MUST_AGREE if _differs(records, key)]
+    if without := [record.name for record in records if not record.probe()]:
         reasons.append(f"held-out loss was not measured in {', '.join(without)} (no `validation` section)")
     return reasons
 
@@ -132,9 +128,8 @@ def pairing_notes(groups: Sequence[ArmRuns]) -> list[str]:
         for seed, draws in sorted(draws_by_seed.items())
         if any(len({digests[step] for digests in draws}) > 1 for step in set.intersection(*map(set, draws)))
     ]
-    if not loose:
-        return []
-    return [f"the runs of seed {', '.join(loose)} did not see the same batches: pairing helps them less"]
+    note = f"the runs of seed {', '.join(loose)} did not see the same batches: pairing helps them less"
+    return [note] if loose else []
 
 
 def _differs(records: Sequence[RunRecord], key: str) -> bool:
@@ -151,12 +146,11 @@ def _names(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
     rest = [key for key in keys if key != _LR]
     distinct = {tuple(_value(record, key) for key in (*rest, _SCHEDULE_TYPE)) for record in records}
     num_settings = Counter(schedule for *_, schedule in distinct)
-    names = []
-    for record in records:
-        setting = _setting_name(record, rest, has_own_type=num_settings[_value(record, _SCHEDULE_TYPE)] == 1)
-        name = f"{setting}, LR {record.peak_lr:.3g}" if _LR in keys else setting
-        names.append((name if len(records) > 1 else record.name, setting))
-    return names
+    settings = [_setting_name(r, rest, has_own_type=num_settings[_value(r, _SCHEDULE_TYPE)] == 1) for r in records]
+    if len(records) == 1:
+        return [(records[0].name, settings[0])]
+    lrs = [f", LR {record.peak_lr:.3g}" if _LR in keys else "" for record in records]
+    return [(setting + lr, setting) for setting, lr in zip(settings, lrs, strict=True)]
 
 
 def _setting_name(record: RunRecord, keys: Sequence[str], *, has_own_type: bool) -> str:

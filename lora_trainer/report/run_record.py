@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from lora_trainer.config.places import CONFIG_FILE, ENVIRONMENT_FILE, EXIT_FILE, METRICS_FILE, PLAN_FILE, SAMPLES
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.evidence.statistics.arms import Purpose
+from lora_trainer.evidence.statistics.verdict import Purpose
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_lines
 
 SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
@@ -69,8 +69,8 @@ class RunRecord:
     @property
     def step(self) -> int:
         """Updates done, the skipped ones too: those leave an event in place of a row."""
-        last = self.updates[-1]["step"] if self.updates else 0
-        return max([last, *(row["step"] for row in self.events if row["event"] == "skip")])
+        skips = (row for row in self.events if row["event"] == "skip")
+        return max((row["step"] for row in (*self.updates[-1:], *skips)), default=0)
 
     @property
     def is_finished(self) -> bool:

@@ -1,25 +1,59 @@
-"""The tables of the page: runs, their diagnosis, settings and cost; arms, pairs of arms, and single runs compared."""
+"""The tables of the page: runs, diagnosis, samples, settings and cost; arms, pairs of arms, single runs compared."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from lora_trainer.evidence.statistics.arms import Arm
 from lora_trainer.evidence.statistics.paired import paired, smallest
-from lora_trainer.evidence.statistics.verdict import Outcome, Pair, Verdict
+from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Pair, Verdict
 from lora_trainer.report.comparison import ArmRuns, named_runs, varied
-from lora_trainer.report.figure import Table
+from lora_trainer.report.pictures import spread, step_name
 from lora_trainer.report.run_record import Row, RunRecord
 from lora_trainer.tracking.metrics import TRAIN, probe_fault
 
 NOT_MEASURED = "not measured"
 PERCENT = 100
+MOST_SAMPLED_STEPS = 6
+THUMBNAIL_PX, AS_IT_IS_PX = 256, 128
 _PATH = re.compile(r"(?<![\w:/.…])~?(?:/[^\s/'\"`:,;()]+)+/(?=[^\s/])")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under a header; the first cell of a row heads it."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One sample; `alt` says what it is in the picture's place."""
+
+    source: str
+    alt: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTable:
+    """A row per prompt."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Picture | None, ...]], ...]
 
 
 def without_paths(text: str) -> str:
@@ -57,31 +91,76 @@ def _probe_cells(run: RunRecord) -> tuple[str, ...] | None:
 def diagnosis_table(groups: Sequence[ArmRuns]) -> Table | None:
     """A row per state that the last diagnosis in a run's log found; None where no run's log holds a diagnosis."""
     runs = named_runs(groups)
-    if not any(_was_diagnosed(run) for _, run in runs):
+    if not any(_diagnoses(run) for _, run in runs):
         return None
     rows = tuple((name, *cells) for name, run in runs for cells in _diagnosis_cells(run))
     return Table("Diagnosis at its last change", ("run", "state", "confidence", "evidence", "to try"), rows)
 
 
-def _was_diagnosed(run: RunRecord) -> bool:
-    return any(row["event"] in ("diagnosis", "early_report") for row in run.events)
+def _diagnoses(run: RunRecord) -> list[Row]:
+    """The early report is written even where nothing is told, so it says that the diagnosis ran."""
+    return [row for row in run.events if row["event"] in ("diagnosis", "early_report")]
 
 
 def _diagnosis_cells(run: RunRecord) -> Iterator[tuple[str, ...]]:
-    diagnoses = [row for row in run.events if row["event"] == "diagnosis"]
-    for finding in diagnoses[-1]["findings"] if diagnoses else ():
-        evidence = f"step {diagnoses[-1]['step']}: {finding['evidence']}"
-        advice = "; ".join(map(_advice, finding["advice"])) or "–"
-        yield finding["state"], finding["confidence"] or "–", evidence, advice
-    if not _was_diagnosed(run):
-        yield NOT_MEASURED, "–", "the log holds no diagnosis", "lora-trainer diagnose"
-    elif not diagnoses:
+    last = next((row for row in reversed(_diagnoses(run)) if row["event"] == "diagnosis"), None)
+    if last is not None:
+        for finding in last["findings"]:
+            advice = "; ".join(map(_advice, finding["advice"])) or "–"
+            yield finding["state"], finding["confidence"] or "–", f"step {last['step']}: {finding['evidence']}", advice
+    elif _diagnoses(run):
         yield "no fault told", "–", "the diagnosis followed the run and had nothing to say", "–"
+    else:
+        yield NOT_MEASURED, "–", "the log holds no diagnosis", "lora-trainer diagnose"
 
 
 def _advice(advice: Row) -> str:
     """With its setting, where it is one."""
     return advice["text"] + (f" ({advice['key']}: {advice['value']})" if "key" in advice else "")
+
+
+def sample_table(groups: Sequence[ArmRuns]) -> SampleTable | None:
+    """The last samples of each trial side by side; of a single run its samples over steps. None without samples."""
+    runs = [run for group in groups for run in group.runs]
+    if not any(run.samples for run in runs):
+        return None
+    if len(runs) == 1:
+        steps = spread(sorted({step for step, _ in runs[0].samples}), MOST_SAMPLED_STEPS)
+        rows = tuple(
+            (text, tuple(_picture(runs[0].samples.get((step, number)), f"{text}, step {step}") for step in steps))
+            for number, text in enumerate(runs[0].prompts, start=1)
+        )
+        caption = "Samples with equal image seeds as the training went on"
+        return SampleTable(caption, tuple(map(step_name, steps)), rows)
+    firsts = {group.name: group.runs[0] for group in groups}
+    prompts = dict.fromkeys(prompt for run in firsts.values() for prompt in run.prompts)
+    rows = tuple((text, tuple(_last_picture(run, text, name) for name, run in firsts.items())) for text in prompts)
+    seeds = sorted({run.seed for run in firsts.values()})
+    which = f"training seed {seeds[0]}" if len(seeds) == 1 else "the first training seed of each"
+    return SampleTable(f"Last samples of each trial, equal image seeds, {which}", tuple(firsts), rows)
+
+
+def _last_picture(run: RunRecord, prompt: str, name: str) -> Picture | None:
+    if prompt not in run.prompts or not run.samples:
+        return None
+    step = max(step for step, _ in run.samples)
+    return _picture(run.samples.get((step, run.prompts.index(prompt) + 1)), f"{prompt}, {name}, step {step}")
+
+
+def _picture(file: Path | None, alt: str) -> Picture | None:
+    """Small pictures as they are, larger ones as JPEG thumbnails, so that the page stays small."""
+    if file is None:
+        return None
+    with Image.open(file) as image:
+        if max(image.size) <= AS_IT_IS_PX:
+            data, kind, (width, height) = file.read_bytes(), "png", image.size
+        else:
+            small = image.convert("RGB")
+            small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=88)
+            data, kind, (width, height) = buffer.getvalue(), "jpeg", small.size
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", alt, width, height)
 
 
 def differences_table(records: Sequence[RunRecord], groups: Sequence[ArmRuns]) -> Table | None:
@@ -133,20 +212,19 @@ def item_table(groups: Sequence[ArmRuns]) -> Table | None:
         for run in group.runs:
             if run.is_finished and run.failure is None and run.final is not None:
                 finals.setdefault(run.seed, []).append((group.name, run.final))
-    rows = tuple(row for seed, named in sorted(finals.items()) for row in _item_rows(seed, named))
+    rows = []
+    for seed, named in sorted(finals.items()):
+        best, least = named.pop(smallest([final["relative"] for _, final in named]))
+        for name, final in named:
+            mean = paired([PERCENT * (a - b) for a, b in zip(least["items"], final["items"], strict=True)])
+            cells = str(seed), str(mean.num), f"{mean.mean:z.3f} %", f"{mean.se:.3f}"
+            rows.append((f"{best} − {name}", *cells))
     caption = (
         "Differences over held-out images, in percent of the base's loss: the precision of these runs alone, no "
         "evidence about their settings"
     )
-    return Table(caption, ("pair", "seed", "images", "difference of loss", "± over images"), rows) if rows else None
-
-
-def _item_rows(seed: int, named: Sequence[tuple[str, Row]]) -> Iterator[tuple[str, ...]]:
-    best, least = named[place := smallest([final["relative"] for _, final in named])]
-    for name, final in (*named[:place], *named[place + 1 :]):
-        differences = [PERCENT * (a - b) for a, b in zip(least["items"], final["items"], strict=True)]
-        mean = paired(differences)
-        yield f"{best} − {name}", str(seed), str(mean.num), f"{mean.mean:z.3f} %", f"{mean.se:.3f}"
+    header = ("pair", "seed", "images", "difference of loss", "± over images")
+    return Table(caption, header, tuple(rows)) if rows else None
 
 
 def arms_table(verdict: Verdict) -> Table:
