@@ -14,9 +14,9 @@ from lora_trainer.evidence.statistics.paired import ROUNDING
 from lora_trainer.evidence.statistics.verdict import Rules, confirming, judge, questions
 from lora_trainer.report import tables
 from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, incompatibilities, named_runs, pairing_notes
-from lora_trainer.report.plots import Plot, band_plot, curve_plots, difference_plot, swatch
+from lora_trainer.report.plots import Plot, band_plot, curve_plots, difference_plot
 from lora_trainer.report.run_record import RunRecord, not_begun, read_runs
-from lora_trainer.report.tables import NOT_MEASURED, SampleTable, Table, without_paths
+from lora_trainer.report.tables import NOT_MEASURED, Table, without_paths
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import damage_note
 
@@ -44,13 +44,13 @@ class Page:
     title: str
     headline: str
     notes: tuple[str, ...]
-    legend: tuple[tuple[Markup, str], ...]
+    legend: tuple[ArmRuns, ...]
     verdicts: tuple[VerdictView, ...]
     runs: Table
     items: Table | None
     curves: tuple[Plot, ...]
     bands: Plot | None
-    samples: SampleTable | None
+    samples: Table | None
     diagnosis: Table | None
     differences: Table | None
     settings: tuple[Table, ...]
@@ -94,7 +94,7 @@ def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] 
         title=f"{len(records)} runs compared" if len(sources) > 1 else sources[0],
         headline=headline,
         notes=(*pairing_notes(groups), *_run_notes(records, groups), *notes),
-        legend=tuple((swatch(group.place), group.name) for group in groups) if len(groups) > 1 else (),
+        legend=tuple(groups) if len(groups) > 1 else (),
         verdicts=tuple(verdicts),
         runs=tables.runs_table(groups),
         items=tables.item_table(groups) if is_compared else None,

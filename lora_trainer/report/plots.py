@@ -35,7 +35,7 @@ INK, FAINT = "#00fe01", "#00fe02"
 SERIES = tuple(f"#00fe{16 + index:02x}" for index in range(NUM_COLOURS))
 """Stand-ins that become `--series-1` ... `--series-8`."""
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.2, 1.8)), (0, (6, 2, 1.5, 2)))
-DASHES_OF_SWATCH = ("", "5 2", "2 3", "6 2 1.5 2")
+"""The page's legend draws as many colours and dashes."""
 MARKERS = "osD^vPX*"
 _VARIABLES = {INK: "--ink", FAINT: "--line"} | {c: f"--series-{i}" for i, c in enumerate(SERIES, start=1)}
 _MARGINS = {"left": 0.155, "right": 0.98, "bottom": 0.16, "top": 0.965}
@@ -300,11 +300,3 @@ def _of_the_page(svg: str, name: str, summary: str) -> Markup:
 
 def _colour(place: tuple[int, int]) -> str:
     return SERIES[place[0] % NUM_COLOURS]
-
-
-def swatch(place: tuple[int, int]) -> Markup:
-    """A short piece of a line, for the legend."""
-    return Markup(
-        '<svg class="swatch" viewBox="0 0 28 8" aria-hidden="true"><line x1="1" x2="27" y1="4" y2="4" '
-        'stroke="var(--series-{})" stroke-dasharray="{}"/></svg>'
-    ).format(place[0] % NUM_COLOURS + 1, DASHES_OF_SWATCH[place[1] % len(DASHES)])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from lora_trainer.evidence.statistics.paired import paired, smallest
@@ -35,25 +36,6 @@ class Table:
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """One sample; `alt` says what it is in the picture's place."""
-
-    source: str
-    alt: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True, slots=True)
-class SampleTable:
-    """A row per prompt."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Picture | None, ...]], ...]
 
 
 def without_paths(text: str) -> str:
@@ -119,38 +101,37 @@ def _advice(advice: Row) -> str:
     return advice["text"] + (f" ({advice['key']}: {advice['value']})" if "key" in advice else "")
 
 
-def sample_table(groups: Sequence[ArmRuns]) -> SampleTable | None:
-    """The last samples of each trial side by side; of a single run its samples over steps. None without samples."""
+def sample_table(groups: Sequence[ArmRuns]) -> Table | None:
+    """A row per prompt: the last samples of each trial, or of a single run its samples over steps; None without any."""
     runs = [run for group in groups for run in group.runs]
     if not any(run.samples for run in runs):
         return None
     if len(runs) == 1:
         steps = spread(sorted({step for step, _ in runs[0].samples}), MOST_SAMPLED_STEPS)
         rows = tuple(
-            (text, tuple(_picture(runs[0].samples.get((step, number)), f"{text}, step {step}") for step in steps))
+            (text, *(_picture(runs[0].samples.get((step, number)), f"{text}, step {step}") for step in steps))
             for number, text in enumerate(runs[0].prompts, start=1)
         )
         caption = "Samples with equal image seeds as the training went on"
-        return SampleTable(caption, tuple(map(step_name, steps)), rows)
+        return Table(caption, ("prompt", *map(step_name, steps)), rows)
     firsts = {group.name: group.runs[0] for group in groups}
     prompts = dict.fromkeys(prompt for run in firsts.values() for prompt in run.prompts)
-    rows = tuple((text, tuple(_last_picture(run, text, name) for name, run in firsts.items())) for text in prompts)
+    rows = tuple((text, *(_last_picture(run, text, name) for name, run in firsts.items())) for text in prompts)
     seeds = sorted({run.seed for run in firsts.values()})
     which = f"training seed {seeds[0]}" if len(seeds) == 1 else "the first training seed of each"
-    return SampleTable(f"Last samples of each trial, equal image seeds, {which}", tuple(firsts), rows)
+    return Table(f"Last samples of each trial, equal image seeds, {which}", ("prompt", *firsts), rows)
 
 
-def _last_picture(run: RunRecord, prompt: str, name: str) -> Picture | None:
-    if prompt not in run.prompts or not run.samples:
-        return None
-    step = max(step for step, _ in run.samples)
-    return _picture(run.samples.get((step, run.prompts.index(prompt) + 1)), f"{prompt}, {name}, step {step}")
+def _last_picture(run: RunRecord, prompt: str, name: str) -> str:
+    step = max((step for step, _ in run.samples), default=0)
+    number = run.prompts.index(prompt) + 1 if prompt in run.prompts else None
+    return _picture(run.samples.get((step, number)) if number else None, f"{prompt}, {name}, step {step}")
 
 
-def _picture(file: Path | None, alt: str) -> Picture | None:
+def _picture(file: Path | None, alt: str) -> str:
     """Small pictures as they are, larger ones as JPEG thumbnails, so that the page stays small."""
     if file is None:
-        return None
+        return "none"
     with Image.open(file) as image:
         if max(image.size) <= AS_IT_IS_PX:
             data, kind, (width, height) = file.read_bytes(), "png", image.size
@@ -160,7 +141,8 @@ def _picture(file: Path | None, alt: str) -> Picture | None:
             buffer = io.BytesIO()
             small.save(buffer, "JPEG", quality=88)
             data, kind, (width, height) = buffer.getvalue(), "jpeg", small.size
-    return Picture(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", alt, width, height)
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Markup('<img src="{}" alt="{}" width="{}" height="{}">').format(source, alt, width, height)
 
 
 def differences_table(records: Sequence[RunRecord], groups: Sequence[ArmRuns]) -> Table | None:

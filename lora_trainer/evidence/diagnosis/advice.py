@@ -28,7 +28,7 @@ def _advice(finding: Finding, log: TrialLog, run: RunFacts) -> Iterator[Advice]:
     config = run.config
     match finding.state:
         case State.NON_FINITE:
-            if files := sorted({file for skip in log.skips for file in skip.files}):
+            if files := sorted({file for skip in log.skips for file in skip["files"]}):
                 yield Advice(f"look at the images of the skipped updates: {', '.join(files[:8])}")
             if config.train.precision in ("auto", "fp16"):
                 yield Advice("rule out the precision: fp32 on a short run", "train.precision", "fp32")
@@ -50,14 +50,14 @@ def _advice(finding: Finding, log: TrialLog, run: RunFacts) -> Iterator[Advice]:
         case State.OVERFIT:
             yield from _against_overfitting(int(finding.numbers["best_step"]), log, run)
         case State.FORGETTING:
-            sources = "[{dir: <your images>}, {dir: <prior images>}]"
-            yield Advice(f"train on prior images as well (prior preservation): data.sources={sources}, data.dir=null")
+            sources = "data.sources=[{dir: <your images>}, {dir: <prior images>}], data.dir=null"
+            yield Advice(f"train on prior images as well (prior preservation): {sources}")
             yield _scaled_lr(config, 0.5, "or half the LR")
         case State.NEVER_STARTED:
             yield _raised_lr(log, config, 3.0)
             yield Advice("or measure the range first: lora-trainer find-lr")
-            fit = "the base may know this already, or the prompt may not name it"
-            yield Advice(f"check that captions and targets fit: {fit}")
+            why = "the base may know this already, or the prompt may not name it"
+            yield Advice(f"check that captions and targets fit: {why}")
         case State.STAGNANT:
             yield _raised_lr(log, config, 2.0)
             yield from _decay(config, "or let the LR decay, which often gains the last part")
@@ -78,11 +78,10 @@ def _advice(finding: Finding, log: TrialLog, run: RunFacts) -> Iterator[Advice]:
 def _against_overfitting(best_step: int, log: TrialLog, run: RunFacts) -> Iterator[Advice]:
     config, total_lr = run.config, math.fsum(log.lrs)
     yield from _best_before(log)
-    why = f"stop where it was best, after {best_step} updates"
-    if best_step > 0 and config.train.epochs is None:
-        yield Advice(why, "train.max_steps", best_step)
-    elif best_step > 0:
-        yield Advice(why, "train.epochs", max(1, round(best_step / run.updates_per_epoch)))
+    if best_step > 0:
+        epochs = max(1, round(best_step / run.updates_per_epoch))
+        length = ("max_steps", best_step) if config.train.epochs is None else ("epochs", epochs)
+        yield Advice(f"stop where it was best, after {best_step} updates", f"train.{length[0]}", length[1])
     yield _scaled_lr(config, 0.5, "or half the LR")
     yield Advice("or dropout on the adapter", "adapter.dropout", max(0.1, config.adapter.dropout))
     yield Advice("or a lower rank", "adapter.rank", max(1, config.adapter.rank // 2))
@@ -98,10 +97,12 @@ def _against_overfitting(best_step: int, log: TrialLog, run: RunFacts) -> Iterat
 def _scaled_lr(config: RunConfig, factor: float, why: str) -> Advice:
     """The base LR times a factor; for Prodigy, whose LR stays 1, the factor on its own estimate."""
     optimizer = config.optimizer
-    key, value = ("d_coef", optimizer.d_coef) if isinstance(optimizer, Prodigy) else ("lr", optimizer.lr)
+    if isinstance(optimizer, Prodigy):
+        key, value = "d_coef", optimizer.d_coef * factor
+    else:
+        key, value = "lr", min(optimizer.lr * factor, HIGHEST_LR)
     also = ", and the LRs of optimizer.groups alike" if any(group.lr for group in optimizer.groups) else ""
-    scaled = value * factor if key == "d_coef" else min(value * factor, HIGHEST_LR)
-    return Advice(f"{why}{also}", f"optimizer.{key}", float(f"{scaled:.3g}"))
+    return Advice(f"{why}{also}", f"optimizer.{key}", float(f"{value:.3g}"))
 
 
 def _raised_lr(log: TrialLog, config: RunConfig, factor: float) -> Advice:

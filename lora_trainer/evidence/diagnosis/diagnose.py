@@ -96,8 +96,7 @@ def diagnose(log: TrialLog, run: RunFacts, limits: Thresholds | None = None) -> 
 
 def _healthy(log: TrialLog, answers: list[Finding]) -> Finding:
     """No fault in what was measured; the confidence says how much that was."""
-    faults = [answer.state for answer in answers if answer.status == "found" and answer.state.is_fault]
-    if faults:
+    if faults := [answer.state for answer in answers if answer.status == "found" and answer.state.is_fault]:
         return State.HEALTHY.not_found(f"found: {', '.join(faults)}")
     probe = log.held_out
     if len(probe) < 3:
@@ -126,28 +125,25 @@ class EarlyReport:
     """Of the changes of the training and the held-out probe; needs four probes."""
 
     def as_event(self) -> dict[str, Any]:
-        content = {key: None if value is None else round(value, 9) for key, value in asdict(self).items()}
-        del content["step"]
-        return content
+        numbers = {key: value for key, value in asdict(self).items() if key != "step"}
+        return {key: None if value is None else round(value, 9) for key, value in numbers.items()}
 
     @property
     def sentences(self) -> list[str]:
         """For people."""
         per, se = 100 * self.gain_per_update, 100 * self.gain_per_update_se
         sure = "" if abs(self.gain_per_update) > 2 * self.gain_per_update_se else ": not clear of 0 yet"
-        sentences = [f"held-out loss gains {per:+z.4f} +- {se:.4f} % of the base's per update{sure}"]
-        if self.instability is None:
-            sentences.append("instability not measured (needs five probes)")
-        else:
-            sentences.append(f"changes between probes scatter by {self.instability:.2f} of the gain")
-        if self.train_gain is None:
-            sentences.append("whether validation follows training was not measured")
-        elif self.train_gain <= ROUNDING:
-            sentences.append(f"the training images gained nothing yet ({self.train_gain:+z.4f})")
-        else:
+        learning = f"held-out loss gains {per:+z.4f} +- {se:.4f} % of the base's per update{sure}"
+        steady = "instability not measured (needs five probes)"
+        if self.instability is not None:
+            steady = f"changes between probes scatter by {self.instability:.2f} of the gain"
+        follows = "whether validation follows training was not measured"
+        if self.train_gain is not None and self.train_gain <= ROUNDING:
+            follows = f"the training images gained nothing yet ({self.train_gain:+z.4f})"
+        elif self.train_gain is not None:
             correlation = "" if self.correlation is None else f", correlation of their changes {self.correlation:.2f}"
-            sentences.append(f"validation gains {self.gain / self.train_gain:.0%} of what training gains{correlation}")
-        return sentences
+            follows = f"validation gains {self.gain / self.train_gain:.0%} of what training gains{correlation}"
+        return [learning, steady, follows]
 
 
 def early_report(log: TrialLog, run: RunFacts) -> EarlyReport | None:
@@ -157,23 +153,16 @@ def early_report(log: TrialLog, run: RunFacts) -> EarlyReport | None:
     if not late or late[0] == 0:
         return None
     last = late[0]
-    held_out_means, train_means = probe.means[: last + 1], train.means[: last + 1]
-    step, rise = probe.steps[last], probe.change(0, last)
-    scatter = trends.detrended_scatter(held_out_means) if last >= CHANGES_FOR_SCATTER else None
-    both = len(train) > last
-    correlation = None
-    if both and last >= CHANGES_FOR_CORRELATION:
-        changes = np.diff(train_means), np.diff(held_out_means)
-        correlation = float(np.corrcoef(*changes)[0, 1]) if min(map(np.ptp, changes)) > ROUNDING else None
-    return EarlyReport(
-        step=step,
-        gain=-rise.mean,
-        gain_per_update=-rise.mean / step,
-        gain_per_update_se=rise.se / step,
-        instability=scatter / abs(rise.mean) if scatter is not None and abs(rise.mean) > ROUNDING else None,
-        train_gain=-train.change(0, last).mean if both else None,
-        correlation=correlation,
-    )
+    step, rise, means = probe.steps[last], probe.change(0, last), probe.means[: last + 1]
+    instability = train_gain = correlation = None
+    if last >= CHANGES_FOR_SCATTER and abs(rise.mean) > ROUNDING:
+        instability = trends.detrended_scatter(means) / abs(rise.mean)
+    if len(train) > last:
+        train_gain = -train.change(0, last).mean
+        changes = np.diff(train.means[: last + 1]), np.diff(means)
+        if last >= CHANGES_FOR_CORRELATION and min(map(np.ptp, changes)) > ROUNDING:
+            correlation = float(np.corrcoef(*changes)[0, 1])
+    return EarlyReport(step, -rise.mean, -rise.mean / step, rise.se / step, instability, train_gain, correlation)
 
 
 @dataclass(frozen=True, slots=True)

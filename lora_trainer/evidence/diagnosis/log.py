@@ -19,12 +19,9 @@ from lora_trainer.evidence.statistics.paired import PairedMean, paired_rise
 from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.tracking.metrics import HELD_OUT, PRIOR, TRAIN, read_lines
 
-JUMP_RATIO = 1.5
-"""A restart lifts the LR by this factor in one update; a milestone drops it by as much."""
-JUMP_SHARE = 0.05
-"""... and by this share of the peak, so that the last steps towards 0 count as none."""
-JUMP_SUDDEN = 3.0
-"""... and by this many times the change before it: a steep curve is no jump."""
+JUMP_RATIO, JUMP_SHARE, JUMP_SUDDEN = 1.5, 0.05, 3.0
+"""A restart lifts the LR by this factor in one update, a milestone drops it by as much; and by this share of the peak,
+so that the last steps towards 0 count as none; and by so many times the change before it: a steep curve is no jump."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +37,7 @@ class RunFacts:
     @classmethod
     def of(cls, plan: RunPlan, config: RunConfig) -> RunFacts:
         """Those of a planned run; its first group of weights stands for all."""
-        group = plan.lr_groups[0]
-        final = share_of_peak(group.lr_end, group.lr_peak)
+        final = share_of_peak(plan.lr_groups[0].lr_end, plan.lr_groups[0].lr_peak)
         return cls(plan.num_updates, plan.updates_per_epoch, final, config)
 
 
@@ -76,24 +72,20 @@ class LRHistory:
         """Completed updates at each restart: the next update had a much higher LR."""
         return self._jumps(np.diff(self.lrs), self.lrs[:-1])
 
-    @cached_property
-    def drops(self) -> list[int]:
-        """Completed updates at each sudden drop: the next update had a much lower LR."""
-        return self._jumps(-np.diff(self.lrs), self.lrs[1:])
-
     def _jumps(self, changes: np.ndarray, low: np.ndarray) -> list[int]:
         """Where the LR changes by much more than it is: `changes` between neighbours, `low` the lower of the two."""
         if not len(changes):
             return []
-        before = np.concatenate([[0.0], np.maximum(changes[:-1], 0)])
-        large = (changes > (JUMP_RATIO - 1) * low) & (changes > JUMP_SHARE * self.lrs.max())
-        large &= changes > JUMP_SUDDEN * before
+        before = np.concatenate([[0.0], changes[:-1].clip(0)])
+        large = changes > np.maximum.reduce([(JUMP_RATIO - 1) * low, JUMP_SUDDEN * before])
+        large &= changes > JUMP_SHARE * self.lrs.max()
         return [int(index) + 1 for index in np.flatnonzero(large) if index + 1 > self.warmup_end]
 
     @property
     def smooth_since(self) -> int:
-        """The step from which on probes may be compared: after the warm-up and after the last jump."""
-        return max([self.warmup_end, *self.restarts, *self.drops])
+        """The step from which on probes may be compared: after the warm-up and the last jump, be it up or down."""
+        drops = self._jumps(-np.diff(self.lrs), self.lrs[1:])
+        return max([self.warmup_end, *self.restarts, *drops])
 
 
 @dataclass
@@ -142,15 +134,6 @@ class ProbeLog:
 
 
 @dataclass(frozen=True, slots=True)
-class Skip:
-    """An update that was not applied."""
-
-    step: int
-    reason: str
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ForkResult:
     """The held-out images' losses after a short branch from `step` with another LR (`fork` and `cooldown` events)."""
 
@@ -172,7 +155,8 @@ class TrialLog:
         self.grad_norms: list[float] = []
         self.ratios: list[tuple[int, float]] = []
         """(step, training loss relative to the frozen base on the same batch), where it was measured."""
-        self.skips: list[Skip] = []
+        self.skips: list[Mapping[str, Any]] = []
+        """The `skip` events."""
         self.failure: str | None = None
         """Why the trial was ended; None again where a changed setting led on."""
         self.held_out, self.train, self.prior = ProbeLog(), ProbeLog(), ProbeLog()
@@ -190,7 +174,7 @@ class TrialLog:
     @property
     def step(self) -> int:
         """Updates so far, the skipped ones too."""
-        return max(len(self.lrs), self.skips[-1].step if self.skips else 0)
+        return max(len(self.lrs), self.skips[-1]["step"] if self.skips else 0)
 
     @property
     def learned_probes(self) -> list[ProbeLog]:
@@ -211,13 +195,13 @@ class TrialLog:
             case "validation":
                 self._add_probe(row)
             case "skip":
-                self.skips.append(Skip(row["step"], row["reason"], tuple(row["files"])))
+                self.skips.append(row)
             case "failed":
                 self.failure = f"{row['reason']} (step {row['step']})"
-            case "fork":
-                self.forks.append(_fork_result(row, float(row["factor"])))
-            case "cooldown":
-                self.cooldowns.append(_fork_result(row, 0.0))
+            case "fork" | "cooldown" as event:
+                results = self.forks if event == "fork" else self.cooldowns
+                items_N = np.asarray(row["items"], dtype=float)
+                results.append(ForkResult(int(row["step"]), float(row.get("factor", 0)), items_N))
             case "diagnosis":
                 self.verdict = tuple(finding["state"] for finding in row["findings"])
             case "early_report":
@@ -241,10 +225,6 @@ class TrialLog:
         self.grad_norms.append(float(row["grad_norm"]))
         if "ratio" in row:
             self.ratios.append((int(row["step"]), float(row["ratio"])))
-
-
-def _fork_result(row: Mapping[str, Any], factor: float) -> ForkResult:
-    return ForkResult(int(row["step"]), factor, np.asarray(row["items"], dtype=float))
 
 
 def read_run(run_dir: Path) -> tuple[TrialLog, RunFacts]:

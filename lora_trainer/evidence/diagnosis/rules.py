@@ -11,8 +11,7 @@ from lora_trainer.evidence.diagnosis.findings import Finding, State, confidence_
 from lora_trainer.evidence.diagnosis.log import ProbeLog, RunFacts, TrialLog
 
 NO_PROBES = "no validation section, so nothing was probed"
-OVERFLOW = "fp16 overflow"
-LEAST_OVERFLOWS = 3
+OVERFLOW, LEAST_OVERFLOWS = "fp16 overflow", 3
 CLIP_WINDOW, LEAST_UPDATES = 50, 20
 RATIOS, LEAST_RATIOS = 10, 3
 NOISE_VARIANCE = 1.0
@@ -69,16 +68,16 @@ class Thresholds:
 
 def non_finite(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     """A loss, gradient or probe that was not finite, or overflows of fp16 that do not end."""
-    faults = [skip for skip in log.skips if skip.reason != OVERFLOW]
+    faults = [skip for skip in log.skips if skip["reason"] != OVERFLOW]
     probes = log.non_finite_probes
     if faults or probes or log.failure:
-        reasons = " and ".join(sorted({f"{skip.reason} at step {skip.step}" for skip in faults[:3]}))
-        files = sorted({file for skip in faults for file in skip.files})
+        reasons = " and ".join(sorted({f"{skip['reason']} at step {skip['step']}" for skip in faults[:3]}))
+        files = sorted({file for skip in faults for file in skip["files"]})
         clauses = [f"not finite: {reasons}, {len(faults)} updates skipped ({', '.join(files[:4])})"] if faults else []
         clauses += [f"it was ended: {log.failure}"] if log.failure else []
         clauses += [f"the {name} probe at step {step} is not finite" for step, name in probes[:3]]
         return State.NON_FINITE.found("high", "; ".join(clauses), skipped=len(faults))
-    overflows = sum(skip.step > 0 for skip in log.skips)  # at step 0 an earlier version settled its loss scale
+    overflows = sum(skip["step"] > 0 for skip in log.skips)  # at step 0 an earlier version settled its loss scale
     if overflows >= LEAST_OVERFLOWS and overflows > limits.non_finite_overflows * log.step:
         evidence = f"{overflows} of {log.step} updates overflowed in fp16 and were skipped"
         return State.NON_FINITE.found("medium", evidence, overflows=overflows)
@@ -94,15 +93,13 @@ def clipping(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     if len(log.clipped) < LEAST_UPDATES:
         return State.CLIPPING.not_measured(f"only {len(log.clipped)} updates were applied")
     window = min(log.step, max(CLIP_WINDOW, run.num_updates // 10))
-    share = float(np.mean(log.clipped[-window:]))
-    median = float(np.median(log.grad_norms[-window:]))
+    share, median = float(np.mean(log.clipped[-window:])), float(np.median(log.grad_norms[-window:]))
     evidence = (
         f"{share:.0%} of updates {log.step - window + 1}-{log.step} were clipped to {limit:g}; "
         f"median gradient norm {median:.3g}"
     )
-    confidence = confidence_of(share / limits.clipped_share, median / limit)
-    numbers = {"share": share, "median_grad_norm": median}
-    return State.CLIPPING.found_where(share > limits.clipped_share, confidence, evidence, **numbers)
+    confidence, holds = confidence_of(share / limits.clipped_share, median / limit), share > limits.clipped_share
+    return State.CLIPPING.found_where(holds, confidence, evidence, share=share, median_grad_norm=median)
 
 
 def diverged(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
@@ -118,14 +115,13 @@ def diverged(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         if median is None:
             return State.DIVERGED.not_measured("neither probes nor base-relative losses yet")
         return State.DIVERGED.not_found(f"training loss {median:.2f} of the base's", ratio=median)
-    values = held_out.means
-    worse = [_is_worse_than_base(log, index, limits) for index in range(len(held_out))]
+    values, worse = held_out.means, [_is_worse_than_base(log, index, limits) for index in range(len(held_out))]
     pairs = [index for index in range(1, len(worse)) if worse[index] and worse[index - 1]]
     if not pairs:
         return State.DIVERGED.not_found(f"held-out loss {values[-1]:.4f} of the base's", relative=float(values[-1]))
-    worst = max(pairs, key=lambda index: values[index])
-    collapsed = _is_collapsed(held_out, run) and pairs[-1] == len(held_out) - 1
-    still = "and still is" if pairs[-1] == len(held_out) - 1 else f"until step {held_out.steps[pairs[-1]]}"
+    worst, goes_on = max(pairs, key=lambda index: values[index]), pairs[-1] == len(held_out) - 1
+    still = "and still is" if goes_on else f"until step {held_out.steps[pairs[-1]]}"
+    collapsed = goes_on and _is_collapsed(held_out, run)
     what = "collapsed: the denoiser predicts next to nothing" if collapsed else "worse than the frozen base"
     evidence = (
         f"{what}: held-out loss {values[worst]:.3f} of the base's at step {held_out.steps[worst]}, "
@@ -219,8 +215,7 @@ def forgetting(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     clear = every_image or all(rise.z > limits.forgetting_se for rise in rises)
     holds = clear and all(rise.mean > limits.forgetting_rise for rise in rises)
     confidence = confidence_of(*(rise.mean / limits.forgetting_rise for rise in rises))
-    numbers = {"rise": rises[-1].mean, "rise_se": rises[-1].se}
-    return State.FORGETTING.found_where(holds, confidence, evidence, **numbers)
+    return State.FORGETTING.found_where(holds, confidence, evidence, rise=rises[-1].mean, rise_se=rises[-1].se)
 
 
 def restart_shock(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:

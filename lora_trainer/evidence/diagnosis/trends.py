@@ -15,10 +15,8 @@ from lora_trainer.evidence.statistics.paired import rise_in_se
 NORMAL_95 = 1.96
 OSCILLATION_CHANGES, MOST_CHANGES = 8, 16
 FLAT_PROBES, FLAT_WINDOW = 5, 0.25
-REVERSAL_SHARE = 0.1
-"""A change of direction counts where both moves are larger than this share of the gain."""
-NO_GAIN = 1e6
-"""Stands for a scatter that has no gain to be compared with."""
+REVERSAL_SHARE = 0.1  # of the gain: a change of direction counts where both moves are larger
+NO_GAIN = 1e6  # stands for a scatter that has no gain to be compared with
 
 
 def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
@@ -45,13 +43,9 @@ def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         f"{turns} clear reversals, steps {probe.steps[usable[0]]}-{probe.steps[usable[-1]]}"
     )
     numbers = {"index": index, "scatter_se": min(in_se, 1e6), "reversals": turns}
-    large = (
-        index > limits.oscillation_index
-        and in_se > limits.oscillation_se
-        and turns >= limits.oscillation_reversals
-        and (helped is None or helped > limits.cooldown_se)
-    )
-    if not large:
+    large = index > limits.oscillation_index and in_se > limits.oscillation_se
+    confirmed = helped is None or helped > limits.cooldown_se
+    if not (large and confirmed and turns >= limits.oscillation_reversals):
         return State.OSCILLATING.not_found(evidence, **numbers)
     confidence = confidence_of(index / limits.oscillation_index, in_se / limits.oscillation_se)
     if helped is None:
@@ -68,12 +62,9 @@ def _scatter_share(probe: ProbeLog, usable: list[int]) -> float:
 
 def _cooldown_fall(log: TrialLog) -> float | None:
     """By how many SE the newest cooldown lowered the held-out loss; None where there is none."""
-    probe = log.held_out
-    for cooldown in reversed(log.cooldowns):
-        if cooldown.step in probe.steps:
-            before = probe.rows[probe.steps.index(cooldown.step)]
-            return -rise_in_se(before, cooldown.items_N)
-    return None
+    rows = dict(zip(log.held_out.steps, log.held_out.rows, strict=True))
+    measured = [cooldown for cooldown in log.cooldowns if cooldown.step in rows]
+    return -rise_in_se(rows[measured[-1].step], measured[-1].items_N) if measured else None
 
 
 def lr_noise_limited(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
