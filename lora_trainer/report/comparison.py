@@ -25,10 +25,8 @@ class ArmRuns:
 
     name: str
     setting: str
-    runs: tuple[RunRecord, ...]
-    """By seed."""
-    place: tuple[int, int]
-    """Number of the setting, and of the LR within it: the colour and the dashes of its lines."""
+    runs: tuple[RunRecord, ...]  # by seed
+    place: tuple[int, int]  # number of the setting, and of the LR within it: the colour and the dashes of its lines
 
     @property
     def peak_lr(self) -> float:
@@ -78,16 +76,14 @@ def arms(records: Sequence[RunRecord]) -> list[ArmRuns]:
     members: dict[tuple[str, str], list[RunRecord]] = {name: [] for name in names}
     for name, record in sorted(zip(names, records, strict=True), key=lambda named: named[1].seed):
         members[name].append(record)
-    if twins := [
-        Problem(
-            f"two runs have the same settings and seed {run.seed}",
-            f"{run.folder} and {other.folder}",
-            fix="name one of them",
-        )
+    fix = "name one of them"
+    twins = [
+        Problem(f"two runs have the same settings and seed {run.seed}", f"{run.folder} and {other.folder}", fix=fix)
         for runs in members.values()
         for run, other in pairwise(runs)
         if run.seed == other.seed
-    ]:
+    ]
+    if twins:
         raise ConfigError(*twins)
     settings = list(dict.fromkeys(setting for _, setting in members))
     lrs = sorted({runs[0].peak_lr for runs in members.values()})

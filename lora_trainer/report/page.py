@@ -21,8 +21,7 @@ from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import damage_note
 
 TEMPLATES = Path(__file__).parent / "templates"
-GENERATOR = "lora_trainer report"
-"""Said in the page's head, so that a page of ours can be told from another file."""
+GENERATOR = "lora_trainer report"  # said in the page's head, so that a page of ours can be told from another file
 
 
 @dataclass(frozen=True, slots=True)

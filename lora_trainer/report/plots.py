@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_trainer.evidence.statistics.paired import smallest
-from lora_trainer.evidence.statistics.verdict import Outcome, Pair, Verdict, smallest_effect
+from lora_trainer.evidence.statistics.verdict import Outcome, Pair, Rules, Verdict, smallest_effect
 from lora_trainer.report.comparison import ArmRuns
 from lora_trainer.report.pictures import smoothed, spread
 from lora_trainer.report.run_record import RunRecord
@@ -82,8 +82,7 @@ class Line:
     """Values over steps; `low` and `high` bound a band around them."""
 
     label: str
-    place: tuple[int, int]
-    """Colour and dashes."""
+    place: tuple[int, int]  # colour and dashes
     steps: Sequence[int]
     values: Sequence[float]
     low: Sequence[float] | None = None
@@ -212,7 +211,7 @@ def difference_plot(verdict: Verdict, number: int) -> Plot | None:
 
     `number` keeps the ids of the plot apart.
     """
-    tested = [pair for pair in verdict.pairs if pair.is_tested]
+    tested = [pair for pair in verdict.pairs if pair.test is not None]
     if not tested:
         return None
     leader = verdict.arms[0].name
@@ -227,7 +226,7 @@ def difference_plot(verdict: Verdict, number: int) -> Plot | None:
 
     def paint(axes: Axes) -> None:
         for row, pair in enumerate(drawn):
-            _paint_pair(axes, row, pair, smallest_effect(pair, verdict.rules))
+            _paint_pair(axes, row, pair, verdict.rules)
         axes.axvline(0, color=INK, linewidth=0.8)
         labels = ["\n".join(textwrap.wrap(pair_name(pair), 26)[:2]) for pair in drawn]
         axes.set_yticks(range(len(drawn)), labels, fontsize=8)
@@ -239,12 +238,12 @@ def difference_plot(verdict: Verdict, number: int) -> Plot | None:
     return Plot(f"Paired differences ({verdict.question.label})", summary, svg, _by_seed(drawn))
 
 
-def _paint_pair(axes: Axes, row: int, pair: Pair, least: float) -> None:
-    assert pair.test is not None and pair.interval is not None and pair.adjusted_interval is not None
+def _paint_pair(axes: Axes, row: int, pair: Pair, rules: Rules) -> None:
+    assert pair.test is not None and pair.adjusted_interval is not None
     colour = SERIES[0] if pair.outcome == Outcome.BETTER else SERIES[NO_DIFFERENCE_COLOUR]
-    span = PERCENT * least
+    span = PERCENT * smallest_effect(pair, rules)
     axes.fill_betweenx([row - 0.4, row + 0.4], -span, span, color=FAINT, alpha=0.6, linewidth=0)
-    for bounds, width in ((pair.adjusted_interval, 1.0), (pair.interval, 4.0)):
+    for bounds, width in ((pair.adjusted_interval, 1.0), (pair.test.interval(rules.level), 4.0)):
         axes.plot([-PERCENT * bound for bound in bounds], [row, row], color=colour, linewidth=width)
     seeds = [-PERCENT * value for value in pair.differences]
     axes.plot(seeds, [row - 0.22] * len(seeds), color=INK, marker="o", ms=2.5, linestyle="none")

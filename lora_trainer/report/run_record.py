@@ -27,25 +27,18 @@ class RunRecord:
 
     name: str
     folder: Path
-    plan: dict[str, Any]
-    environment: dict[str, Any]
-    exit: dict[str, Any]
-    updates: tuple[Row, ...]
-    """Applied updates."""
+    plan: Row
+    environment: Row
+    exit: Row
+    updates: tuple[Row, ...]  # applied updates
     events: tuple[Row, ...]
-    num_damaged: int
-    """Lines of the log that hold no row; they are left out."""
+    num_damaged: int  # lines of the log that hold no row; they are left out
     prompts: tuple[str, ...]
-    samples: dict[tuple[int, int], Path]
-    """As `sample_files` reads them."""
-    arm: str | None = None
-    """The trial's name in a sweep, without its seed."""
-    setting: str | None = None
-    """The same without its LR."""
-    lrs_tried: tuple[float, ...] = ()
-    """Peak LRs of its setting that a sweep left out before their runs."""
-    source: str = ""
-    """Name of the folder that was asked for: the run's, or its sweep's."""
+    samples: dict[tuple[int, int], Path]  # as `sample_files` reads them
+    arm: str | None = None  # the trial's name in a sweep, without its seed
+    setting: str | None = None  # the same without its LR
+    lrs_tried: tuple[float, ...] = ()  # peak LRs of its setting that a sweep left out before their runs
+    source: str = ""  # name of the folder that was asked for: the run's, or its sweep's
     purpose: Purpose = "selection"
 
     @property
@@ -69,8 +62,7 @@ class RunRecord:
     @property
     def step(self) -> int:
         """Updates done, the skipped ones too: those leave an event in place of a row."""
-        skips = (row for row in self.events if row["event"] == "skip")
-        return max((row["step"] for row in (*self.updates[-1:], *skips)), default=0)
+        return max((row["step"] for row in (*self.updates[-1:], *self.events_of("skip"))), default=0)
 
     @property
     def is_finished(self) -> bool:
@@ -82,7 +74,7 @@ class RunRecord:
 
         One that a changed setting led on from is none.
         """
-        endings = [row for row in self.events if row["event"] in ("failed", "stopped")]
+        endings = self.events_of("failed", "stopped")
         return endings[-1] if endings and endings[-1]["step"] >= self.step else None
 
     @property
@@ -101,9 +93,12 @@ class RunRecord:
             return f"{how} at step {self.step}: {self.failure}"
         return "finished" if self.is_finished else f"unfinished: step {self.step} of {self.num_updates}"
 
+    def events_of(self, *kinds: str) -> list[Row]:
+        return [row for row in self.events if row["event"] in kinds]
+
     def probe(self, name: str = HELD_OUT) -> list[Row]:
         """The readings of one probe, the one before the first update first."""
-        return [row for row in self.events if row["event"] == "validation" and row["probe"] == name]
+        return [row for row in self.events_of("validation") if row["probe"] == name]
 
     @property
     def final(self) -> Row | None:
@@ -157,7 +152,7 @@ def read_run(folder: Path) -> RunRecord:
         raise ConfigError(Problem("this run directory cannot be read", str(folder), str(error))) from error
 
 
-def read_sweep(folder: Path) -> list[RunRecord]:
+def _read_sweep(folder: Path) -> list[RunRecord]:
     """Read the trials of a sweep that have begun, with their names in `sweep.json` (docs/sweeps.md).
 
     Raises:
@@ -165,18 +160,13 @@ def read_sweep(folder: Path) -> list[RunRecord]:
     """
     try:
         trials = _read_json(folder / SWEEP_FILE)["trials"]
-        left_out = {(trial["setting"], trial["peak_lr"]) for trial in _not_begun(trials)}
-        records = [
-            replace(
-                read_run(folder / trial["folder"]),
-                name=trial["name"],
-                arm=trial["arm"],
-                setting=trial["setting"],
-                lrs_tried=tuple(sorted(lr for setting, lr in left_out if setting == trial["setting"])),
-            )
-            for trial in trials
-            if (folder / trial["folder"] / METRICS_FILE).is_file()
-        ]
+        left_out = sorted({(trial["setting"], trial["peak_lr"]) for trial in _not_begun(trials)})
+        records = []
+        for trial in trials:
+            if (folder / trial["folder"] / METRICS_FILE).is_file():
+                names = {key: trial[key] for key in ("name", "arm", "setting")}
+                lrs_tried = tuple(lr for setting, lr in left_out if setting == trial["setting"])
+                records.append(replace(read_run(folder / trial["folder"]), **names, lrs_tried=lrs_tried))
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(Problem("this sweep cannot be read", str(folder), str(error))) from error
     if not records:
@@ -196,16 +186,16 @@ def _not_begun(trials: Sequence[Row]) -> list[Row]:
 
 
 def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[RunRecord]:
-    """Read several run directories and sweeps; what is wrong with any is told together.
+    """Read several run directories and sweeps.
 
     Raises:
-        ConfigError: as `read_run` and `read_sweep`, for all that cannot be read.
+        ConfigError: as `read_run`, and where no trial of a sweep has begun; for all that cannot be read together.
     """
     records: list[RunRecord] = []
     problems: list[Problem] = []
     for folder in folders:
         try:
-            trials = read_sweep(folder) if (folder / SWEEP_FILE).is_file() else [read_run(folder)]
+            trials = _read_sweep(folder) if (folder / SWEEP_FILE).is_file() else [read_run(folder)]
             records += [replace(trial, purpose=purpose, source=folder.resolve().name) for trial in trials]
         except ConfigError as error:
             problems += error.problems
@@ -214,7 +204,7 @@ def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[R
     return records
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> Row:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from lora_trainer.evidence.statistics.paired import paired, smallest
+from lora_trainer.evidence.statistics.paired import paired, same_sign_share, smallest
 from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Pair, Verdict
 from lora_trainer.report.comparison import ArmRuns, named_runs, varied
 from lora_trainer.report.pictures import spread, step_name
@@ -24,6 +24,8 @@ from lora_trainer.tracking.metrics import TRAIN, probe_fault
 
 NOT_MEASURED = "not measured"
 PERCENT = 100
+DIAGNOSED = ("diagnosis", "early_report")
+"""Events of a diagnosis; the early report is written even where nothing is told."""
 MOST_SAMPLED_STEPS = 6
 THUMBNAIL_PX, AS_IT_IS_PX = 256, 128
 _PATH = re.compile(r"(?<![\w:/.…])~?(?:/[^\s/'\"`:,;()]+)+/(?=[^\s/])")
@@ -73,24 +75,19 @@ def _probe_cells(run: RunRecord) -> tuple[str, ...] | None:
 def diagnosis_table(groups: Sequence[ArmRuns]) -> Table | None:
     """A row per state that the last diagnosis in a run's log found; None where no run's log holds a diagnosis."""
     runs = named_runs(groups)
-    if not any(_diagnoses(run) for _, run in runs):
+    if not any(run.events_of(*DIAGNOSED) for _, run in runs):
         return None
     rows = tuple((name, *cells) for name, run in runs for cells in _diagnosis_cells(run))
     return Table("Diagnosis at its last change", ("run", "state", "confidence", "evidence", "to try"), rows)
 
 
-def _diagnoses(run: RunRecord) -> list[Row]:
-    """The early report is written even where nothing is told, so it says that the diagnosis ran."""
-    return [row for row in run.events if row["event"] in ("diagnosis", "early_report")]
-
-
 def _diagnosis_cells(run: RunRecord) -> Iterator[tuple[str, ...]]:
-    last = next((row for row in reversed(_diagnoses(run)) if row["event"] == "diagnosis"), None)
-    if last is not None:
-        for finding in last["findings"]:
+    if diagnoses := run.events_of("diagnosis"):
+        for finding in diagnoses[-1]["findings"]:
+            evidence = f"step {diagnoses[-1]['step']}: {finding['evidence']}"
             advice = "; ".join(map(_advice, finding["advice"])) or "–"
-            yield finding["state"], finding["confidence"] or "–", f"step {last['step']}: {finding['evidence']}", advice
-    elif _diagnoses(run):
+            yield finding["state"], finding["confidence"] or "–", evidence, advice
+    elif run.events_of(*DIAGNOSED):
         yield "no fault told", "–", "the diagnosis followed the run and had nothing to say", "–"
     else:
         yield NOT_MEASURED, "–", "the log holds no diagnosis", "lora-trainer diagnose"
@@ -253,17 +250,17 @@ def pair_name(pair: Pair) -> str:
 
 def pairs_table(verdict: Verdict) -> Table:
     """Every pair: the difference in percent of the base's loss, intervals, adjusted p, sign share, what it shows."""
-    rows = tuple((pair_name(pair), *_test_cells(pair), _shows(pair)) for pair in verdict.pairs)
+    rows = tuple((pair_name(pair), *_test_cells(pair, verdict.rules.level), _shows(pair)) for pair in verdict.pairs)
     header = ("pair", "difference of loss", "95 % interval", "adjusted interval", "adjusted p", "same sign", "shows")
     return Table("Paired differences of the held-out loss, in percent of the base's loss", header, rows)
 
 
-def _test_cells(pair: Pair) -> tuple[str, ...]:
-    if pair.test is None or pair.interval is None or pair.adjusted_interval is None:
+def _test_cells(pair: Pair, level: float) -> tuple[str, ...]:
+    if pair.test is None or pair.adjusted_interval is None:
         return ("–",) * 5
-    difference = f"{-PERCENT * pair.test.mean:z.3f} %"
-    intervals = _interval(pair.interval), _interval(pair.adjusted_interval)
-    return difference, *intervals, f"{pair.adjusted_p:.3g}", f"{pair.same_sign:.0%}"
+    difference, same_sign = f"{-PERCENT * pair.test.mean:z.3f} %", f"{same_sign_share(pair.differences):.0%}"
+    intervals = _interval(pair.test.interval(level)), _interval(pair.adjusted_interval)
+    return difference, *intervals, f"{pair.adjusted_p:.3g}", same_sign
 
 
 def _shows(pair: Pair) -> str:

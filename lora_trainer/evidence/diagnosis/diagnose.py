@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_trainer.evidence.diagnosis import rules, trends
-from lora_trainer.evidence.diagnosis.advice import advise
-from lora_trainer.evidence.diagnosis.findings import Finding, State
+from lora_trainer.evidence.diagnosis.findings import Finding, State, advise
 from lora_trainer.evidence.diagnosis.log import RunFacts, TrialLog
 from lora_trainer.evidence.diagnosis.rules import Thresholds
 from lora_trainer.evidence.statistics.paired import ROUNDING
@@ -113,16 +112,12 @@ class EarlyReport:
     """Is it learning, evenly, and does it carry over? Three numbers and their precision; None is not measured."""
 
     step: int
-    gain: float
-    """Of the held-out loss over the base's."""
+    gain: float  # of the held-out loss over the base's
     gain_per_update: float
-    gain_per_update_se: float
-    """Over the probe's images: the precision of this run."""
-    instability: float | None
-    """Scatter of the changes between probes as a share of the gain; needs five probes."""
+    gain_per_update_se: float  # over the probe's images: the precision of this run
+    instability: float | None  # scatter of the changes between probes as a share of the gain; needs five probes
     train_gain: float | None
-    correlation: float | None
-    """Of the changes of the training and the held-out probe; needs four probes."""
+    correlation: float | None  # of the changes of the training and the held-out probe; needs four probes
 
     def as_event(self) -> dict[str, Any]:
         numbers = {key: value for key, value in asdict(self).items() if key != "step"}

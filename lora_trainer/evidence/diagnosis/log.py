@@ -30,8 +30,7 @@ class RunFacts:
 
     num_updates: int
     updates_per_epoch: int
-    final_multiplier: float
-    """LR of the last update as a share of the highest: what the schedule has in store."""
+    final_multiplier: float  # LR of the last update as a share of the highest: what the schedule has in store
     config: RunConfig
 
     @classmethod
@@ -94,8 +93,7 @@ class ProbeLog:
 
     steps: list[int] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    """Mean loss in absolute units."""
+    losses: list[float] = field(default_factory=list)  # mean loss in absolute units
 
     def add(self, event: Mapping[str, Any]) -> None:
         self.steps.append(int(event["step"]))
@@ -138,8 +136,7 @@ class ForkResult:
     """The held-out images' losses after a short branch from `step` with another LR (`fork` and `cooldown` events)."""
 
     step: int
-    factor: float
-    """On the LR; a cooldown ends at 0."""
+    factor: float  # on the LR; a cooldown ends at 0
     items_N: np.ndarray
 
 

@@ -20,8 +20,7 @@ class PairedMean:
 
     num: int
     mean: float
-    se: float
-    """Standard error: infinite for one difference, NaN as the mean is where one is not finite."""
+    se: float  # standard error: infinite for one difference, NaN as the mean is where one is not finite
 
     @property
     def z(self) -> float:

@@ -29,14 +29,11 @@ class Arm:
     """One setting at one LR: the held-out loss at the end of each seed's run, relative to the base (1 is the base)."""
 
     name: str
-    setting: str
-    """All that was varied but the peak LR and the seed: in a sweep over schedules, the schedule."""
+    setting: str  # all that was varied but the peak LR and the seed: in a sweep over schedules, the schedule
     peak_lr: float
-    lr_budget: float
-    """Mean of the LR over the run, in units of its peak."""
+    lr_budget: float  # mean of the LR over the run, in units of its peak
     losses: Mapping[int, float]
-    failed: Mapping[int, str] = field(default_factory=dict)
-    """Why a seed's run has no loss."""
+    failed: Mapping[int, str] = field(default_factory=dict)  # why a seed's run has no loss
     lrs_tried: tuple[float, ...] = ()
     """Peak LRs of its setting that were tried and left out before; its own need not be among them."""
 
@@ -125,10 +122,9 @@ def by_setting(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
 
 
 def leaders(arms: Sequence[Arm], num: int) -> list[Arm]:
-    """What is worth training again on fresh seeds: the arms with the smallest mean losses.
+    """What is worth training again on fresh seeds: the smallest mean losses, without arms that lack a loss.
 
-    Each setting at its best LR, or the LRs where there is one setting. Arms of which a run failed or gave no loss are
-    none.
+    Each setting at its best LR, or the LRs where there is one setting.
     """
     settings = by_setting(arms)
     candidates = arms if len(settings) == 1 else [ranked(group)[0] for group in settings.values()]
@@ -153,12 +149,10 @@ def _at_the_edge(settings: Mapping[str, Sequence[Arm]]) -> Iterable[str]:
 class Rules:
     """What "better" takes. All of them must hold."""
 
-    level: float = 0.05
-    """Of the confidence intervals and of the familywise error."""
+    level: float = 0.05  # of the confidence intervals and of the familywise error
     min_effect: float = 0.01
     """Smallest difference that matters, as a share of the larger of the two gains over the base."""
-    min_same_sign: float = 0.8
-    """Share of the seeds that must point the same way."""
+    min_same_sign: float = 0.8  # share of the seeds that must point the same way
     min_seeds: int = 3
 
 
@@ -180,22 +174,18 @@ class Pair:
     better: Arm
     worse: Arm
     seeds: tuple[int, ...]
-    differences: tuple[float, ...]
-    """Loss of `worse` minus loss of `better`, seed by seed; 0 where it is rounding."""
-    outcome: Outcome
-    why: str
-    """What stood against a difference; empty where one is shown."""
-    test: PairedMean | None = None
-    interval: tuple[float, float] | None = None
-    """Of this pair alone."""
+    differences: tuple[float, ...]  # loss of `worse` minus loss of `better`, seed by seed; 0 where it is rounding
+    why: str  # what stood against a test or a difference; empty where one is shown
+    test: PairedMean | None = None  # None where the pair was not tested
     adjusted_interval: tuple[float, float] | None = None
     """Widened by Holm's factor: excludes 0 exactly where `adjusted_p` is under the level."""
     adjusted_p: float | None = None
-    same_sign: float | None = None
 
     @property
-    def is_tested(self) -> bool:
-        return self.outcome != Outcome.NOT_TESTED
+    def outcome(self) -> Outcome:
+        if self.test is None:
+            return Outcome.NOT_TESTED
+        return Outcome.NO_DIFFERENCE if self.why else Outcome.BETTER
 
 
 def compare(arms: Sequence[Arm], rules: Rules | None = None) -> tuple[Pair, ...]:
@@ -225,7 +215,7 @@ def _untested(one: Arm, other: Arm, rules: Rules) -> Pair:
     why = [f"{arm.name} {arm.failure}" for arm in (one, other) if arm.failed]
     if len(seeds) < rules.min_seeds:
         why.append(f"{_in_common(len(seeds))}, {rules.min_seeds} are needed")
-    return Pair(one, other, seeds, differences, Outcome.NOT_TESTED, why[0] if why else "")
+    return Pair(one, other, seeds, differences, why[0] if why else "")
 
 
 def _in_common(num_seeds: int) -> str:
@@ -247,16 +237,8 @@ def _tested(pair: Pair, test: PairedMean, factor: float, rules: Rules) -> Pair:
         against.append(f"the difference is within {rules.min_effect:.0%} of the gain over the base")
     if share < rules.min_same_sign:
         against.append(f"only {share:.0%} of the seeds point this way")
-    return replace(
-        pair,
-        outcome=Outcome.NO_DIFFERENCE if against else Outcome.BETTER,
-        why="; ".join(against),
-        test=test,
-        interval=test.interval(rules.level),
-        adjusted_interval=test.interval(rules.level / factor),
-        adjusted_p=adjusted_p,
-        same_sign=share,
-    )
+    interval = test.interval(rules.level / factor)
+    return replace(pair, why="; ".join(against), test=test, adjusted_interval=interval, adjusted_p=adjusted_p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,11 +248,9 @@ class Verdict:
     question: Question
     purpose: Purpose
     rules: Rules
-    arms: tuple[Arm, ...]
-    """Best mean first, failed ones last."""
+    arms: tuple[Arm, ...]  # best mean first, failed ones last
     pairs: tuple[Pair, ...]
-    unbeaten: tuple[Arm, ...]
-    """Tested arms that no arm is shown to be better than, in the order given."""
+    unbeaten: tuple[Arm, ...]  # tested arms that no arm is shown to be better than, in the order given
     choice: Arm | None
     """What to use on this evidence: the winner, or of a tie the smallest LR; None where nothing was tested."""
     sentence: str
@@ -292,7 +272,7 @@ def judge(question: Question, rules: Rules | None = None, purpose: Purpose = "se
 
 
 def _tested_names(pairs: Sequence[Pair]) -> set[str]:
-    return {arm.name for pair in pairs if pair.is_tested for arm in (pair.better, pair.worse)}
+    return {arm.name for pair in pairs if pair.test for arm in (pair.better, pair.worse)}
 
 
 def _sentence(
@@ -352,7 +332,7 @@ def smaller_lr(tied: Sequence[Arm]) -> tuple[Arm, str]:
 
 
 def _evidence(question: Question, pairs: Sequence[Pair], purpose: Purpose) -> str:
-    counts = sorted({len(pair.seeds) for pair in pairs if pair.is_tested})
+    counts = sorted({len(pair.seeds) for pair in pairs if pair.test})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     fresh = " fresh" if purpose == "confirmation" else ""
     corrected = f"{len(pairs)} pairs corrected after Holm" if len(pairs) > 1 else "one pair"
@@ -361,7 +341,7 @@ def _evidence(question: Question, pairs: Sequence[Pair], purpose: Purpose) -> st
 
 def _why_untested(given: Sequence[Arm], pairs: Sequence[Pair], rules: Rules) -> str:
     reasons = [f"{arm.name} {arm.failure}" for arm in given if arm.failed]
-    sound = [pair for pair in pairs if not pair.is_tested and not pair.better.failed and not pair.worse.failed]
+    sound = [pair for pair in pairs if not (pair.test or pair.better.failed or pair.worse.failed)]
     if sound:
         most = max(len(pair.seeds) for pair in sound)
         reasons.append(f"{_in_common(most)}, and a verdict takes {rules.min_seeds} at least")
