@@ -12,10 +12,9 @@ from markupsafe import Markup
 from lora_trainer import __version__
 from lora_trainer.evidence.statistics.paired import ROUNDING
 from lora_trainer.evidence.statistics.verdict import Rules, confirming, judge, questions
-from lora_trainer.report import tables
-from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, incompatibilities, named_runs, pairing_notes
+from lora_trainer.report import runs, tables
 from lora_trainer.report.plots import Plot, band_plot, curve_plots, difference_plot
-from lora_trainer.report.run_record import RunRecord, not_begun, read_runs
+from lora_trainer.report.runs import ArmRuns, RunRecord, named_runs, not_begun, read_runs
 from lora_trainer.report.tables import NOT_MEASURED, Table, without_paths
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import damage_note
@@ -79,9 +78,9 @@ def write_report(
 
 def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] = ()) -> Page:
     """Lay out the page of some runs, with further notes at its head."""
-    check_fresh(records)
+    runs.check_fresh(records)
     sources = list(dict.fromkeys(record.source for record in records if record.purpose == "selection"))
-    groups, against = arms(records), incompatibilities(records)
+    groups, against = runs.arms(records), runs.incompatibilities(records)
     is_compared = len(groups) > 1 and not against
     verdicts = _verdict_views(groups, rules) if is_compared else []
     if len(groups) == 1:
@@ -92,7 +91,7 @@ def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] 
     return Page(
         title=f"{len(records)} runs compared" if len(sources) > 1 else sources[0],
         headline=headline,
-        notes=(*pairing_notes(groups), *_run_notes(records, groups), *notes),
+        notes=(*runs.pairing_notes(groups), *_run_notes(records, groups), *notes),
         legend=tuple(groups) if len(groups) > 1 else (),
         verdicts=tuple(verdicts),
         runs=tables.runs_table(groups),

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lora_trainer.report.run_record import sample_files
+from lora_trainer.report.runs import sample_files
 from lora_trainer.schedules.schedule import Mark
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import step_rows

@@ -22,9 +22,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from lora_trainer.evidence.statistics.paired import smallest
 from lora_trainer.evidence.statistics.verdict import Outcome, Pair, Rules, Verdict, smallest_effect
-from lora_trainer.report.comparison import ArmRuns
 from lora_trainer.report.pictures import smoothed, spread
-from lora_trainer.report.run_record import RunRecord
+from lora_trainer.report.runs import ArmRuns, RunRecord
 from lora_trainer.report.tables import PERCENT, Table, pair_name
 from lora_trainer.tracking.metrics import HELD_OUT, PRIOR, TRAIN, probe_fault
 

@@ -17,9 +17,8 @@ from PIL import Image
 
 from lora_trainer.evidence.statistics.paired import paired, same_sign_share, smallest
 from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Pair, Verdict
-from lora_trainer.report.comparison import ArmRuns, named_runs, varied
 from lora_trainer.report.pictures import spread, step_name
-from lora_trainer.report.run_record import Row, RunRecord
+from lora_trainer.report.runs import ArmRuns, Row, RunRecord, named_runs, varied
 from lora_trainer.tracking.metrics import TRAIN, probe_fault
 
 NOT_MEASURED = "not measured"
@@ -54,18 +53,16 @@ def _shown(value: Any) -> str:
 def runs_table(groups: Sequence[ArmRuns]) -> Table:
     """A row per run: where it stands, and its probes."""
     probes = ("held-out loss", "± over images", "smallest", "at step", "gap to training images")
-    rows = tuple(
-        (name, str(run.seed), without_paths(run.status), *(_probe_cells(run) or (NOT_MEASURED,) * len(probes)))
-        for name, run in named_runs(groups)
-    )
+    runs = named_runs(groups)
+    rows = tuple((name, str(run.seed), without_paths(run.status), *_probe_cells(run)) for name, run in runs)
     caption = "Runs; losses relative to the base's, at the end of the run"
     return Table(caption, ("run", "seed", "status", *probes), rows)
 
 
-def _probe_cells(run: RunRecord) -> tuple[str, ...] | None:
+def _probe_cells(run: RunRecord) -> tuple[str, ...]:
     last, best = run.final, run.best
     if last is None or best is None or run.failure is not None:
-        return None
+        return (NOT_MEASURED,) * 5
     trained = run.probe(TRAIN)
     known = trained and probe_fault(trained[-1]) is None
     gap = f"{last['relative'] - trained[-1]['relative']:+z.4f}" if known else NOT_MEASURED
@@ -85,17 +82,12 @@ def _diagnosis_cells(run: RunRecord) -> Iterator[tuple[str, ...]]:
     if diagnoses := run.events_of("diagnosis"):
         for finding in diagnoses[-1]["findings"]:
             evidence = f"step {diagnoses[-1]['step']}: {finding['evidence']}"
-            advice = "; ".join(map(_advice, finding["advice"])) or "–"
-            yield finding["state"], finding["confidence"] or "–", evidence, advice
+            tries = [a["text"] + (f" ({a['key']}: {a['value']})" if "key" in a else "") for a in finding["advice"]]
+            yield finding["state"], finding["confidence"] or "–", evidence, "; ".join(tries) or "–"
     elif run.events_of(*DIAGNOSED):
         yield "no fault told", "–", "the diagnosis followed the run and had nothing to say", "–"
     else:
         yield NOT_MEASURED, "–", "the log holds no diagnosis", "lora-trainer diagnose"
-
-
-def _advice(advice: Row) -> str:
-    """With its setting, where it is one."""
-    return advice["text"] + (f" ({advice['key']}: {advice['value']})" if "key" in advice else "")
 
 
 def sample_table(groups: Sequence[ArmRuns]) -> Table | None:
@@ -208,29 +200,21 @@ def item_table(groups: Sequence[ArmRuns]) -> Table | None:
 
 def arms_table(verdict: Verdict) -> Table:
     """The arms by rank: LR, budget, loss, gain over the base with its interval over seeds."""
-    rows = tuple(
-        (
-            arm.name,
-            f"{arm.peak_lr:.3g}",
-            f"{arm.lr_budget:.2f}",
-            str(len(arm.losses)),
-            "–" if not arm.losses else f"{np.mean(list(arm.losses.values())):.4f}",
-            _gain(arm, verdict.rules.level),
-            _place(arm, verdict),
-        )
-        for arm in verdict.arms
-    )
+    rows = []
+    for arm in verdict.arms:
+        lrs, losses = (f"{arm.peak_lr:.3g}", f"{arm.lr_budget:.2f}"), list(arm.losses.values())
+        loss = f"{np.mean(losses):.4f}" if losses else "–"
+        gain = _gain([PERCENT * (1 - loss) for loss in losses], verdict.rules.level)
+        rows.append((arm.name, *lrs, str(len(losses)), loss, gain, _place(arm, verdict)))
     header = ("trial", "peak LR", "LR budget", "seeds", "held-out loss", "gain over base", "place")
-    return Table(f"Trials by held-out loss at the end, relative to the base ({verdict.question.label})", header, rows)
+    caption = f"Trials by held-out loss at the end, relative to the base ({verdict.question.label})"
+    return Table(caption, header, tuple(rows))
 
 
-def _gain(arm: Arm, level: float) -> str:
+def _gain(gains: Sequence[float], level: float) -> str:
     """Mean gain in percent of the base's loss, and its t interval over seeds."""
-    gains = [PERCENT * (1 - loss) for loss in arm.losses.values()]
-    if not gains:
-        return "–"
-    if len(gains) == 1:
-        return f"{gains[0]:z.2f} %"
+    if len(gains) < 2:
+        return f"{gains[0]:z.2f} %" if gains else "–"
     low, high = paired(gains).interval(level)
     return f"{np.mean(gains):z.2f} % ({low:z.2f} to {high:z.2f})"
 
@@ -250,21 +234,18 @@ def pair_name(pair: Pair) -> str:
 
 def pairs_table(verdict: Verdict) -> Table:
     """Every pair: the difference in percent of the base's loss, intervals, adjusted p, sign share, what it shows."""
-    rows = tuple((pair_name(pair), *_test_cells(pair, verdict.rules.level), _shows(pair)) for pair in verdict.pairs)
+    rows = tuple((pair_name(pair), *_pair_cells(pair, verdict.rules.level)) for pair in verdict.pairs)
     header = ("pair", "difference of loss", "95 % interval", "adjusted interval", "adjusted p", "same sign", "shows")
     return Table("Paired differences of the held-out loss, in percent of the base's loss", header, rows)
 
 
-def _test_cells(pair: Pair, level: float) -> tuple[str, ...]:
+def _pair_cells(pair: Pair, level: float) -> tuple[str, ...]:
+    shows = f"{pair.outcome}: {pair.why}" if pair.why else str(pair.outcome)
     if pair.test is None or pair.adjusted_interval is None:
-        return ("–",) * 5
+        return *["–"] * 5, shows
     difference, same_sign = f"{-PERCENT * pair.test.mean:z.3f} %", f"{same_sign_share(pair.differences):.0%}"
     intervals = _interval(pair.test.interval(level)), _interval(pair.adjusted_interval)
-    return difference, *intervals, f"{pair.adjusted_p:.3g}", same_sign
-
-
-def _shows(pair: Pair) -> str:
-    return str(pair.outcome) if pair.outcome == Outcome.BETTER else f"{pair.outcome}: {pair.why}"
+    return difference, *intervals, f"{pair.adjusted_p:.3g}", same_sign, shows
 
 
 def _interval(bounds: tuple[float, float]) -> str:

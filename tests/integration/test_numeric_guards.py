@@ -15,7 +15,7 @@ from faults import before_updates, spoil_gradients, spoil_losses
 from lora_trainer.errors import DataError, ExitCode, NumericStop
 from lora_trainer.evidence.diagnosis.log import read_run as read_log
 from lora_trainer.models.stable_diffusion import StableDiffusion
-from lora_trainer.report.run_record import read_run
+from lora_trainer.report.runs import read_run
 from lora_trainer.storage.checkpoint import Checkpoint, open_checkpoint
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.optimizer_step import OptimizerStep

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_trainer.evidence.diagnosis import rules, trends
-from lora_trainer.evidence.diagnosis.findings import Finding, State, advise
+from lora_trainer.evidence.diagnosis import rules
+from lora_trainer.evidence.diagnosis.findings import Confidence, Finding, State, advise
 from lora_trainer.evidence.diagnosis.log import RunFacts, TrialLog
 from lora_trainer.evidence.diagnosis.rules import Thresholds
 from lora_trainer.evidence.statistics.paired import ROUNDING
@@ -23,15 +23,15 @@ Rule = Callable[[TrialLog, RunFacts, Thresholds], Finding]
 RULES: dict[State, Rule] = {
     State.NON_FINITE: rules.non_finite,
     State.DIVERGED: rules.diverged,
-    State.OSCILLATING: trends.oscillating,
+    State.OSCILLATING: rules.oscillating,
     State.RESTART_SHOCK: rules.restart_shock,
     State.OVERFIT: rules.overfit,
     State.FORGETTING: rules.forgetting,
     State.NEVER_STARTED: rules.never_started,
-    State.STAGNANT: trends.stagnant,
-    State.LR_NOISE_LIMITED: trends.lr_noise_limited,
+    State.STAGNANT: rules.stagnant,
+    State.LR_NOISE_LIMITED: rules.lr_noise_limited,
     State.CLIPPING: rules.clipping,
-    State.FINISHED_DECAYING: trends.finished_decaying,
+    State.FINISHED_DECAYING: rules.finished_decaying,
 }
 """The gravest first."""
 EXPLAINED_BY: dict[State, tuple[State, ...]] = {
@@ -72,12 +72,8 @@ class Diagnosis:
         return next(finding for finding in self.findings if finding.state is state)
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "trial": self.trial,
-            "step": self.step,
-            "verdict": list(self.verdict),
-            "findings": [finding.as_json() for finding in self.findings],
-        }
+        findings = [finding.as_json() for finding in self.findings]
+        return {"trial": self.trial, "step": self.step, "verdict": list(self.verdict), "findings": findings}
 
 
 def diagnose(log: TrialLog, run: RunFacts, limits: Thresholds | None = None) -> Diagnosis:
@@ -100,11 +96,9 @@ def _healthy(log: TrialLog, answers: list[Finding]) -> Finding:
     probe = log.held_out
     if len(probe) < 3:
         return State.HEALTHY.found("low", f"no fault in {log.step} updates, but {len(probe)} probes say little")
-    evidence = (
-        f"no fault found by step {log.step}; held-out loss {probe.means[-1]:.4f} of the base's, "
-        f"best {probe.means.min():.4f}"
-    )
-    return State.HEALTHY.found("high" if len(probe) >= 6 else "medium", evidence, gain=probe.gain)
+    losses = f"held-out loss {probe.means[-1]:.4f} of the base's, best {probe.means.min():.4f}"
+    confidence: Confidence = "high" if len(probe) >= 6 else "medium"
+    return State.HEALTHY.found(confidence, f"no fault found by step {log.step}; {losses}", gain=probe.gain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +145,7 @@ def early_report(log: TrialLog, run: RunFacts) -> EarlyReport | None:
     step, rise, means = probe.steps[last], probe.change(0, last), probe.means[: last + 1]
     instability = train_gain = correlation = None
     if last >= CHANGES_FOR_SCATTER and abs(rise.mean) > ROUNDING:
-        instability = trends.detrended_scatter(means) / abs(rise.mean)
+        instability = rules.detrended_scatter(means) / abs(rise.mean)
     if len(train) > last:
         train_gain = -train.change(0, last).mean
         changes = np.diff(train.means[: last + 1]), np.diff(means)

@@ -152,21 +152,17 @@ class TrialLog:
         self.grad_norms: list[float] = []
         self.ratios: list[tuple[int, float]] = []
         """(step, training loss relative to the frozen base on the same batch), where it was measured."""
-        self.skips: list[Mapping[str, Any]] = []
-        """The `skip` events."""
-        self.failure: str | None = None
-        """Why the trial was ended; None again where a changed setting led on."""
+        self.skips: list[Mapping[str, Any]] = []  # the `skip` events
+        self.failure: str | None = None  # why the trial was ended; None again where a changed setting led on
         self.held_out, self.train, self.prior = ProbeLog(), ProbeLog(), ProbeLog()
         self.probes = {HELD_OUT: self.held_out, TRAIN: self.train, PRIOR: self.prior}
         self.non_finite_probes: list[tuple[int, str]] = []
         """(step, probe) of measurements that were not finite; their steps are left out of all probes."""
         self.forks: list[ForkResult] = []
         self.cooldowns: list[ForkResult] = []
-        self.verdict: tuple[str, ...] = ()
-        """The states of the last `diagnosis` event."""
+        self.verdict: tuple[str, ...] = ()  # the states of the last `diagnosis` event
         self.early_reported = False
-        self.num_damaged = 0
-        """Lines that hold no row."""
+        self.num_damaged = 0  # lines that hold no row
 
     @property
     def step(self) -> int:
