@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from lora_trainer import __version__
 from lora_trainer.evidence.statistics.paired import ROUNDING
-from lora_trainer.evidence.statistics.verdict import Rules, confirming, judge, questions
+from lora_trainer.evidence.statistics.verdict import Rules, Verdict, confirming, judge, questions
 from lora_trainer.report import runs, tables
 from lora_trainer.report.plots import Plot, band_plot, curve_plots, difference_plot
 from lora_trainer.report.runs import ArmRuns, RunRecord, named_runs, not_begun, read_runs
@@ -67,8 +67,7 @@ def write_report(
         confirm: run directories and sweeps of settings that were chosen among `folders`, on fresh seeds.
 
     Raises:
-        ConfigError: a folder is no run directory, two runs have equal settings and seed, or a confirming seed is not
-            fresh.
+        ConfigError: a folder is no run directory, two runs are equal, or a confirming seed is not fresh.
     """
     records = [*read_runs(folders), *read_runs(confirm, "confirmation")]
     page = build_page(records, rules or Rules(), not_begun([*folders, *confirm]))
@@ -110,13 +109,8 @@ def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] 
 
 def render(page: Page) -> str:
     """The page as HTML, everything escaped that is not drawn by us."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
     style = Markup((TEMPLATES / "style.css").read_text())  # noqa: S704 - our own file
     template = environment.get_template("report.html")
     return template.render(page=page, style=style, generator=GENERATOR, not_measured=NOT_MEASURED)
@@ -128,18 +122,14 @@ def _verdict_views(groups: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]
     selected = [arm for group in groups if (arm := group.as_arm("selection")) is not None]
     verdicts = [judge(confirming(confirmed), rules, "confirmation")] if len(confirmed) > 1 else []
     verdicts += [judge(question, rules) for question in questions(selected)] if len(selected) > 1 else []
-    return [
-        VerdictView(
-            label=("Confirmation on fresh seeds: " if verdict.purpose == "confirmation" else "")
-            + verdict.question.label,
-            sentence=verdict.sentence,
-            notes=verdict.question.notes,
-            arms=tables.arms_table(verdict),
-            pairs=tables.pairs_table(verdict) if verdict.pairs else None,
-            plot=difference_plot(verdict, number),
-        )
-        for number, verdict in enumerate(verdicts, start=1)
-    ]
+    return [_view(verdict, number) for number, verdict in enumerate(verdicts, start=1)]
+
+
+def _view(verdict: Verdict, number: int) -> VerdictView:
+    fresh = "Confirmation on fresh seeds: " if verdict.purpose == "confirmation" else ""
+    words = fresh + verdict.question.label, verdict.sentence, verdict.question.notes
+    pairs = tables.pairs_table(verdict) if verdict.pairs else None
+    return VerdictView(*words, tables.arms_table(verdict), pairs, difference_plot(verdict, number))
 
 
 def _run_notes(records: Sequence[RunRecord], groups: Sequence[ArmRuns]) -> list[str]:
@@ -164,20 +154,16 @@ def _headline_of_one(records: Sequence[RunRecord]) -> str:
         return f"{run.step} of {run.num_updates} updates are done; the held-out loss at the end was {NOT_MEASURED}."
     fell = best is not None and last["relative"] - best["relative"] > ROUNDING
     earlier = f", and was smallest at step {best['step']} ({best['relative']:.4f})" if best and fell else ""
-    return (
-        f"After {run.step} updates the held-out loss is {last['relative']:.4f} of the base's{earlier}; the standard "
-        f"error of {last['se']:.4f} is this run's precision over its {len(last['items'])} images and says nothing "
-        "about another seed."
-    )
+    loss = f"After {run.step} updates the held-out loss is {last['relative']:.4f} of the base's{earlier}"
+    precision = f"is this run's precision over its {len(last['items'])} images and says nothing about another seed"
+    return f"{loss}; the standard error of {last['se']:.4f} {precision}."
 
 
 def _commands(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """What to type to have the runs and this page again; run directories by their names."""
     sources = {record.source: record for record in records}
-    trained = [
-        f"lora-trainer {'train' if record.arm is None else 'sweep'} --config {name}/config.yaml"
-        for name, record in sources.items()
-    ]
+    verbs = {name: "train" if record.arm is None else "sweep" for name, record in sources.items()}
+    trained = [f"lora-trainer {verb} --config {name}/config.yaml" for name, verb in verbs.items()]
     chosen = [name for name, record in sources.items() if record.purpose == "selection"]
     fresh = [f"--confirm {name}" for name, record in sources.items() if record.purpose == "confirmation"]
     return (*trained, f"lora-trainer report {' '.join([*chosen, *fresh])}")

@@ -132,7 +132,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     lr_axes.set(ylabel="Learning Rate", ylim=(0, None))
     norm_axes.plot(steps, norms, color="tab:green", linewidth=1)
     norm_axes.set(ylabel="Gradient norm", xlabel="Steps", ylim=(0, None))
-    for axes in (loss_axes, lr_axes, norm_axes):
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
     save_png(figure, picture)
 

@@ -190,10 +190,8 @@ def item_table(groups: Sequence[ArmRuns]) -> Table | None:
             mean = paired([PERCENT * (a - b) for a, b in zip(least["items"], final["items"], strict=True)])
             cells = str(seed), str(mean.num), f"{mean.mean:z.3f} %", f"{mean.se:.3f}"
             rows.append((f"{best} − {name}", *cells))
-    caption = (
-        "Differences over held-out images, in percent of the base's loss: the precision of these runs alone, no "
-        "evidence about their settings"
-    )
+    what = "the precision of these runs alone, no evidence about their settings"
+    caption = f"Differences over held-out images, in percent of the base's loss: {what}"
     header = ("pair", "seed", "images", "difference of loss", "± over images")
     return Table(caption, header, tuple(rows)) if rows else None
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_trainer.config.optimizers import Prodigy
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.evidence.diagnosis.log import ForkResult, RunFacts, TrialLog
+from lora_trainer.evidence.diagnosis.log import RunFacts, TrialLog
 from lora_trainer.evidence.statistics.paired import rise_in_se
 
 Confidence = Literal["low", "medium", "high"]
@@ -25,6 +25,8 @@ CLEAR_SE = 2.0
 SHRINK_THAT_SHOWS = 0.1
 HIGHEST_LR = 0.9  # the config refuses 1 and above
 FLAT_SCHEDULES = ("constant", "constant_with_warmup")
+WITH_PRIOR = "data.sources=[{dir: <your images>}, {dir: <prior images>}], data.dir=null"
+UNFIT = "the base may know this already, or the prompt may not name it"
 
 
 class State(StrEnum):
@@ -140,14 +142,12 @@ def _advice(finding: Finding, log: TrialLog, run: RunFacts) -> Iterator[Advice]:
         case State.OVERFIT:
             yield from _against_overfitting(int(finding.numbers["best_step"]), log, run)
         case State.FORGETTING:
-            sources = "data.sources=[{dir: <your images>}, {dir: <prior images>}], data.dir=null"
-            yield Advice(f"train on prior images as well (prior preservation): {sources}")
+            yield Advice(f"train on prior images as well (prior preservation): {WITH_PRIOR}")
             yield _scaled_lr(config, 0.5, "or half the LR")
         case State.NEVER_STARTED:
             yield _raised_lr(log, config, 3.0)
             yield Advice("or measure the range first: lora-trainer find-lr")
-            why = "the base may know this already, or the prompt may not name it"
-            yield Advice(f"check that captions and targets fit: {why}")
+            yield Advice(f"check that captions and targets fit: {UNFIT}")
         case State.STAGNANT:
             yield _raised_lr(log, config, 2.0)
             yield from _decay(config, "or let the LR decay, which often gains the last part")
@@ -176,12 +176,9 @@ def _against_overfitting(best_step: int, log: TrialLog, run: RunFacts) -> Iterat
     yield Advice("or dropout on the adapter", "adapter.dropout", max(0.1, config.adapter.dropout))
     yield Advice("or a lower rank", "adapter.rank", max(1, config.adapter.rank // 2))
     yield Advice("or more images, more crops of them, flips where they do no harm")
-    decay = config.optimizer.weight_decay
-    shrink, wanted = 1 - math.exp(-decay * total_lr), -math.log(1 - SHRINK_THAT_SHOWS) / max(total_lr, 1e-12)
-    yield Advice(
-        f"weight decay hardly acts: {decay:g} shrank the weights by {shrink:.2%} so far; "
-        f"a shrink of {SHRINK_THAT_SHOWS:.0%} takes about {wanted:.2g}"
-    )
+    decay, wanted = config.optimizer.weight_decay, -math.log(1 - SHRINK_THAT_SHOWS) / max(total_lr, 1e-12)
+    acts = f"{decay:g} shrank the weights by {1 - math.exp(-decay * total_lr):.2%} so far"
+    yield Advice(f"weight decay hardly acts: {acts}; a shrink of {SHRINK_THAT_SHOWS:.0%} takes about {wanted:.2g}")
 
 
 def _scaled_lr(config: RunConfig, factor: float, why: str) -> Advice:
@@ -196,23 +193,16 @@ def _scaled_lr(config: RunConfig, factor: float, why: str) -> Advice:
 
 
 def _raised_lr(log: TrialLog, config: RunConfig, factor: float) -> Advice:
-    """A higher LR: the factor that a fork test found best, the smaller where two tie, else a guess that says so."""
-    best = _best_fork(log)
-    if best is None:
+    """A higher LR: the smallest of the newest fork test that none beats by two SE, else a guess that says so."""
+    newest = [fork for fork in log.forks if fork.step == log.forks[-1].step]
+    if not newest:
         return _scaled_lr(config, factor, f"{factor:g} x the LR, if a fork test agrees (none was logged)")
+    lowest = min(newest, key=lambda fork: float(fork.items_N.mean()))
+    ties = [fork for fork in newest if rise_in_se(lowest.items_N, fork.items_N) <= CLEAR_SE]
+    best = min(ties, key=lambda fork: fork.factor)
     if best.factor == 1:
         return Advice(f"keep the LR: the fork test at step {best.step} found none better")
     return _scaled_lr(config, best.factor, f"{best.factor:g} x the LR: best in the fork test at step {best.step}")
-
-
-def _best_fork(log: TrialLog) -> ForkResult | None:
-    """The smallest LR of the newest fork test that no other beats by more than two SE; None where there is none."""
-    newest = [fork for fork in log.forks if fork.step == log.forks[-1].step]
-    if not newest:
-        return None
-    lowest = min(newest, key=lambda fork: float(fork.items_N.mean()))
-    ties = [fork for fork in newest if rise_in_se(lowest.items_N, fork.items_N) <= CLEAR_SE]
-    return min(ties, key=lambda fork: fork.factor)
 
 
 def _best_before(log: TrialLog) -> Iterator[Advice]:

@@ -71,6 +71,11 @@ class LRHistory:
         """Completed updates at each restart: the next update had a much higher LR."""
         return self._jumps(np.diff(self.lrs), self.lrs[:-1])
 
+    @cached_property
+    def drops(self) -> list[int]:
+        """Completed updates at each sudden drop: the next update had a much lower LR."""
+        return self._jumps(-np.diff(self.lrs), self.lrs[1:])
+
     def _jumps(self, changes: np.ndarray, low: np.ndarray) -> list[int]:
         """Where the LR changes by much more than it is: `changes` between neighbours, `low` the lower of the two."""
         if not len(changes):
@@ -82,9 +87,8 @@ class LRHistory:
 
     @property
     def smooth_since(self) -> int:
-        """The step from which on probes may be compared: after the warm-up and the last jump, be it up or down."""
-        drops = self._jumps(-np.diff(self.lrs), self.lrs[1:])
-        return max([self.warmup_end, *self.restarts, *drops])
+        """The step from which on probes may be compared: after the warm-up and after the last jump."""
+        return max([self.warmup_end, *self.restarts, *self.drops])
 
 
 @dataclass

@@ -263,8 +263,8 @@ def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     if len(usable) <= OSCILLATION_CHANGES:
         missing = f"{len(usable)} probes since the warm-up or the last jump of the LR, {OSCILLATION_CHANGES + 1} needed"
         return State.OSCILLATING.not_measured(missing)
-    scatter, gain = detrended_scatter(probe.means[usable]), 1 - float(np.median(probe.means[usable]))
-    index = min(_scatter_share(learned, usable) for learned in log.learned_probes)
+    (scatter, gain), *train = [_scatter_and_gain(learned, usable) for learned in log.learned_probes]
+    index = min(jumps / gained if gained > 0 else NO_GAIN for jumps, gained in ((scatter, gain), *train))
     ses = [probe.change(i, j).se for i, j in pairwise(usable)]
     in_se = scatter / max(float(np.sqrt(np.mean(np.square(ses)))), 1e-12)
     turns = reversals(probe, usable, REVERSAL_SHARE * max(gain, limits.started_gain))
@@ -284,10 +284,8 @@ def oscillating(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     return State.OSCILLATING.found(confidence, f"{evidence}; {cooldown}", **numbers)
 
 
-def _scatter_share(probe: ProbeLog, usable: list[int]) -> float:
-    """Scatter between measurements as a share of the gain."""
-    gain = 1 - float(np.median(probe.means[usable]))
-    return detrended_scatter(probe.means[usable]) / gain if gain > 0 else NO_GAIN
+def _scatter_and_gain(probe: ProbeLog, usable: list[int]) -> tuple[float, float]:
+    return detrended_scatter(probe.means[usable]), 1 - float(np.median(probe.means[usable]))
 
 
 def _cooldown_fall(log: TrialLog) -> float | None:
@@ -338,11 +336,11 @@ def _flat(log: TrialLog, run: RunFacts, limits: Thresholds, state: State) -> Fin
     evidence = f"{steps} the held-out loss {fall}, at {history.multiplier:.2f} of the peak LR"
     numbers = {"fall_share": share, "multiplier": history.multiplier}
     unsteady = detrended_scatter(probe.means[window]) > limits.oscillation_index * max(probe.gain, 1e-9)
+    train_falls = any(share >= limits.flat_share and not includes_zero for share, includes_zero in train)
     if share >= limits.flat_share or (state is State.STAGNANT and not includes_zero):
         return state.not_found(evidence, **numbers)
     if unsteady or share < -limits.flat_rise:
         return state.not_found(f"{evidence}, but it is not flat: it rises or jumps", **numbers)
-    train_falls = any(share >= limits.flat_share and not includes_zero for share, includes_zero in train)
     if state is State.STAGNANT and train_falls:
         return state.not_found(f"{evidence}, but the training probe still falls (see overfit)", **numbers)
     return state.found("medium" if len(window) < 2 * FLAT_PROBES else "high", evidence, **numbers)
