@@ -131,9 +131,8 @@ def _probe_line(group: ArmRuns, probe: str) -> Line | None:
     steps = sorted(set.intersection(*({row["step"] for row in rows} for rows in by_seed)))
     values = np.array([[row["relative"] for row in rows if row["step"] in steps] for rows in by_seed])
     errors = np.array([row["se"] for row in by_seed[0]]) if len(by_seed) == 1 else 0.0
-    return Line(
-        group.name, group.place, steps, values.mean(axis=0), values.min(axis=0) - errors, values.max(axis=0) + errors
-    )
+    low, high = values.min(axis=0) - errors, values.max(axis=0) + errors
+    return Line(group.name, group.place, steps, values.mean(axis=0), low, high)
 
 
 def line_plot(
@@ -206,10 +205,7 @@ def band_plot(groups: Sequence[ArmRuns]) -> Plot | None:
 
 
 def difference_plot(verdict: Verdict, number: int) -> Plot | None:
-    """A row per tested pair: dots are seeds, the thick bar the pair's own interval, the thin one the adjusted interval.
-
-    `number` keeps the ids of the plot apart.
-    """
+    """A row per tested pair, as the page explains it; `number` keeps the ids of the plot apart."""
     tested = [pair for pair in verdict.pairs if pair.test is not None]
     if not tested:
         return None
@@ -218,10 +214,9 @@ def difference_plot(verdict: Verdict, number: int) -> Plot | None:
     drawn = tested if len(tested) <= MOST_PAIRS else of_leader
     with_leader = f" with {leader}, the smallest mean" if len(drawn) < len(tested) else ""
     shown = sum(pair.outcome == Outcome.BETTER for pair in drawn)
-    summary = (
-        f"Paired differences of held-out loss for {len(drawn)} pairs{with_leader}. In {shown} of them the adjusted "
-        "interval, the smallest effect and the seeds agree on a difference. The table of pairs has the numbers."
-    )
+    agree = f"In {shown} of them the adjusted interval, the smallest effect and the seeds agree on a difference."
+    compared = f"Paired differences of held-out loss for {len(drawn)} pairs{with_leader}."
+    summary = f"{compared} {agree} The table of pairs has the numbers."
 
     def paint(axes: Axes) -> None:
         for row, pair in enumerate(drawn):
@@ -233,7 +228,7 @@ def difference_plot(verdict: Verdict, number: int) -> Plot | None:
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
 
-    svg = _draw(f"pairs-{number}", summary, paint, height_in=0.9 + 0.42 * len(drawn), long_labels=True)
+    svg = _draw(f"pairs-{number}", summary, paint, height_in=0.9 + 0.42 * len(drawn))
     return Plot(f"Paired differences ({verdict.question.label})", summary, svg, _by_seed(drawn))
 
 
@@ -251,27 +246,23 @@ def _paint_pair(axes: Axes, row: int, pair: Pair, rules: Rules) -> None:
 
 def _by_seed(pairs: Sequence[Pair]) -> Table:
     seeds = sorted({seed for pair in pairs for seed in pair.seeds})
-    rows = []
-    for pair in pairs:
-        by_seed = dict(zip(pair.seeds, pair.differences, strict=True))
-        rows.append((pair_name(pair), *(f"{-PERCENT * by_seed[s]:z.3f}" if s in by_seed else "–" for s in seeds)))
+    percents = [{s: f"{-PERCENT * d:z.3f}" for s, d in zip(p.seeds, p.differences, strict=True)} for p in pairs]
+    rows = ((pair_name(p), *(cells.get(s, "–") for s in seeds)) for p, cells in zip(pairs, percents, strict=True))
     header = ("pair", *(f"seed {seed}" for seed in seeds))
     return Table("Difference of loss by seed, in percent of the base's loss", header, tuple(rows))
 
 
-def _draw(
-    name: str, summary: str, paint: Callable[[Axes], None], *, height_in: float = HEIGHT_IN, long_labels: bool = False
-) -> Markup:
+def _draw(name: str, summary: str, paint: Callable[[Axes], None], height_in: float | None = None) -> Markup:
     """Paint axes and return them as an inline SVG of the page.
 
     Args:
         name: unique on the page; it begins every id inside the picture.
         summary: read aloud in the picture's place.
-        long_labels: make room for the labels of the axes; slow, as every text is measured.
+        height_in: of a plot with long labels, which are made room for; slow, as every text is measured.
     """
     with mpl.rc_context(_RC):
-        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained" if long_labels else None)
-        axes = figure.subplots(gridspec_kw=None if long_labels else _MARGINS)
+        figure = Figure(figsize=(WIDTH_IN, height_in or HEIGHT_IN), layout="constrained" if height_in else None)
+        axes = figure.subplots(gridspec_kw=None if height_in else _MARGINS)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         paint(axes)

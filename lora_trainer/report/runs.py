@@ -242,8 +242,7 @@ class ArmRuns:
     def as_arm(self, purpose: Purpose) -> Arm | None:
         """Its final held-out losses by seed, and the seeds that failed or were stopped; unfinished runs are left out.
 
-        Args:
-            purpose: of the runs to look at. None where it has none of them.
+        None where no run has this purpose.
         """
         runs = [run for run in self.runs if run.purpose == purpose]
         if not runs:
@@ -312,8 +311,8 @@ def check_fresh(records: Sequence[RunRecord]) -> None:
         ConfigError: naming the seeds.
     """
     chosen, fresh = ({r.seed for r in records if r.purpose == which} for which in ("selection", "confirmation"))
-    if used := sorted(chosen & fresh):
-        what = f"seed {', '.join(map(str, used))} took part in choosing, so it cannot confirm"
+    if used := ", ".join(map(str, sorted(chosen & fresh))):
+        what = f"seed {used} took part in choosing, so it cannot confirm"
         raise ConfigError(Problem(what, "--confirm", fix="train the leaders with other seeds"))
 
 

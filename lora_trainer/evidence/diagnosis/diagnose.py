@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -154,8 +154,7 @@ def early_report(log: TrialLog, run: RunFacts) -> EarlyReport | None:
     return EarlyReport(step, -rise.mean, -rise.mean / step, rise.se / step, instability, train_gain, correlation)
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(NamedTuple):
     """An event for the log and the lines for the console."""
 
     event: str
@@ -178,8 +177,7 @@ class LiveDiagnosis:
         """Read the new rows; what has changed. Each note must be logged before the next look."""
         self._catch_up()
         log, name = self.log, self._run.config.name
-        early = None if log.early_reported else early_report(log, self._run)
-        if early is not None:
+        if not log.early_reported and (early := early_report(log, self._run)) is not None:
             line = f"early report of {name} at step {early.step}: {'; '.join(early.sentences)}"
             yield Note("early_report", early.as_event(), (line,))
         diagnosis = diagnose(log, self._run)

@@ -19,7 +19,8 @@ NO_PROBES = "no validation section, so nothing was probed"
 OVERFLOW, LEAST_OVERFLOWS = "fp16 overflow", 3
 CLIP_WINDOW, LEAST_UPDATES = 50, 20
 RATIOS, LEAST_RATIOS = 10, 3
-NOISE_VARIANCE = 1.0  # loss of a denoiser that predicts nothing, where noise is the target
+NOISE_VARIANCE, LEARNED_LOSS = 1.0, 0.9
+"""Loss of a denoiser that predicts nothing, where noise is the target; under what loss a base is well below that."""
 REPEATS = 3  # probes in a row that must agree on overfitting
 SHOCK_WINDOW, SHOCK_PROBES = 0.05, 2
 NORMAL_95 = 1.96
@@ -116,7 +117,8 @@ def diverged(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         return State.DIVERGED.not_found(f"held-out loss {values[-1]:.4f} of the base's", relative=float(values[-1]))
     worst, goes_on = max(pairs, key=lambda index: values[index]), pairs[-1] == len(held_out) - 1
     still = "and still is" if goes_on else f"until step {held_out.steps[pairs[-1]]}"
-    collapsed = goes_on and _is_collapsed(held_out, run)
+    predicts_noise = run.config.model.prediction_type != "v_prediction" and held_out.losses[0] < LEARNED_LOSS
+    collapsed = goes_on and predicts_noise and abs(held_out.losses[-1] - NOISE_VARIANCE) < 0.02
     what = "collapsed: the denoiser predicts next to nothing" if collapsed else "worse than the frozen base"
     since = f"above it since step {held_out.steps[pairs[0] - 1]} {still}"
     evidence = f"{what}: held-out loss {values[worst]:.3f} of the base's at step {held_out.steps[worst]}, {since}"
@@ -135,12 +137,6 @@ def _is_worse_than_base(log: TrialLog, index: int, limits: Thresholds) -> bool:
         return False
     every_image = log.held_out.every_image_rose(0, index, limits.diverged_rise)
     return rise.z > limits.diverged_se or every_image or trained > limits.diverged_rise
-
-
-def _is_collapsed(probe: ProbeLog, run: RunFacts) -> bool:
-    """Loss within 2 % of the noise's variance, where the base was well below it."""
-    predicts_noise = run.config.model.prediction_type != "v_prediction"
-    return predicts_noise and probe.losses[0] < 0.9 and abs(probe.losses[-1] - NOISE_VARIANCE) < 0.02
 
 
 def never_started(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:

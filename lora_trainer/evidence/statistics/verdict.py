@@ -97,11 +97,10 @@ def confirming(arms: Sequence[Arm]) -> Question:
 
 
 def tuned(arms: Sequence[Arm]) -> Arm:
-    """One setting's arm at its best LR.
+    """One setting's arm at its best LR, which is one at which a run failed only if all failed.
 
     The seeds that choose are those that judge, which flatters a setting with many nearly equal LRs a little: measured
-    in docs/verdicts.md, and the reason to confirm on fresh seeds. An LR at which a run failed is chosen only if all
-    failed.
+    in docs/verdicts.md, and the reason to confirm on fresh seeds.
     """
     best = ranked(arms)[0]
     return replace(best, name=best.setting)
@@ -113,12 +112,10 @@ def ranked(arms: Sequence[Arm]) -> list[Arm]:
     return sorted(arms, key=lambda arm: (level[arm.mean_loss], arm.peak_lr))
 
 
-def by_setting(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
+def by_setting(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
     """The arms of each setting, in their order."""
-    settings: dict[str, list[Arm]] = {}
-    for arm in arms:
-        settings.setdefault(arm.setting, []).append(arm)
-    return settings
+    settings = dict.fromkeys(arm.setting for arm in arms)
+    return {setting: [arm for arm in arms if arm.setting == setting] for setting in settings}
 
 
 def leaders(arms: Sequence[Arm], num: int) -> list[Arm]:
@@ -166,10 +163,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two arms on their common seeds; `better` is the one with the smaller mean loss there, shown or not.
-
-    Of equals it is the one that ranks first.
-    """
+    """Two arms on their common seeds; `better` has the smaller mean loss there, shown or not, or ranks first."""
 
     better: Arm
     worse: Arm
@@ -197,10 +191,9 @@ def compare(arms: Sequence[Arm], rules: Rules | None = None) -> tuple[Pair, ...]
     """
     rules = rules or Rules()
     pairs = [_untested(one, other, rules) for one, other in combinations(ranked(arms), 2)]
-    testable = [index for index, pair in enumerate(pairs) if not pair.why]
-    tests = [paired(pairs[index].differences) for index in testable]
-    factors = holm_factors([test.p for test in tests], num_tests=len(pairs))
-    for index, test, factor in zip(testable, tests, factors, strict=True):
+    tests = {index: paired(pair.differences) for index, pair in enumerate(pairs) if not pair.why}
+    factors = holm_factors([test.p for test in tests.values()], num_tests=len(pairs))
+    for (index, test), factor in zip(tests.items(), factors, strict=True):
         pairs[index] = _tested(pairs[index], test, float(factor), rules)
     return tuple(pairs)
 
@@ -251,9 +244,36 @@ class Verdict:
     arms: tuple[Arm, ...]  # best mean first, failed ones last
     pairs: tuple[Pair, ...]
     unbeaten: tuple[Arm, ...]  # tested arms that no arm is shown to be better than, in the order given
-    choice: Arm | None
-    """What to use on this evidence: the winner, or of a tie the smallest LR; None where nothing was tested."""
-    sentence: str
+
+    @property
+    def choice(self) -> Arm | None:
+        """What to use on this evidence: the winner, or of a tie the smallest LR; None where nothing was tested."""
+        return smaller_lr(self.unbeaten)[0] if self.unbeaten else None
+
+    @property
+    def sentence(self) -> str:
+        """Arms that are named together stand in the order given, so that no noise decides how the sentence reads."""
+        given, tied = self.question.arms, len(self.unbeaten) > 1
+        if len(given) == 1:
+            return f"Nothing was compared: {given[0].name} is the only setting."
+        if not self.unbeaten:
+            return f"Not tested: {_why_untested(self)}."
+        parts = []
+        if tied:
+            among = "between" if len(self.unbeaten) == 2 else "among"
+            parts.append(f"no difference shown {among} {_listed(self.unbeaten)}")
+        parts += _shown(given, self.pairs)
+        if untested := [arm for arm in given if arm.name not in _tested_names(self.pairs)]:
+            parts.append(f"not tested: {_listed(untested)} ({_why_untested(self)})")
+        if tied:
+            parts.append(smaller_lr(self.unbeaten)[1])
+        if all(arm.mean_loss >= 1 - ROUNDING for arm in self.unbeaten):
+            parts.append("on average none of these is better than the base")
+        if self.purpose == "selection" and any(pair.outcome == Outcome.BETTER for pair in self.pairs):
+            parts.append(
+                "the same seeds chose and judged, so the size of a difference is to be confirmed on fresh ones"
+            )
+        return f"{_evidence(self)}: {'; '.join(parts)}."
 
 
 def judge(question: Question, rules: Rules | None = None, purpose: Purpose = "selection") -> Verdict:
@@ -264,39 +284,13 @@ def judge(question: Question, rules: Rules | None = None, purpose: Purpose = "se
     """
     rules = rules or Rules()
     pairs = compare(question.arms, rules)
-    beaten = {pair.worse.name for pair in pairs if pair.outcome == Outcome.BETTER}
-    unbeaten = tuple(arm for arm in question.arms if arm.name in _tested_names(pairs) - beaten)
-    choice = smaller_lr(unbeaten)[0] if unbeaten else None
-    sentence = _sentence(question, rules, purpose, pairs, unbeaten)
-    return Verdict(question, purpose, rules, tuple(ranked(question.arms)), pairs, unbeaten, choice, sentence)
+    unbeaten = _tested_names(pairs) - {pair.worse.name for pair in pairs if pair.outcome == Outcome.BETTER}
+    stand = tuple(arm for arm in question.arms if arm.name in unbeaten)
+    return Verdict(question, purpose, rules, tuple(ranked(question.arms)), pairs, stand)
 
 
 def _tested_names(pairs: Sequence[Pair]) -> set[str]:
     return {arm.name for pair in pairs if pair.test for arm in (pair.better, pair.worse)}
-
-
-def _sentence(
-    question: Question, rules: Rules, purpose: Purpose, pairs: Sequence[Pair], unbeaten: Sequence[Arm]
-) -> str:
-    """Arms that are named together stand in the order given, so that no noise decides how the sentence reads."""
-    given = question.arms
-    if len(given) == 1:
-        return f"Nothing was compared: {given[0].name} is the only setting."
-    if not unbeaten:
-        return f"Not tested: {_why_untested(given, pairs, rules)}."
-    parts = []
-    if len(unbeaten) > 1:
-        parts.append(f"no difference shown {'between' if len(unbeaten) == 2 else 'among'} {_listed(unbeaten)}")
-    parts += _shown(given, pairs)
-    if untested := [arm for arm in given if arm.name not in _tested_names(pairs)]:
-        parts.append(f"not tested: {_listed(untested)} ({_why_untested(given, pairs, rules)})")
-    if len(unbeaten) > 1:
-        parts.append(smaller_lr(unbeaten)[1])
-    if all(arm.mean_loss >= 1 - ROUNDING for arm in unbeaten):
-        parts.append("on average none of these is better than the base")
-    if purpose == "selection" and any(pair.outcome == Outcome.BETTER for pair in pairs):
-        parts.append("the same seeds chose and judged, so the size of a difference is to be confirmed on fresh ones")
-    return f"{_evidence(question, pairs, purpose)}: {'; '.join(parts)}."
 
 
 def _shown(given: Sequence[Arm], pairs: Sequence[Pair]) -> list[str]:
@@ -321,30 +315,28 @@ def smaller_lr(tied: Sequence[Arm]) -> tuple[Arm, str]:
     low = [arm for arm in tied if arm.peak_lr == lowest]
     least = min(arm.lr_sum for arm in low)
     little = [arm for arm in low if arm.lr_sum <= least * (1 + _SAME_BUDGET)]
+    why = "their LRs are equal too, so take either"
     if len(low) < len(tied):
         why = f"the tie goes to the smaller LR, {_listed(low, 'or')} ({lowest:.3g})"
     elif len(little) < len(low):
-        budget = f"{little[0].lr_budget:.2f}"
-        why = f"the tie goes to the smaller LR over the run, {_listed(little, 'or')} (budget {budget})"
-    else:
-        why = "their LRs are equal too, so take either"
+        budget = f"budget {little[0].lr_budget:.2f}"
+        why = f"the tie goes to the smaller LR over the run, {_listed(little, 'or')} ({budget})"
     return little[0], why
 
 
-def _evidence(question: Question, pairs: Sequence[Pair], purpose: Purpose) -> str:
-    counts = sorted({len(pair.seeds) for pair in pairs if pair.test})
+def _evidence(verdict: Verdict) -> str:
+    counts = sorted({len(pair.seeds) for pair in verdict.pairs if pair.test})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    fresh = " fresh" if purpose == "confirmation" else ""
-    corrected = f"{len(pairs)} pairs corrected after Holm" if len(pairs) > 1 else "one pair"
-    return f"On {seeds}{fresh} paired seeds (held-out loss, {question.label}, {corrected})"
+    fresh = " fresh" if verdict.purpose == "confirmation" else ""
+    corrected = f"{len(verdict.pairs)} pairs corrected after Holm" if len(verdict.pairs) > 1 else "one pair"
+    return f"On {seeds}{fresh} paired seeds (held-out loss, {verdict.question.label}, {corrected})"
 
 
-def _why_untested(given: Sequence[Arm], pairs: Sequence[Pair], rules: Rules) -> str:
-    reasons = [f"{arm.name} {arm.failure}" for arm in given if arm.failed]
-    sound = [pair for pair in pairs if not (pair.test or pair.better.failed or pair.worse.failed)]
-    if sound:
-        most = max(len(pair.seeds) for pair in sound)
-        reasons.append(f"{_in_common(most)}, and a verdict takes {rules.min_seeds} at least")
+def _why_untested(verdict: Verdict) -> str:
+    reasons = [f"{arm.name} {arm.failure}" for arm in verdict.question.arms if arm.failed]
+    seeds = [len(p.seeds) for p in verdict.pairs if not (p.test or p.better.failed or p.worse.failed)]
+    if seeds:
+        reasons.append(f"{_in_common(max(seeds))}, and a verdict takes {verdict.rules.min_seeds} at least")
     return ", ".join(reasons)
 
 
