@@ -1,7 +1,4 @@
-"""Pictures that are files of their own: LR curves before training, a run's curves and its samples. Never imports torch.
-
-LR curves can be shown in the terminal as well.
-"""
+"""Pictures that are files of their own: LR curves before training, a run's curves, its samples. Never imports torch."""
 
 from __future__ import annotations
 
@@ -138,12 +135,11 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
 
 
 def _window(num_rows: int) -> int:
-    """Width of the smoothing: a twentieth of the run."""
     return max(1, num_rows // 20)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Centred running mean, narrower towards both ends."""
+    """Centred running mean over a twentieth of the run, narrower towards both ends."""
     half = _window(len(values)) // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))

@@ -1,7 +1,4 @@
-"""The plots of the page: curves over steps, timestep bands, paired differences; each with a sentence and its numbers.
-
-They are SVG that belongs to the page: it takes the page's colours, light or dark, and its text can be read aloud.
-"""
+"""The plots of the page, as SVG that takes its colours, light or dark; each with a sentence and its numbers."""
 
 from __future__ import annotations
 

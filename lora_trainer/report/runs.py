@@ -198,8 +198,7 @@ def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[R
     Raises:
         ConfigError: as `read_run`, and where no trial of a sweep has begun; for all that cannot be read together.
     """
-    records: list[RunRecord] = []
-    problems: list[Problem] = []
+    records, problems = list[RunRecord](), list[Problem]()
     for folder in folders:
         try:
             trials = _read_sweep(folder) if (folder / SWEEP_FILE).is_file() else [read_run(folder)]
@@ -271,10 +270,8 @@ def arms(records: Sequence[RunRecord]) -> list[ArmRuns]:
     Raises:
         ConfigError: two runs are of one setting and one seed.
     """
-    if all(record.arm is not None for record in records):
-        names = [(str(record.arm), str(record.setting)) for record in records]
-    else:
-        names = _names(records)
+    swept = all(record.arm is not None for record in records)
+    names = [(str(record.arm), str(record.setting)) for record in records] if swept else _names(records)
     members: dict[tuple[str, str], list[RunRecord]] = {name: [] for name in names}
     for name, record in sorted(zip(names, records, strict=True), key=lambda named: named[1].seed):
         members[name].append(record)
@@ -358,9 +355,8 @@ def _setting_name(record: RunRecord, keys: Sequence[str], *, has_own_type: bool)
         return ", ".join(_setting(record, key) for key in keys) or schedule
     if has_own_type and all(key.startswith(_SCHEDULE) for key in keys):
         return schedule
-    others = [key for key in keys if key != _SCHEDULE_TYPE]
-    known = [key for key in others if not key.startswith(_SCHEDULE) or record.identity.get(key) is not None]
-    return ", ".join([schedule, *(_setting(record, key) for key in known)])
+    known = [key for key in keys if not key.startswith(_SCHEDULE) or record.identity.get(key) is not None]
+    return ", ".join([schedule, *(_setting(record, key) for key in known if key != _SCHEDULE_TYPE)])
 
 
 def _setting(record: RunRecord, key: str) -> str:

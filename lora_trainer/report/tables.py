@@ -179,10 +179,9 @@ def item_table(groups: Sequence[ArmRuns]) -> Table | None:
     equal losses the first is the smallest.
     """
     finals: dict[int, list[tuple[str, Row]]] = {}
-    for group in groups:
-        for run in group.runs:
-            if run.is_finished and run.failure is None and run.final is not None:
-                finals.setdefault(run.seed, []).append((group.name, run.final))
+    for name, run in ((group.name, run) for group in groups for run in group.runs):
+        if run.is_finished and run.failure is None and run.final is not None:
+            finals.setdefault(run.seed, []).append((name, run.final))
     rows = []
     for seed, named in sorted(finals.items()):
         best, least = named.pop(smallest([final["relative"] for _, final in named]))

@@ -1,7 +1,4 @@
-"""What a rule answers about a state, and what to try where it was found: settings with values from the run's own.
-
-Suggestions: nothing here acts by itself.
-"""
+"""What a rule answers about a state, and where it was found, what to try: suggestions, nothing acts by itself."""
 
 from __future__ import annotations
 

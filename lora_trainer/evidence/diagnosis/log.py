@@ -154,14 +154,12 @@ class TrialLog:
         self.lrs: list[float] = []
         self.clipped: list[bool] = []
         self.grad_norms: list[float] = []
-        self.ratios: list[tuple[int, float]] = []
-        """(step, training loss relative to the frozen base on the same batch), where it was measured."""
+        self.ratios: list[tuple[int, float]] = []  # (step, training loss over the base's on the same batch)
         self.skips: list[Mapping[str, Any]] = []  # the `skip` events
         self.failure: str | None = None  # why the trial was ended; None again where a changed setting led on
         self.held_out, self.train, self.prior = ProbeLog(), ProbeLog(), ProbeLog()
         self.probes = {HELD_OUT: self.held_out, TRAIN: self.train, PRIOR: self.prior}
-        self.non_finite_probes: list[tuple[int, str]] = []
-        """(step, probe) of measurements that were not finite; their steps are left out of all probes."""
+        self.non_finite_probes: list[tuple[int, str]] = []  # (step, probe): the step is left out of all probes
         self.forks: list[ForkResult] = []
         self.cooldowns: list[ForkResult] = []
         self.verdict: tuple[str, ...] = ()  # the states of the last `diagnosis` event

@@ -1,7 +1,4 @@
-"""The rules: single updates, measurements compared two by two, and the course of many; and the thresholds of all.
-
-Each rule judges by the log, the run and the thresholds, and answers about one state.
-"""
+"""The rules, each about one state: by single updates, by measurements two by two, by the course of many; thresholds."""
 
 from __future__ import annotations
 
@@ -42,13 +39,11 @@ class Thresholds:
     diverged_se: float = 3.0
     oscillation_index: float = 0.25  # scatter of the detrended changes between probes, as a share of the gain
     oscillation_se: float = 1.5
-    oscillation_reversals: int = 3
-    """Changes of direction among the last probes, each beyond its SE and a tenth of the gain."""
+    oscillation_reversals: int = 3  # changes of direction, each beyond its SE and a tenth of the gain
     cooldown_se: float = 2.0
     flat_share: float = 0.1  # a fall by less than this share of the gain over the window is flat
     flat_rise: float = 0.15  # a rise by more than this share is not flat either
-    high_multiplier: float = 0.5
-    """An LR above this share of its peak, now and at the end of the run, is high: flatness is then stagnation."""
+    high_multiplier: float = 0.5  # above this share of its peak, now and at the end, an LR is high: flat is stagnant
     decayed_multiplier: float = 0.05  # an LR under this share of its peak has decayed
     started_gain: float = 0.002  # gain over the base under which nothing has been learned, however small its SE
     doubtful_gain: float = 0.01  # gain under which two SE are asked for as well
@@ -60,8 +55,7 @@ class Thresholds:
     clipped_share: float = 0.5
     shock_se: float = 2.0
     shock_share: float = 0.05  # rise after a restart as a share of the gain
-    non_finite_overflows: float = 0.01
-    """Share of updates skipped for fp16 overflows beyond which the precision does not suit the run."""
+    non_finite_overflows: float = 0.01  # share of updates lost to overflows beyond which the precision does not suit
 
 
 def non_finite(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:

@@ -34,8 +34,7 @@ class Arm:
     lr_budget: float  # mean of the LR over the run, in units of its peak
     losses: Mapping[int, float]
     failed: Mapping[int, str] = field(default_factory=dict)  # why a seed's run has no loss
-    lrs_tried: tuple[float, ...] = ()
-    """Peak LRs of its setting that were tried and left out before; its own need not be among them."""
+    lrs_tried: tuple[float, ...] = ()  # peak LRs of its setting that were left out before; its own need not be one
 
     def __post_init__(self) -> None:
         """A seed whose loss is not finite has failed."""
@@ -147,8 +146,7 @@ class Rules:
     """What "better" takes. All of them must hold."""
 
     level: float = 0.05  # of the confidence intervals and of the familywise error
-    min_effect: float = 0.01
-    """Smallest difference that matters, as a share of the larger of the two gains over the base."""
+    min_effect: float = 0.01  # smallest difference that matters, as a share of the larger gain over the base
     min_same_sign: float = 0.8  # share of the seeds that must point the same way
     min_seeds: int = 3
 
