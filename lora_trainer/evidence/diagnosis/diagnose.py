@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_trainer.evidence.diagnosis import rules
-from lora_trainer.evidence.diagnosis.findings import Confidence, Finding, State, advise
+from lora_trainer.evidence.diagnosis.findings import Finding, State, advise
 from lora_trainer.evidence.diagnosis.log import RunFacts, TrialLog
 from lora_trainer.evidence.diagnosis.rules import Thresholds
 from lora_trainer.evidence.statistics.paired import ROUNDING
@@ -19,8 +19,7 @@ from lora_trainer.tracking.metrics import parse_row
 
 EARLY_SHARE = 0.1
 CHANGES_FOR_SCATTER, CHANGES_FOR_CORRELATION = 4, 3
-Rule = Callable[[TrialLog, RunFacts, Thresholds], Finding]
-RULES: dict[State, Rule] = {
+RULES: dict[State, Callable[[TrialLog, RunFacts, Thresholds], Finding]] = {
     State.NON_FINITE: rules.non_finite,
     State.DIVERGED: rules.diverged,
     State.OSCILLATING: rules.oscillating,
@@ -97,8 +96,8 @@ def _healthy(log: TrialLog, answers: list[Finding]) -> Finding:
     if len(probe) < 3:
         return State.HEALTHY.found("low", f"no fault in {log.step} updates, but {len(probe)} probes say little")
     losses = f"held-out loss {probe.means[-1]:.4f} of the base's, best {probe.means.min():.4f}"
-    confidence: Confidence = "high" if len(probe) >= 6 else "medium"
-    return State.HEALTHY.found(confidence, f"no fault found by step {log.step}; {losses}", gain=probe.gain)
+    evidence = f"no fault found by step {log.step}; {losses}"
+    return State.HEALTHY.found("high" if len(probe) >= 6 else "medium", evidence, gain=probe.gain)
 
 
 @dataclass(frozen=True, slots=True)

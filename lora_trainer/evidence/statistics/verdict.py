@@ -21,6 +21,7 @@ Purpose = Literal["selection", "confirmation"]
 """What runs are for: to choose among arms, or to judge on fresh seeds those that were chosen."""
 MIN_TUNED_LRS = 3
 MIN_TUNED_SPAN = 9 * (1 - 1e-6)  # the largest LR over the smallest: x1/3, 1, x3, but for rounding
+TO_CONFIRM = "the same seeds chose and judged, so the size of a difference is to be confirmed on fresh ones"
 _SAME_BUDGET = 0.01  # linear and cosine differ by less, from rounding of the number of updates
 
 
@@ -268,9 +269,7 @@ class Verdict:
         if all(arm.mean_loss >= 1 - ROUNDING for arm in self.unbeaten):
             parts.append("on average none of these is better than the base")
         if self.purpose == "selection" and any(pair.outcome == Outcome.BETTER for pair in self.pairs):
-            parts.append(
-                "the same seeds chose and judged, so the size of a difference is to be confirmed on fresh ones"
-            )
+            parts.append(TO_CONFIRM)
         return f"{_evidence(self)}: {'; '.join(parts)}."
 
 
@@ -282,9 +281,9 @@ def judge(question: Question, rules: Rules | None = None, purpose: Purpose = "se
     """
     rules = rules or Rules()
     pairs = compare(question.arms, rules)
-    unbeaten = _tested_names(pairs) - {pair.worse.name for pair in pairs if pair.outcome == Outcome.BETTER}
-    stand = tuple(arm for arm in question.arms if arm.name in unbeaten)
-    return Verdict(question, purpose, rules, tuple(ranked(question.arms)), pairs, stand)
+    names = _tested_names(pairs) - {pair.worse.name for pair in pairs if pair.outcome == Outcome.BETTER}
+    unbeaten = tuple(arm for arm in question.arms if arm.name in names)
+    return Verdict(question, purpose, rules, tuple(ranked(question.arms)), pairs, unbeaten)
 
 
 def _tested_names(pairs: Sequence[Pair]) -> set[str]:
