@@ -15,7 +15,7 @@ from lora_trainer.config.sweep import SweepConfig
 from lora_trainer.schedules.curves import Constant
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.schedules.schedule import Duration, check_period
-from lora_trainer.strict_model import Count, NotBool, Ratio, Section
+from lora_trainer.strict_model import Count, NotBool, Ratio, StrictModel
 
 
 def _check_name(value: str) -> str:
@@ -35,7 +35,7 @@ def _adamw_unless_said(value: Any) -> Any:
 Period = Annotated[Duration | None, AfterValidator(check_period)]
 
 
-class ModelConfig(Section):
+class ModelConfig(StrictModel):
     """The base checkpoint, which stays frozen."""
 
     path: Annotated[str, Field(min_length=1)]
@@ -48,7 +48,7 @@ class ModelConfig(Section):
     """What the denoiser predicts; `auto` takes it from the base's noise scheduler."""
 
 
-class SourceConfig(Section):
+class SourceConfig(StrictModel):
     """One folder of images."""
 
     dir: Annotated[str, Field(min_length=1)]
@@ -57,7 +57,7 @@ class SourceConfig(Section):
     """How often each image is seen per epoch, on top of the N of a folder `N_name` (N up to 100; more is a name)."""
 
 
-class CaptionConfig(Section):
+class CaptionConfig(StrictModel):
     """Text beside each image."""
 
     extension: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9]+$")] = ".txt"
@@ -72,7 +72,7 @@ class CaptionConfig(Section):
     """Probability of training a sample on the empty prompt (0.05-0.1 keeps classifier-free guidance strong)."""
 
 
-class DataConfig(Section):
+class DataConfig(StrictModel):
     """The images and how they are framed. They are only ever read."""
 
     dir: Annotated[str | None, Field(min_length=1)] = None
@@ -92,7 +92,7 @@ class DataConfig(Section):
     """Where latents and prompt embeddings are kept; default `<output_dir>/.cache`."""
 
 
-class LoraConfig(Section):
+class LoraConfig(StrictModel):
     """Low-rank adapters on the denoiser, injected by peft."""
 
     type: Literal["lora"] = "lora"
@@ -110,14 +110,14 @@ class LoraConfig(Section):
     """Weight-decomposed adapters with a learned magnitude per output (Liu et al. 2024)."""
 
 
-class ObjectiveConfig(Section):
+class ObjectiveConfig(StrictModel):
     """What is minimised: the squared error of the predicted noise (or v), averaged over each image."""
 
     min_snr_gamma: Annotated[float, Field(gt=0), NotBool] | None = None
     """Weight timesteps by min(SNR, gamma) / SNR (Hang et al. 2023); 5 is the paper's value, null is off."""
 
 
-class TrainConfig(Section):
+class TrainConfig(StrictModel):
     """The loop."""
 
     max_steps: Annotated[int, Field(ge=1, le=10_000_000), NotBool] | None = None
@@ -140,7 +140,7 @@ class TrainConfig(Section):
     """CPU threads per process; `auto` is physical cores / local processes, stored with the run."""
 
 
-class ValidationConfig(Section):
+class ValidationConfig(StrictModel):
     """A probe: fixed images, timesteps and noise on which the loss is measured again and again. Off unless present."""
 
     dir: Annotated[str | None, Field(min_length=1)] = None
@@ -161,7 +161,7 @@ class ValidationConfig(Section):
     """Keep `<name>-best.safetensors`, the LoRA of the probe with the smallest held-out loss."""
 
 
-class PromptConfig(Section):
+class PromptConfig(StrictModel):
     """One sample image."""
 
     prompt: str
@@ -176,7 +176,7 @@ def _prompt(value: Any) -> Any:
     return {"prompt": value} if isinstance(value, str) else value
 
 
-class SampleConfig(Section):
+class SampleConfig(StrictModel):
     """Images drawn before, during and after training. They never touch the training's randomness."""
 
     prompts: Annotated[
@@ -191,7 +191,7 @@ class SampleConfig(Section):
     """Classifier-free guidance; 1 is none."""
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(StrictModel):
     """What a resume needs. The last update always saves."""
 
     every_steps: Period = 250
@@ -202,7 +202,7 @@ class CheckpointConfig(Section):
     """When the disk takes no checkpoint: train on and try again at the next one, or stop (exit 5) with a LoRA file."""
 
 
-class ResumeConfig(Section):
+class ResumeConfig(StrictModel):
     """What may differ when a stopped run is continued. Without these keys a changed setting stops the resume."""
 
     allow_changes: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = ()
@@ -211,7 +211,7 @@ class ResumeConfig(Section):
     """LR of a longer run: `keep` the curve of the first length, then its last value, or `stretch` it over the new."""
 
 
-class ExportConfig(Section):
+class ExportConfig(StrictModel):
     """The LoRA files. The last update always exports."""
 
     every_steps: Period = None
@@ -220,7 +220,7 @@ class ExportConfig(Section):
     """Of the tensors in the files."""
 
 
-class TrackingConfig(Section):
+class TrackingConfig(StrictModel):
     """Where the numbers of each step go beside metrics.jsonl."""
 
     tensorboard: bool = True
@@ -229,7 +229,7 @@ class TrackingConfig(Section):
     """Every so many updates run the frozen base on the same noised batch and log the ratio; null is off."""
 
 
-class RunConfig(Section):
+class RunConfig(StrictModel):
     """One training run."""
 
     name: Annotated[str, AfterValidator(_check_name)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from lora_trainer.schedules.schedule import check_period
-from lora_trainer.strict_model import Count, NotBool, Section
+from lora_trainer.strict_model import Count, NotBool, StrictModel
 
 Seed = Annotated[int, Field(ge=0, lt=2**63), NotBool]
 
@@ -35,7 +35,7 @@ def _share(value: str) -> str:
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
-class RandomConfig(Section):
+class RandomConfig(StrictModel):
     """Arms drawn at random. A larger `num` keeps the earlier draws."""
 
     num: Count
@@ -46,7 +46,7 @@ class RandomConfig(Section):
     """Written beside `num`, by key path: {log_uniform: [low, high]}, {uniform: [low, high]} or {choice: [...]}."""
 
 
-class ShortRunsConfig(Section):
+class ShortRunsConfig(StrictModel):
     """Complete short runs of all arms on the first seed, which choose the learning rates of each setting."""
 
     length: Annotated[str, AfterValidator(_share)] = "25%"
@@ -55,7 +55,7 @@ class ShortRunsConfig(Section):
     """Learning rates of each setting that are then trained in full."""
 
 
-class PruneConfig(Section):
+class PruneConfig(StrictModel):
     """Trials that end early or are not begun. Everything is off unless set; what was stopped and why is reported."""
 
     diverged: Annotated[float, Field(gt=1), NotBool] | None = None
@@ -65,7 +65,7 @@ class PruneConfig(Section):
     """From this many finished seeds on, an arm that another is shown to be better than gets no further seeds."""
 
 
-class ConfirmConfig(Section):
+class ConfirmConfig(StrictModel):
     """What `lora-trainer sweep --confirm` trains after the sweep: its leaders, on seeds that took no part in it."""
 
     num_leaders: Annotated[int, Field(ge=2), NotBool] = 3
@@ -74,7 +74,7 @@ class ConfirmConfig(Section):
     """Fresh training seeds; default the five after the largest of the sweep."""
 
 
-class SweepConfig(Section):
+class SweepConfig(StrictModel):
     """Many trials on one frozen base: see docs/sweeps.md. Each arm is trained with each seed."""
 
     trials_per_pass: Literal["auto"] | Count = "auto"

@@ -170,7 +170,7 @@ def test_the_recipes_add_a_schedule_an_optimizer_and_a_setting(
     edited(
         tmp_path,
         schema,
-        (r"class TrainConfig\(Section\):\n    \"\"\".*?\"\"\"\n", SETTING),
+        (r"class TrainConfig\(StrictModel\):\n    \"\"\".*?\"\"\"\n", SETTING),
         (r"\nLEVELS: [^\n]*\n", level),
     )
     edited(tmp_path, user, (r"def explanation\(.*?\"\"\".*?\"\"\"\n", heeded))
