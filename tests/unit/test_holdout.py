@@ -115,4 +115,4 @@ def test_validation_needs_one_source() -> None:
         config = RunConfig.model_validate(base | {"validation": validation})
         assert ["validation" in problem.what for _, problem in conflicts(config)] == [True]
     plateau = RunConfig.model_validate(base | {"lr_scheduler": {"type": "plateau"}})
-    assert ["plateau" in c.what for c in conflicts(plateau, {})] == [True]
+    assert ["plateau" in problem.what for _, problem in conflicts(plateau)] == [True]
