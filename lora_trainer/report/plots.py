@@ -243,8 +243,11 @@ def _paint_pair(axes: Axes, row: int, pair: Pair, rules: Rules) -> None:
 
 def _by_seed(pairs: Sequence[Pair]) -> Table:
     seeds = sorted({seed for pair in pairs for seed in pair.seeds})
-    percents = [{s: f"{-PERCENT * d:z.3f}" for s, d in zip(p.seeds, p.differences, strict=True)} for p in pairs]
-    rows = ((pair_name(p), *(cells.get(s, "–") for s in seeds)) for p, cells in zip(pairs, percents, strict=True))
+    rows = []
+    for pair in pairs:
+        percents = [f"{-PERCENT * difference:z.3f}" for difference in pair.differences]
+        by_seed = dict(zip(pair.seeds, percents, strict=True))
+        rows.append((pair_name(pair), *(by_seed.get(seed, "–") for seed in seeds)))
     header = ("pair", *(f"seed {seed}" for seed in seeds))
     return Table("Difference of loss by seed, in percent of the base's loss", header, tuple(rows))
 

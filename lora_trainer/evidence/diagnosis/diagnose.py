@@ -1,7 +1,4 @@
-"""What all rules amount to, of a stored run or of one that goes on; what to try, and the early report.
-
-Advice is a setting with a value worked out from the run's own. Nothing here acts by itself.
-"""
+"""What all rules amount to, of a stored run or of one that goes on; what to try (nothing acts by itself)."""
 
 from __future__ import annotations
 

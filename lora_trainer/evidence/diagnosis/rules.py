@@ -29,10 +29,7 @@ NO_GAIN = 1e6  # stands for a scatter that has no gain to be compared with
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """As calibrated by `benchmarks/evaluation/calibrate_diagnosis.py` (docs/diagnosis.md).
-
-    SE is the standard error of a difference paired over the probe's images.
-    """
+    """As calibrated (docs/diagnosis.md); SE is the standard error of a difference paired over the probe's images."""
 
     diverged_ratio: float = 1.5  # training loss relative to the base, median of the last ratios
     diverged_rise: float = 0.1  # rise of the held-out loss over the base at two probes in a row
