@@ -1,4 +1,4 @@
-"""How an image becomes noise: x_t between latents x and noise eps, the denoiser's target, and how each t counts.
+"""The objective: x_t between latents x and noise eps, the denoiser's target, how each t counts, and the error.
 
 Betas: x_t = sqrt(a_t) x + sqrt(1 - a_t) eps with a_t the cumulative product of the noise schedule (Ho et al. 2020); the
 target is eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x (Salimans and Ho 2022). Flow matching: x_t = (1 - t) x + t eps,
@@ -7,8 +7,9 @@ t in [0, 1), and the target is eps - x (Lipman et al. 2023, Liu et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from lora_trainer.config.schema import ObjectiveConfig
-
-Weighting = Callable[[torch.Tensor, float, str], torch.Tensor]  # (SNR, the setting's value, prediction type) -> weight
+from lora_trainer.diffusion import random_streams
+from lora_trainer.diffusion.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class NoisePath(Protocol):
         ...
 
     def strata(self, num: int) -> list[float]:
-        """The time in the middle of each of so many equal parts of the way."""
+        """The times in the middle of `num` equal parts of the way."""
         ...
 
     def at(self, latents_BChw: torch.Tensor, noise_BChw: torch.Tensor, times_B: torch.Tensor) -> NoisedLatents:
@@ -61,22 +62,18 @@ class BetaPath:
     ) -> None:
         self.prediction_type = prediction_type
         alphas_T = DDPMScheduler.from_config(dict(schedule)).alphas_cumprod
+        self._num_timesteps = len(alphas_T)
         weight_T = torch.ones_like(alphas_T)
-        for key, weighting in WEIGHTINGS.items():
-            if (value := getattr(objective, key)) is not None:
-                weight_T = weighting(alphas_T / (1 - alphas_T), value, prediction_type)
+        if objective.min_snr_gamma is not None:
+            weight_T = _min_snr(alphas_T / (1 - alphas_T), objective.min_snr_gamma, prediction_type)
         self._signal_T, self._noise_T = alphas_T.sqrt().to(device), (1 - alphas_T).sqrt().to(device)
         self._weight_T = weight_T.to(device)
 
-    @property
-    def num_timesteps(self) -> int:
-        return len(self._signal_T)
-
     def draw_time(self, stream: np.random.Generator) -> int:
-        return int(stream.integers(self.num_timesteps))
+        return int(stream.integers(self._num_timesteps))
 
     def strata(self, num: int) -> list[float]:
-        return [int((stratum + 0.5) * self.num_timesteps / num) for stratum in range(num)]
+        return [int((stratum + 0.5) * self._num_timesteps / num) for stratum in range(num)]
 
     def at(self, latents_BChw: torch.Tensor, noise_BChw: torch.Tensor, times_B: torch.Tensor) -> NoisedLatents:
         signal_B, strength_B = self._signal_T[times_B], self._noise_T[times_B]
@@ -116,16 +113,29 @@ def noise_path(
     return BetaPath(schedule, prediction_type, objective, device)
 
 
+def draw(path: NoisePath, batch: Batch, seed: int) -> NoisedLatents:
+    """The batch's latents with noise and a time of their own, each sample's by its slot."""
+    shape, device = batch.latents_BChw.shape[1:], batch.latents_BChw.device
+    noise_BChw = torch.stack([random_streams.normal(shape, seed, "noise", *slot) for slot in batch.slots])
+    times_B = torch.tensor([path.draw_time(random_streams.stream(seed, "timestep", *slot)) for slot in batch.slots])
+    digest = hashlib.blake2b(times_B.numpy().tobytes() + noise_BChw.numpy().tobytes(), digest_size=8).hexdigest()
+    noise_BChw, times_B = noise_BChw.to(device, non_blocking=True), times_B.to(device, non_blocking=True)
+    noised = path.at(batch.latents_BChw, noise_BChw, times_B)
+    return replace(noised, weight_B=noised.weight_B * batch.weight_B, digest=digest)
+
+
+def squared_error(prediction_BChw: torch.Tensor, target_BChw: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample [B], in fp32, or fp64 where the prediction is."""
+    exact = torch.promote_types(prediction_BChw.dtype, torch.float32)
+    return (prediction_BChw.to(exact) - target_BChw).square().flatten(1).mean(1)
+
+
 def _min_snr(snr_T: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
     """min(SNR, gamma) / SNR, over SNR + 1 for v (Hang et al. 2023); its limit where there is no signal."""
     capped_T = snr_T.clamp(max=gamma)
     if prediction_type == "v_prediction":
         return capped_T / (snr_T + 1)
     return torch.where(snr_T > 0, capped_T / snr_T, 1.0)
-
-
-WEIGHTINGS: dict[str, Weighting] = {"min_snr_gamma": _min_snr}
-"""Loss weightings on betas by their setting in `objective`; null is off."""
 
 
 def _scale(factor_B: torch.Tensor, values_BChw: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from lora_trainer.config.schema import ObjectiveConfig
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Batch, Conditioning, Slot
-from lora_trainer.diffusion.noise_paths import NoisePath, noise_path
-from lora_trainer.diffusion.objective import draw, squared_error
+from lora_trainer.diffusion.noise_paths import NoisePath, draw, noise_path, squared_error
 
 SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 CPU = torch.device("cpu")
