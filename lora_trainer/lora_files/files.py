@@ -10,25 +10,18 @@ import torch
 from safetensors import SafetensorError
 
 from lora_trainer.errors import HostError, ModelError, NumericStop, Problem
-from lora_trainer.lora_files.layouts import to_kohya
-from lora_trainer.lora_files.metadata import diffusers_metadata, kohya_metadata
+from lora_trainer.lora_files.layouts import diffusers_metadata, kohya_metadata, to_kohya
 from lora_trainer.lora_files.recipe import BaseFacts, Recipe
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.storage import safetensors_io
+from lora_trainer.storage.safetensors_io import Tensors
 
 Layout = Literal["kohya", "diffusers"]
-Tensors = dict[str, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_lora(
-    file: Path,
-    adapter: Mapping[str, torch.Tensor],
-    recipe: Recipe,
-    family: Family,
-    *,
-    layout: Layout,
-    dtype: str,
+    file: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe, family: Family, *, layout: Layout, dtype: str
 ) -> None:
     """Write a LoRA file in one of the two layouts, read it back and compare.
 
@@ -50,14 +43,17 @@ def write_lora(
     else:
         tensors = _converted(adapter, dtype, file)
         metadata = diffusers_metadata(recipe, layers)
-    _write_verified(file, tensors, metadata)
+    safetensors_io.save(file, tensors, metadata)
+    read_back, read_metadata = safetensors_io.load(file)
+    same = read_back.keys() == tensors.keys() and all(torch.equal(read_back[key], tensors[key]) for key in tensors)
+    if not same or read_metadata != metadata:
+        raise HostError(Problem("the LoRA file could not be read back as written", str(file), fix="check the disk"))
 
 
 def base_facts(family: Family, prediction_type: str) -> BaseFacts:
     """What a LoRA file says of its base."""
-    return BaseFacts(
-        kohya_version=family.kohya_version, architecture=family.architecture, prediction_type=prediction_type
-    )
+    version, architecture = family.kohya_version, family.architecture
+    return BaseFacts(kohya_version=version, architecture=architecture, prediction_type=prediction_type)
 
 
 def read_lora(file: Path) -> tuple[Tensors, dict[str, str]]:
@@ -73,9 +69,8 @@ def read_lora(file: Path) -> tuple[Tensors, dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem("the LoRA file cannot be read", str(file), str(error))) from error
     if not any("lora_" in key for key in tensors):
-        raise ModelError(
-            Problem("the file holds no LoRA", str(file), f"its tensors are like {next(iter(tensors), 'none')}")
-        )
+        why = f"its tensors are like {next(iter(tensors), 'none')}"
+        raise ModelError(Problem("the file holds no LoRA", str(file), why))
     return tensors, metadata
 
 
@@ -89,17 +84,8 @@ def _converted(tensors: Mapping[str, torch.Tensor], dtype: str, file: Path) -> T
     for name, tensor in tensors.items():
         kept = tensor.float() if name.endswith(".alpha") else tensor.to(DTYPES[dtype])
         if not torch.isfinite(kept).all():
-            why = (
-                "it left fp16's range: write export.dtype=bf16" if torch.isfinite(tensor).all() else "training diverged"
-            )
+            was_finite = torch.isfinite(tensor).all()
+            why = "it left fp16's range: write export.dtype=bf16" if was_finite else "training diverged"
             raise NumericStop(Problem(f"`{name}` is not finite and is never saved", str(file.name), why))
         converted[name] = kept.cpu().contiguous()
     return converted
-
-
-def _write_verified(file: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    safetensors_io.save(file, tensors, metadata)
-    read_back, read_metadata = safetensors_io.load(file)
-    same = read_back.keys() == tensors.keys() and all(torch.equal(read_back[key], tensors[key]) for key in tensors)
-    if not same or read_metadata != metadata:
-        raise HostError(Problem("the LoRA file could not be read back as written", str(file), fix="check the disk"))

@@ -152,12 +152,16 @@ class AdapterBank:
                 parameter.copy_(initial(key))
 
 
+def plain_number(number: float) -> int | float:
+    """An integer where it is whole, as other trainers write alpha."""
+    return int(number) if float(number).is_integer() else number
+
+
 def peft_config(config: LoraConfig, targets: Sequence[str]) -> PeftLoraConfig:
     """Our options in peft's words."""
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     return PeftLoraConfig(
         r=config.rank,
-        lora_alpha=alpha,
+        lora_alpha=plain_number(config.alpha),
         lora_dropout=config.dropout,
         target_modules=list(targets),
         use_rslora=config.use_rslora,
