@@ -6,9 +6,10 @@ honour are refused here with both values named, instead of being passed over.
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -67,15 +68,11 @@ def _refused_engines() -> list[Problem]:
         for variable, engine in _ENGINES.items()
         if os.environ.get(variable, "false").lower() == "true"
     ]
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    variable = "ACCELERATE_DYNAMO_BACKEND"
+    backend = os.environ.get(variable, "no").lower()
     if backend not in ("no", ""):
-        problems.append(
-            Problem(
-                f"accelerate is set to compile with {backend}, which this trainer does not",
-                "ACCELERATE_DYNAMO_BACKEND",
-                fix="accelerate launch --dynamo_backend no ...",
-            )
-        )
+        what = f"accelerate is set to compile with {backend}, which this trainer does not"
+        problems.append(Problem(what, variable, fix="accelerate launch --dynamo_backend no ..."))
     return problems
 
 
@@ -84,28 +81,20 @@ def _other_precision(config: RunConfig) -> list[Problem]:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked == "no" or _PRECISIONS.get(asked) == config.train.precision:
         return []
-    return [
-        Problem(
-            f"accelerate says mixed precision {asked}, the config says train.precision: {config.train.precision}",
-            "ACCELERATE_MIXED_PRECISION",
-            "the precision must have one source",
-            f"write train.precision={_PRECISIONS.get(asked, 'bf16')}, or start with --mixed_precision no",
-        )
-    ]
+    what = f"accelerate says mixed precision {asked}, the config says train.precision: {config.train.precision}"
+    fix = f"write train.precision={_PRECISIONS.get(asked, 'bf16')}, or start with --mixed_precision no"
+    return [Problem(what, "ACCELERATE_MIXED_PRECISION", "the precision must have one source", fix)]
 
 
 def _other_accumulation(config: RunConfig) -> list[Problem]:
-    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    asked = os.environ.get(variable, "1")
     ours = config.train.gradient_accumulation_steps
     if asked in ("1", "auto", str(ours)):
         return []
-    return [
-        Problem(
-            f"accelerate says {asked} gradient accumulation steps, the config says {ours}",
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-            fix=f"write train.gradient_accumulation_steps={asked}, or remove it from accelerate's config",
-        )
-    ]
+    what = f"accelerate says {asked} gradient accumulation steps, the config says {ours}"
+    fix = f"write train.gradient_accumulation_steps={asked}, or remove it from accelerate's config"
+    return [Problem(what, variable, fix=fix)]
 
 
 def _lost_processes() -> list[Problem]:
@@ -113,39 +102,22 @@ def _lost_processes() -> list[Problem]:
     from_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if not from_accelerate or "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ:
         return []
-    command = _parent_command()
-    if "MASTER_ADDR" in _parent_environment():  # the user's own, not the launcher's
+    command, environment = _launcher()
+    if "MASTER_ADDR" in environment:  # the user's own, not the launcher's
         return []
-    asked = _value_after(command, "--num_processes") or "N"
-    return [
-        Problem(
-            f"accelerate was asked for {asked} processes and started one",
-            "accelerate launch --cpu",
-            "its CPU launcher only multiplies processes under MPI",
-            f"torchrun --nproc_per_node {asked} train.py --config ...",
-        )
-    ]
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option.add_argument("--num_processes", nargs="?", default="N", const="N")
+    num_processes = option.parse_known_args(command)[0].num_processes
+    what = f"accelerate was asked for {num_processes} processes and started one"
+    why = "its CPU launcher only multiplies processes under MPI"
+    fix = f"torchrun --nproc_per_node {num_processes} train.py --config ..."
+    return [Problem(what, "accelerate launch --cpu", why, fix)]
 
 
-def _parent_command() -> list[str]:
+def _launcher() -> tuple[list[str], Collection[str]]:
+    """Command line and environment variables of the process that started this one, as far as they can be read."""
     try:
-        return Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return []
-
-
-def _parent_environment() -> list[str]:
-    try:
-        rows = Path(f"/proc/{os.getppid()}/environ").read_text(errors="replace").split("\0")
-    except OSError:
-        return []
-    return [row.partition("=")[0] for row in rows]
-
-
-def _value_after(words: list[str], flag: str) -> str | None:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == flag:
-            return following
-        if word.startswith(flag + "="):
-            return word.removeprefix(flag + "=")
-    return None
+        parent = psutil.Process(os.getppid()).as_dict(["cmdline", "environ"], ad_value=[])
+    except psutil.NoSuchProcess:  # it is outside of this container
+        return [], []
+    return parent["cmdline"], parent["environ"]

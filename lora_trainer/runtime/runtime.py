@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import psutil
 import torch
@@ -69,17 +69,17 @@ class Runtime:
     def facts(self) -> dict[str, str]:
         """What may move the last bits of a run: device, precision as it became, versions (`config/identity.py`)."""
         packages = {name: metadata.version(name) for name in ("torch", "diffusers", "peft", "accelerate")}
-        return {"device": self._device_name(), "train.precision": self.precision, **packages}
+        return {"device": self.device_name, "train.precision": self.precision, **packages}
 
-    def _device_name(self) -> str:
+    @property
+    def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the GPU where it takes under a tenth of the memory that is free there; pinned on the host otherwise."""
         if self.device.type != "cuda":
             return tensor
-        small = tensor.numel() * tensor.element_size() < self.free_bytes() // 10
-        return tensor.to(self.device) if small else tensor.pin_memory()
+        return tensor.to(self.device) if tensor.nbytes < self.free_bytes() // 10 else tensor.pin_memory()
 
     def free_cached_memory(self) -> None:
         """Give back the memory of models that nobody holds any more."""
@@ -123,14 +123,10 @@ def joined_processes(launch: Launch) -> Iterator[PartialState]:
     _die_with_launcher()
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != launch.num_processes:
-        raise HostError(
-            Problem(
-                f"{launch.num_processes} processes are announced, and {state.num_processes} found each other",
-                "WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR",
-                "each process would train on a part of the images and none would hear of the others",
-                "start with torchrun --nproc-per-node N train.py --config ..., or unset WORLD_SIZE",
-            )
-        )
+        what = f"{launch.num_processes} processes are announced, and {state.num_processes} found each other"
+        why = "each process would train on a part of the images and none would hear of the others"
+        fix = "start with torchrun --nproc-per-node N train.py --config ..., or unset WORLD_SIZE"
+        raise HostError(Problem(what, "WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR", why, fix))
     try:
         yield state
     finally:
@@ -156,12 +152,11 @@ def start_runtime(
 
 def environment_report(runtime: Runtime) -> dict[str, Any]:
     """Versions and hardware: what another person needs to repeat the run. No host or user names."""
-    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else processor_name()
     return {
         "python": platform.python_version(),
         "platform": platform.system() + " " + platform.machine(),
         "packages": {"lora_trainer": __version__} | {name: metadata.version(name) for name in _PACKAGES},
-        "device": device,
+        "device": processor_name() if runtime.device.type == "cpu" else runtime.device_name,
         "num_processes": runtime.launch.num_processes,
         "precision": runtime.precision,
         "threads": runtime.threads,
@@ -171,25 +166,23 @@ def environment_report(runtime: Runtime) -> dict[str, Any]:
 
 def processor_name() -> str:
     try:
-        with Path("/proc/cpuinfo").open() as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        names = []
-    return names[0] if names else platform.machine()
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _choose_precision(asked: str, device: torch.device) -> Precision:
-    on_gpu = device.type == "cuda"
-    if asked == "auto":
-        if not on_gpu:
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if asked == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise HostError(
-            Problem("this GPU has no bf16", "train.precision", torch.cuda.get_device_name(device), "write fp16 or auto")
-        )
-    assert asked in _DTYPES
-    return asked  # type: ignore[return-value]
+    lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "bf16" and lacks_bf16:
+        name, fix = torch.cuda.get_device_name(device), "write fp16 or auto"
+        raise HostError(Problem("this GPU has no bf16", "train.precision", name, fix))
+    if asked != "auto":
+        return cast(Precision, asked)
+    if device.type == "cpu":
+        return "fp32"
+    return "fp16" if lacks_bf16 else "bf16"
 
 
 def _die_with_launcher() -> None:
