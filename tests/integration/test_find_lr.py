@@ -187,7 +187,7 @@ class TestVerification:
         groups = "optimizer.groups=[{name: values, match: [to_v], lr: 7e-5}, {name: keys, match: [to_k]}]"
         finder = finder_of(toy_config, groups, "optimizer.lr=0.0007", options=self.OPTIONS)
         for member, lr in zip(finder.verification_group(self.LRS).members, self.LRS, strict=True):
-            rates = [group.lr(k) for k in (0, 4) for group in lay_groups(member.prepared.config, Horizon(5, 3))]
+            rates = [group.lr(k) for k in (0, 4) for group in lay_groups(member.prepared.config, Horizon(5, 3), "unet")]
             assert rates == pytest.approx([lr, lr / 10, lr] * 2, rel=1e-12)
             assert rates[0] == lr
 
