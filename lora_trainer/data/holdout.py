@@ -45,13 +45,9 @@ def split_by_fraction(dataset: Dataset, fraction: float, seed: int, chosen_befor
     chosen = set(chosen_before or (below if len(below) >= MIN_ITEMS else least))
     training = tuple(record for record in dataset.records if record.sha256 not in chosen)
     if not training:
-        raise DataError(
-            Problem(
-                f"holding out {len(chosen)} images leaves none of {len(dataset.records)} to train on",
-                "validation.fraction",
-                fix="add images, or remove the validation section",
-            )
-        )
+        what = f"holding out {len(chosen)} images leaves none of {len(dataset.records)} to train on"
+        fix = "add images, or remove the validation section"
+        raise DataError(Problem(what, "validation.fraction", fix=fix))
     held_out = _once(record for record in dataset.records if record.sha256 in chosen)
     note = f"validation: {len(held_out)} of {len(dataset.records)} images are held out"
     return Split(replace(dataset, records=training, notes=(*dataset.notes, note)), held_out, {})
@@ -82,11 +78,9 @@ def with_watched(split: Split, prior: Dataset | None, num_items: int, seed: int)
     if prior is not None:
         probes[PRIOR] = _once(prior.records)
     limit = min(num_items, len(split.held_out))
-    kept = {
-        name: tuple(sorted(records, key=lambda record: _rank(record.sha256, seed))[:limit])
-        for name, records in probes.items()
-    }
-    return replace(split, probes=kept)
+    for name, records in probes.items():
+        probes[name] = tuple(sorted(records, key=lambda record: _rank(record.sha256, seed))[:limit])
+    return replace(split, probes=probes)
 
 
 def _once(records: Iterable[Record]) -> tuple[Record, ...]:

@@ -118,10 +118,10 @@ def _trial(prepared: Prepared, adapter: str, bank: AdapterBank, runtime: Runtime
 def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:
     config, plan = prepared.config, prepared.plan
     return BatchSource(
-        prepared.dataset.records,
-        prepared.dataset.samples(),
-        cache.latents,
-        cache.prompts,
+        records=prepared.dataset.records,
+        samples=prepared.dataset.samples(),
+        latents=cache.latents,
+        prompts=cache.prompts,
         seed=config.seed,
         batch_size=plan.batch_size,
         accumulation=plan.accumulation,

@@ -38,7 +38,7 @@ class GaussianWorld:
         stream = torch.Generator().manual_seed(1)
         latents = torch.randn(num_items, 4, 8, 8, generator=stream) * self.spectrum.sqrt()
         keys = tuple(f"item{index}" for index in range(num_items))
-        self.items = ProbeItems(keys, keys, latents, {}, ("",) * num_items)
+        self.items = ProbeItems(keys, latents, {}, ("",) * num_items)
 
     def predict(self, _: object, noisy: torch.Tensor, timesteps: torch.Tensor, __: Conditioning) -> torch.Tensor:
         """E[noise | noisy latents], with its gain off by `error`."""
@@ -123,7 +123,6 @@ def test_the_order_of_the_images_does_not_matter() -> None:
     order = [3, 0, 5, 1, 4, 2]
     items = world.items
     shuffled = ProbeItems(
-        tuple(items.names[i] for i in order),
         tuple(items.keys[i] for i in order),
         items.latents_NChw[order],
         {},
