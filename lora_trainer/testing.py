@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lora_trainer.config.load import check_source, to_yaml
 from lora_trainer.config.lr_notes import unusual_rates
-from lora_trainer.config.optimizers import OptimizerRow, optimizer_row
+from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError
@@ -136,10 +136,6 @@ class OptimizerContract(_Contract):
 
     section = "optimizer"
 
-    @property
-    def row(self) -> OptimizerRow:
-        return optimizer_row(self.name)
-
     def built(self, parameters: Sequence[Parameter], **more: Any) -> Optimizer:
         """The optimizer over all but the last parameter, and the last (if there are several) in another group."""
         groups = [parameters[:-1], parameters[-1:]] if len(parameters) > 1 else [parameters]
@@ -210,7 +206,7 @@ class OptimizerContract(_Contract):
         assert attributes() == before
 
     def test_a_decoupled_decay_shrinks_by_lr_x_decay(self) -> None:
-        if not self.row.decoupled_decay:
+        if not optimizer_row(self.name).decoupled_decay:
             return
         parameters, before = _parameters(), _parameters()
         optimizer = self.built(parameters, weight_decay=1.0)
@@ -222,7 +218,7 @@ class OptimizerContract(_Contract):
             torch.testing.assert_close(1 - now / then, expected, rtol=0.02, atol=1e-7)
 
     def test_element_wise_weights_may_lie_in_one_flat_buffer(self) -> None:
-        if not self.row.element_wise:
+        if not optimizer_row(self.name).element_wise:
             return
         apart, flat = _parameters(), Parameter(torch.cat([p.detach().flatten() for p in _parameters()]))
         ours, theirs = self.built(apart), self.built([flat])
@@ -236,7 +232,7 @@ class OptimizerContract(_Contract):
         torch.testing.assert_close(alone[0], apart[0])
 
     def test_its_default_learning_rate_is_usual(self) -> None:
-        low, high = self.row.usual_lr
+        low, high = optimizer_row(self.name).usual_lr
         assert 0 < low < high
         assert list(unusual_rates(self.config())) == []
 

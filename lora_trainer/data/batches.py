@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class PromptStore:
         return Conditioning({name: values.to(device, non_blocking=True) for name, values in tensors.items()})
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchSource:
     """Micro-batches by (update, micro-step, process), read from the caches."""
 
@@ -63,7 +64,6 @@ class BatchSource:
     num_processes: int
     caption_dropout: float
     device: torch.device
-    _order: tuple[int, np.ndarray] | None = None
 
     @property
     def global_batch(self) -> int:
@@ -95,14 +95,13 @@ class BatchSource:
         return Batch(
             latents_BChw=mean + std * jitter.to(self.device, non_blocking=True),
             conditioning=self.prompts.conditioning(prompts, views, self.device),
-            weight_B=torch.ones(len(slots), device=self.device),
             slots=tuple(slots),
             files=tuple(record.name for record in records),
         )
 
     def _choose(self, slot: Slot) -> tuple[Record, int, str]:
         """What one slot shows: the record, the row of its latents and the prompt."""
-        index = self.samples[self._permutation(slot.epoch)[slot.position]]
+        index = self.samples[_order(self.seed, slot.epoch, len(self.samples))[slot.position]]
         crop = self._integer("crop", slot, self.latents.num_crops)
         mirrored = self.latents.flips and self._integer("flip", slot, 2) == 1
         captions = self.records[index].captions
@@ -115,8 +114,8 @@ class BatchSource:
     def _integer(self, purpose: str, slot: Slot, bound: int) -> int:
         return 0 if bound == 1 else int(random_streams.stream(self.seed, purpose, *slot).integers(bound))
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            order = random_streams.stream(self.seed, "order", epoch).permutation(len(self.samples))
-            self._order = (epoch, order)
-        return self._order[1]
+
+@lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """The places of an epoch's samples, shuffled."""
+    return random_streams.stream(seed, "order", epoch).permutation(num_samples)

@@ -53,11 +53,11 @@ class _Framed:
     view: View
     mirrored: bool = False
 
-    def key(self, encoder: str) -> str:
-        """The entry's name, without its ending."""
+    def file(self, folder: Path, encoder: str) -> Path:
+        """Where its latents are kept."""
         view = self.view
         place = (view.scaled_size, view.left, view.top, view.resolution)
-        return _hash("latent", encoder, self.record.sha256, place, self.mirrored)
+        return _entry_file(folder / "latents", "latent", encoder, self.record.sha256, place, self.mirrored)
 
 
 def build_cache(
@@ -82,13 +82,12 @@ def build_cache(
     num_cut = _check_lengths(config.data, family, records)
     texts = _texts(config, records)
     encoders = "".join(base_digests[component] for component in family.prompt_components)
-    text_files = {text: folder / "prompts" / f"{_hash('prompt tensors', encoders, text)}.safetensors" for text in texts}
+    text_files = {text: _entry_file(folder / "prompts", "prompt tensors", encoders, text) for text in texts}
     training = _training_images(config, split.training.records)
     probes = {name: [_Framed(r, frame(r.size, resolution)) for r in watched] for name, watched in split.probes.items()}
     images = dict.fromkeys([*training.values(), *(image for row in probes.values() for image in row)])
-    image_files = {image: folder / "latents" / f"{image.key(base_digests['vae'])}.safetensors" for image in images}
-    missing_texts = _missing(text_files, runtime)
-    missing_images = _missing(image_files, runtime)
+    image_files = {image: image.file(folder, base_digests["vae"]) for image in images}
+    missing_texts, missing_images = _missing(text_files, runtime), _missing(image_files, runtime)
     if missing_texts:
         _encode_texts(family, runtime, missing_texts, text_files, progress)
     if missing_images:
@@ -180,11 +179,7 @@ def _encode_views(
 
 
 def _write_entry(file: Path, tensors: Mapping[str, torch.Tensor], fault: Problem) -> None:
-    """Write an entry.
-
-    Raises:
-        DataError: a value is not finite: the fault.
-    """
+    """Write an entry; where a value is not finite, the fault is raised as a DataError."""
     if not all(torch.isfinite(values).all() for values in tensors.values()):
         raise DataError(fault)
     safetensors_io.save(file, tensors, {"content": safetensors_io.payload_sha256(tensors)})
@@ -242,5 +237,6 @@ def _view_tensors(images: Iterable[_Framed], family: Family, device: torch.devic
     return {name: torch.tensor([row[name] for row in values], device=device) for name in values[0]}
 
 
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps([LAYOUT, *parts]).encode()).hexdigest()
+def _entry_file(folder: Path, *content: Any) -> Path:
+    """The entry of this content."""
+    return folder / f"{hashlib.sha256(json.dumps([LAYOUT, *content]).encode()).hexdigest()}.safetensors"

@@ -50,10 +50,6 @@ class Dataset:
         """Images x repeats."""
         return sum(record.repeats for record in self.records)
 
-    def digest(self) -> str:
-        """Identity of the content: image bytes, captions and repeats; names and places do not count."""
-        return content_digest(self.records)
-
     def samples(self) -> Samples:
         """The record index of each sample of an epoch, before shuffling."""
         return Samples(tuple(accumulate(record.repeats for record in self.records)))
@@ -77,7 +73,7 @@ class Samples:
 
 
 def content_digest(records: Iterable[Record]) -> str:
-    """One hash of image bytes, captions and repeats, in whatever order."""
+    """One hash of image bytes, captions and repeats, in whatever order; names and places do not count."""
     rows = sorted((record.sha256, record.repeats, record.captions) for record in records)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -232,9 +228,9 @@ def _read_checked(file: Path) -> dict[str, tuple[int, int]]:
     """Size by content hash of the images that were decoded before; empty where the file cannot be read."""
     try:
         rows = json.loads(file.read_text())
-    except (OSError, ValueError):
+        return {digest: (width, height) for digest, (width, height) in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return {digest: (width, height) for digest, (width, height) in rows.items()}
 
 
 def _notes(records: tuple[Record, ...], config: DataConfig) -> Iterator[str]:

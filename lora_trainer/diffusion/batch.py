@@ -44,7 +44,6 @@ class Batch:
 
     latents_BChw: torch.Tensor
     conditioning: Conditioning
-    weight_B: torch.Tensor
     slots: tuple[Slot, ...]
     files: tuple[str, ...]
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-from lora_trainer.config.schema import ObjectiveConfig
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Batch
 
@@ -35,47 +34,31 @@ class NoisedLatents:
     """Hash of noise and times: equal for runs that drew the same."""
 
 
-class NoisePath(Protocol):
-    """A time t per image decides where on the way it is."""
-
-    @property
-    def prediction_type(self) -> str: ...
-
-    def draw_time(self, stream: np.random.Generator) -> float:
-        """The time of one training sample; times of one kind all are ints or all are floats."""
-        ...
-
-    def strata(self, num: int) -> list[float]:
-        """The times in the middle of `num` equal parts of the way."""
-        ...
-
-    def at(self, latents_BChw: torch.Tensor, noise_BChw: torch.Tensor, times_B: torch.Tensor) -> NoisedLatents:
-        """Latents with this noise at these times."""
-        ...
-
-
 class BetaPath:
     """The noise schedule of a scheduler with betas; times are indices of its T steps."""
 
     def __init__(
-        self, schedule: Mapping[str, Any], prediction_type: str, objective: ObjectiveConfig, device: torch.device
+        self, schedule: Mapping[str, Any], prediction_type: str, min_snr_gamma: float | None, device: torch.device
     ) -> None:
         self.prediction_type = prediction_type
         alphas_T = DDPMScheduler.from_config(dict(schedule)).alphas_cumprod
         self._num_timesteps = len(alphas_T)
         weight_T = torch.ones_like(alphas_T)
-        if objective.min_snr_gamma is not None:
-            weight_T = _min_snr(alphas_T / (1 - alphas_T), objective.min_snr_gamma, prediction_type)
+        if min_snr_gamma is not None:
+            weight_T = _min_snr(alphas_T / (1 - alphas_T), min_snr_gamma, prediction_type)
         self._signal_T, self._noise_T = alphas_T.sqrt().to(device), (1 - alphas_T).sqrt().to(device)
         self._weight_T = weight_T.to(device)
 
     def draw_time(self, stream: np.random.Generator) -> int:
+        """The time of one training sample."""
         return int(stream.integers(self._num_timesteps))
 
-    def strata(self, num: int) -> list[float]:
+    def strata(self, num: int) -> list[int]:
+        """The times in the middle of `num` equal parts of the way."""
         return [int((stratum + 0.5) * self._num_timesteps / num) for stratum in range(num)]
 
     def at(self, latents_BChw: torch.Tensor, noise_BChw: torch.Tensor, times_B: torch.Tensor) -> NoisedLatents:
+        """Latents with this noise at these times."""
         signal_B, strength_B = self._signal_T[times_B], self._noise_T[times_B]
         noisy_BChw = _scale(signal_B, latents_BChw) + _scale(strength_B, noise_BChw)
         target_BChw = noise_BChw
@@ -104,13 +87,17 @@ class FlowPath:
         return NoisedLatents(noisy_BChw, noise_BChw - latents_BChw, times_B * self._model_scale, weight_B)
 
 
+NoisePath = BetaPath | FlowPath
+"""A time t per image decides where on the way it is."""
+
+
 def noise_path(
-    schedule: Mapping[str, Any], prediction_type: str, objective: ObjectiveConfig, device: torch.device
+    schedule: Mapping[str, Any], prediction_type: str, min_snr_gamma: float | None, device: torch.device
 ) -> NoisePath:
     """The path that a base's scheduler, with this configuration, is for."""
     if prediction_type == "flow":
         return FlowPath(schedule)
-    return BetaPath(schedule, prediction_type, objective, device)
+    return BetaPath(schedule, prediction_type, min_snr_gamma, device)
 
 
 def draw(path: NoisePath, batch: Batch, seed: int) -> NoisedLatents:
@@ -120,8 +107,7 @@ def draw(path: NoisePath, batch: Batch, seed: int) -> NoisedLatents:
     times_B = torch.tensor([path.draw_time(random_streams.stream(seed, "timestep", *slot)) for slot in batch.slots])
     digest = hashlib.blake2b(times_B.numpy().tobytes() + noise_BChw.numpy().tobytes(), digest_size=8).hexdigest()
     noise_BChw, times_B = noise_BChw.to(device, non_blocking=True), times_B.to(device, non_blocking=True)
-    noised = path.at(batch.latents_BChw, noise_BChw, times_B)
-    return replace(noised, weight_B=noised.weight_B * batch.weight_B, digest=digest)
+    return replace(path.at(batch.latents_BChw, noise_BChw, times_B), digest=digest)
 
 
 def squared_error(prediction_BChw: torch.Tensor, target_BChw: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import platform
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -48,19 +48,11 @@ class Runtime:
 
     def autocast(self) -> Any:
         """Matrix products in the run's precision; nothing at fp32."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, dtype=self.dtype)
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes; the tensor itself for one."""
-        if self.launch.num_processes == 1:
-            return values
-        return reduce_over_processes(values, "sum")
-
-    def from_main(self, value: Any) -> Any:
-        """The main process's value, in every process."""
-        return from_main(self.launch, value)
+        return values if self.launch.num_processes == 1 else reduce_over_processes(values, "sum")
 
     def from_all(self, values: list[Any]) -> list[Any]:
         """The lists of all processes, one after the other."""
@@ -165,12 +157,11 @@ def environment_report(runtime: Runtime) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    try:
+    """The model's name, or the architecture where the kernel does not say it."""
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.machine()
 
 
 def _choose_precision(asked: str, device: torch.device) -> Precision:

@@ -69,13 +69,6 @@ def write_synced(path: Path, chunks: bytes | Iterable[bytes]) -> None:
         _sync(file, path)
 
 
-def publish_folder(aside: Path, final: Path) -> None:
-    """Give a folder whose files are synced its final name, durably."""
-    sync_folder(aside)
-    rename(aside, final)
-    sync_folder(final.parent)
-
-
 def remove_folder(folder: Path) -> None:
     """Delete a folder of ours; it is renamed first, so that a half-deleted one is never taken for a whole one."""
     doomed = folder.with_name(f"{TEMPORARY_PREFIX}delete-{folder.name}-{os.getpid()}")
@@ -262,6 +255,7 @@ def make_folder(folder: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
+    """Give a file or folder its final name; durable once the folder around it is synced."""
     with _observed("rename", target):
         source.replace(target)
 

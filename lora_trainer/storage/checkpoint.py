@@ -59,17 +59,16 @@ def save_checkpoint(
         NumericStop: a tensor holds numbers that are not finite; nothing is written.
         OSError: the disk has no room, refused a write, or gave back other bytes than were written (EIO).
     """
-    _require_finite(tensors)
-    size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
-    disk_space.require_room(folder, size + _OVERHEAD)
-    atomic_files.make_folder(folder)
+    all_tensors = {f"{part}: {name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
+    _require_finite(all_tensors)
+    disk_space.require_room(folder, sum(tensor.nbytes for tensor in all_tensors.values()) + _OVERHEAD)
     final = folder / f"step-{step:08d}"
     aside = folder / f"{atomic_files.TEMPORARY_PREFIX}{final.name}-{os.getpid()}"
     try:
         atomic_files.make_folder(aside)
-        written = {"state.json": _write(aside / "state.json", [atomic_files.to_json({**state, "format": FORMAT})])}
-        for part, named in tensors.items():
-            written[f"{part}.safetensors"] = _write(aside / f"{part}.safetensors", safetensors_io.encode(named))
+        files = {f"{part}.safetensors": safetensors_io.encode(named) for part, named in tensors.items()}
+        contents = {"state.json": [atomic_files.to_json({**state, "format": FORMAT})], **files}
+        written = {name: _write(aside / name, chunks) for name, chunks in contents.items()}
         manifest = {"format": FORMAT, "files": written, "sha256": _digest_of(written)}
         atomic_files.write_synced(aside / "manifest.json", atomic_files.to_json(manifest))
         _publish(aside, final)
@@ -202,7 +201,9 @@ def _publish(aside: Path, final: Path) -> None:
     earlier = final.with_name(final.name + _REPLACED)
     if final.exists():
         atomic_files.rename(final, earlier)
-    atomic_files.publish_folder(aside, final)
+    atomic_files.sync_folder(aside)
+    atomic_files.rename(aside, final)
+    atomic_files.sync_folder(final.parent)
     if (fault := _fault(final)) is not None:
         _quarantine(final)
         raise OSError(errno.EIO, f"what was written could not be read back: {fault}", str(final))
@@ -222,14 +223,9 @@ def _finish_replacements(folder: Path) -> None:
             atomic_files.rename(earlier, final)
 
 
-def _require_finite(parts: Mapping[str, safetensors_io.Tensors]) -> None:
-    faulty = [
-        f"{part}: {name}"
-        for part, tensors in parts.items()
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
-    if faulty:
+def _require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if faulty := [name for name, tensor in numbers.items() if not torch.isfinite(tensor).all()]:
         what = f"{len(faulty)} tensors of the training state are not finite and are never saved"
         where = ", ".join(faulty[:3]) + (" ..." if len(faulty) > 3 else "")
         fix = "lower optimizer.lr; the same command goes on from the last checkpoint, which is whole"

@@ -67,9 +67,5 @@ def faults_in_words() -> Iterator[None]:
         raise HostError(Problem("the disk refused", where, error.strerror, fix)) from error
 
 
-def is_disk_fault(error: OSError) -> bool:
-    return error.errno in DISK_FAULTS
-
-
 def mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"

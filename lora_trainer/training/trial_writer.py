@@ -24,8 +24,7 @@ from lora_trainer.config.places import (
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.evidence.diagnosis.diagnose import LiveDiagnosis
 from lora_trainer.evidence.diagnosis.log import RunFacts
-from lora_trainer.lora_files.files import Layout, base_facts, write_lora
-from lora_trainer.lora_files.recipe import BaseFacts, DataFacts, LoopFacts, Recipe
+from lora_trainer.lora_files.files import BaseFacts, DataFacts, Layout, LoopFacts, Recipe, base_facts, write_lora
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.report.samples import draw_grid

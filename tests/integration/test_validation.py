@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from lora_trainer.config.schema import ObjectiveConfig
 from lora_trainer.data.batches import PromptStore
 from lora_trainer.diffusion.batch import Conditioning, ProbeItems
 from lora_trainer.diffusion.noise_paths import noise_path
@@ -77,7 +76,7 @@ class OneProcess:
 
 
 def validator(world: GaussianWorld, seed: int = 0, batch_size: int = 64, items: ProbeItems | None = None) -> Validator:
-    path = noise_path(SD_NOISE, "epsilon", ObjectiveConfig(), CPU)
+    path = noise_path(SD_NOISE, "epsilon", None, CPU)
     prompts = PromptStore({}, {"": 0})
     probes = {"held_out": items or world.items}
     parts: Any = (world, NoBank(), path, OneProcess())
@@ -95,7 +94,7 @@ def test_the_mean_is_within_one_percent_of_the_closed_form() -> None:
 
 
 def test_strata_are_midpoints() -> None:
-    path = noise_path(SD_NOISE, "epsilon", ObjectiveConfig(), CPU)
+    path = noise_path(SD_NOISE, "epsilon", None, CPU)
     assert path.strata(16) == [31, 93, 156, 218, 281, 343, 406, 468, 531, 593, 656, 718, 781, 843, 906, 968]
 
 

@@ -25,14 +25,14 @@ def config(**train: object) -> RunConfig:
 
 
 def test_a_plain_start_is_one_process() -> None:
-    assert read_launch(config()) == Launch(1, 0, 0, 1)
+    assert read_launch(config()) == Launch(1, 0, 1)
 
 
 def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     launch = read_launch(config())
-    assert launch == Launch(4, 3, 1, 2)
+    assert launch == Launch(4, 3, 2)
     assert not launch.is_main
     assert default_threads(launch) >= 1
 
