@@ -16,8 +16,8 @@ from ruamel.yaml import YAML
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lora_trainer.config.learning_rates import unusual_rates
 from lora_trainer.config.load import check_source, to_yaml
-from lora_trainer.config.lr_notes import unusual_rates
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source

@@ -26,7 +26,7 @@ from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.storage import safetensors_io
 from lora_trainer.storage.safetensors_io import Tensors
-from lora_trainer.strict_model import Section
+from lora_trainer.strict_model import StrictModel
 
 OWN_KEY = "lora_trainer"
 Layout = Literal["kohya", "diffusers"]
@@ -35,7 +35,7 @@ ADAPTER_KEY = "lora_adapter_metadata"  # where diffusers looks for alpha and ran
 _PREDICTION_TYPES = {"v_prediction": "v", "flow": "flow_matching"}  # in ModelSpec's words
 
 
-class BaseFacts(Section):
+class BaseFacts(StrictModel):
     """What a LoRA file says of the base it belongs to."""
 
     kohya_version: str
@@ -43,7 +43,7 @@ class BaseFacts(Section):
     prediction_type: str
 
 
-class LoopFacts(Section):
+class LoopFacts(StrictModel):
     """Counts of the run."""
 
     num_images: int
@@ -59,7 +59,7 @@ class LoopFacts(Section):
     gradient_checkpointing: bool
 
 
-class DataFacts(Section):
+class DataFacts(StrictModel):
     """How images were framed."""
 
     resolution: int
@@ -68,7 +68,7 @@ class DataFacts(Section):
     caption_dropout: float
 
 
-class Recipe(Section):
+class Recipe(StrictModel):
     """How a LoRA was made, as it travels inside its file: enough to write either layout's metadata again.
 
     Nothing that names a person, a machine, a path, a prompt or a moment: two equal runs give byte-equal files.

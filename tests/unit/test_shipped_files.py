@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,11 +41,10 @@ def test_every_shipped_configuration_says_purpose_command_and_hardware() -> None
 
 
 def test_generated_pages_are_current() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
     from make_docs import DOCS, PAGES, is_current
 
     stale = [name for name, write in PAGES.items() if not is_current(DOCS / name, write())]
-    assert not stale, f"run scripts/make_docs.py: {stale}"
+    assert not stale, f"run docs/make_docs.py: {stale}"
     assert PAGES
 
 
