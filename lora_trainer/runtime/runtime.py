@@ -79,9 +79,6 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def wait_for_everyone(self) -> None:
-        self.state.wait_for_everyone()
-
     def free_bytes(self) -> int:
         """Memory that is free now: of the GPU where there is one, else of the host."""
         if self.device.type == "cuda":
