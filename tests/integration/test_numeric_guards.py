@@ -344,8 +344,8 @@ def test_a_prompt_whose_embedding_is_not_finite_is_named(
     honest = StableDiffusion.encode_prompt
 
     def spoilt(self: StableDiffusion, encoders: Any, prompt: str) -> dict[str, torch.Tensor]:
-        told = honest(self, encoders, prompt)
-        return {name: own * (float("nan") if prompt == "picture 3" else 1) for name, own in told.items()}
+        factor = float("nan") if prompt == "picture 3" else 1
+        return {name: values * factor for name, values in honest(self, encoders, prompt).items()}
 
     monkeypatch.setattr(StableDiffusion, "encode_prompt", spoilt)
     with pytest.raises(DataError, match="'picture 3': the prompt's embedding is not finite"):
