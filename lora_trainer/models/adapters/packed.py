@@ -83,10 +83,14 @@ class _Packed(ABC):
 class _PackedLinear(_Packed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[P*B, ..., I] -> [P*B, ..., O]."""
+        # A query of SD 1.5 at 512 px, P = 4, B = 2, R = 16: x is [8, 4096, 320], M = 2 x 4096 = 8192. The frozen layer
+        # writes 10.5 M numbers (40 MiB in fp32), u 0.5 M (2 MiB); A and B are 20 K each. The adapters cost R (I + O) of
+        # I O = 10 % of its operations, in two launches for all trials where peft needs two for each.
         result = self.base(x)
         a_PRI, b_POR = self.stacked()
         u_PMR = torch.bmm(x.reshape(self.num_trials, -1, x.shape[-1]), a_PRI.transpose(1, 2))
         out_PMO = result.reshape(self.num_trials, -1, result.shape[-1])
+        # the scale goes on B, 5 K numbers a trial, not on the output's 2.6 M; baddbmm adds with no product kept between
         scaled_PRO = (b_POR * self.trial_scales(b_POR)).transpose(1, 2)
         return torch.baddbmm(out_PMO, u_PMR, scaled_PRO).reshape(result.shape)
 
@@ -96,9 +100,11 @@ class _PackedConv2d(_Packed):
         """[P*B, I, H, W] -> [P*B, O, H', W']: the trials are the groups of one grouped convolution."""
         result, p = self.base(x), self.num_trials
         a_PRIkk, b_POR = self.stacked()
+        # one copy of the input: at 320 channels of 64 x 64, P = 4, B = 2 it is [2, 1280, 64, 64], 40 MiB in fp32
         by_image = x.unflatten(0, (p, -1)).transpose(0, 1).flatten(1, 2)  # [B, P*I, H, W]
         base = self.base
         u = functional.conv2d(by_image, a_PRIkk.flatten(0, 1), None, base.stride, base.padding, base.dilation, groups=p)
+        # B is 1 x 1, so one matrix product gives [P, B, O, M], the output's layout: no permuted copy of it
         u_PBRM = u.flatten(2).unflatten(1, (p, -1)).transpose(0, 1)
         scaled_P1OR = (b_POR * self.trial_scales(b_POR))[:, None]
         return result + torch.matmul(scaled_P1OR, u_PBRM).reshape(result.shape)
