@@ -132,7 +132,7 @@ def compare(before: Tree, after: Tree, work: Path) -> Iterator[tuple[str, str, b
         yield equal(name, (straight, folder))
 
     answers = []
-    for folder in both("find-lr", "find-lr", sweep, "validation.max_cost=9"):
+    for folder in both("find-lr", "find-lr", sweep):
         (file,) = folder.rglob("find_lr.json")
         answers.append(json.loads(file.read_text())["lr"])
     yield "find-lr", f"{answers[0]:.3e} and {answers[1]:.3e}", answers[0] == answers[1]

@@ -15,9 +15,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from lora_trainer.cli.plan import prepare_plan
-from lora_trainer.config.describe import option_rows
 from lora_trainer.config.load import check_source, load_config
 from lora_trainer.config.source import Source
+from lora_trainer.config.structure import option_rows
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.planning.run_plan import lay_groups

@@ -21,8 +21,8 @@ from lora_trainer.cli.schedules import (
     previews,
     show_options,
 )
+from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.load import check_source, load_config
-from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.source import Source
 from lora_trainer.errors import ConfigError, HostError
 from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
@@ -268,12 +268,12 @@ def test_previews_never_load_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_valid_config(name: str) -> None:
-    from lora_trainer.config.source import set_value
+    from lora_trainer.config.source import set_value, split_override
 
     base = {"name": "x", "model": {"path": "b"}, "data": {"dir": "d"}, "train": {"max_steps": 100}}
     source = Source(base)
     for word in PRESETS[name].overrides():
-        assert set_value(source, word, None) is None
+        set_value(source, *split_override(word, None), None)
     check_source(source)
     assert PRESETS[name].purpose in show_preset(name)
 
