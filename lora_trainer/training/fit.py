@@ -83,7 +83,7 @@ def train_loop(
     """Updates from number `start` on until the planned number is done or no trial is left; how many were done."""
     step, num_updates, validation = start, setup.num_updates, setup.validation
     if start == 0:
-        setup.optimizer_step.settle_scales()
+        setup.optimizer_step.settle_scales()  # fp16 alone: from 2**16 down, a backward of update 0 for each halving
         measurements = validation.start() if validation is not None else []
         writer.begin(measurements)
         on_measure(0, measurements)
@@ -145,7 +145,7 @@ def estimate(group: TrialGroup, *, screen: Screen, joined: PartialState | None =
     with start_runtime(launch, shared.config.train.precision, shared.threads, joined) as runtime:
         setup = set_up(group, runtime, screen, trials_per_pass=group.trials_per_pass)
         seconds = []
-        for k in range(3):
+        for k in range(3):  # the first warms up kernels and allocator, so the fastest stands for all
             started = time.perf_counter()
             setup.optimizer_step.run(k, stop_asked=False)
             seconds.append(time.perf_counter() - started)

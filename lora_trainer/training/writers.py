@@ -352,9 +352,8 @@ def _due(step: int, period: int | None) -> bool:
 def write_run_files(prepared: Prepared, runtime: Runtime) -> None:
     """config.yaml, plan.json, environment.json: what this run is, for people and for a rerun."""
     atomic_files.write_file(prepared.run_dir / places.CONFIG_FILE, to_yaml(prepared.config).encode())
-    atomic_files.write_json(
-        prepared.run_dir / places.PLAN_FILE, prepared.plan.as_json() | {"identity": prepared.identity()}
-    )
+    plan = prepared.plan.as_json() | {"identity": prepared.identity()}
+    atomic_files.write_json(prepared.run_dir / places.PLAN_FILE, plan)
     atomic_files.write_json(prepared.run_dir / places.ENVIRONMENT_FILE, environment_report(runtime))
     if prepared.split.probes:
         sets = {"images_held_out": prepared.split.held_out, **prepared.split.probes}

@@ -69,6 +69,7 @@ class _Packed(ABC):
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A as [P, R, I, *kernel] and B as [P, O, R], filled up with zeros to the largest rank."""
+        # rank 4 beside rank 16 on 320 inputs: 12 x 320 = 4 K zeros, 15 KiB in fp32, instead of a launch of its own
         a = [None if weight is None else _filled(weight, 0, self.rank) for weight in self.down]
         b = [None if weight is None else _filled(weight.flatten(1), 1, self.rank) for weight in self.up]
         return _stack(a), _stack(b)
