@@ -98,9 +98,9 @@ class Validator:
         self._denoiser, self._prompts, launch = denoiser, prompts, denoiser.runtime.launch
         self._probes: dict[str, list[_Views]] = {}
         for name, items in probes.items():
-            rows_M = torch.arange(launch.rank, len(items.keys) * PROBE_STRATA, launch.num_processes)
-            parts = rows_M.split(config.batch_size)
-            self._probes[name] = [_noised(items, denoiser.path, config.seed, rows_R) for rows_R in parts]
+            rows = range(launch.rank, len(items.keys) * PROBE_STRATA, launch.num_processes)
+            parts = [rows[first : first + config.batch_size] for first in range(0, len(rows), config.batch_size)]
+            self._probes[name] = [_noised(items, denoiser.path, config.seed, part) for part in parts]
         self._num_images = {name: len(items.keys) for name, items in probes.items()}
         self._base: dict[str, Losses] = {}
 
@@ -145,16 +145,16 @@ class Validator:
         return runtime.sum_over_processes(losses_PM).unflatten(1, (-1, PROBE_STRATA)).cpu().numpy()
 
 
-def _noised(items: ProbeItems, path: NoisePath, seed: int, rows_R: torch.Tensor) -> _Views:
+def _noised(items: ProbeItems, path: NoisePath, seed: int, rows: Sequence[int]) -> _Views:
     """Rows (image x strata + stratum) of a probe's grid, each with its own noise."""
     shape, device = items.latents_NChw.shape[1:], items.latents_NChw.device
-    images, strata = (rows_R // PROBE_STRATA).tolist(), (rows_R % PROBE_STRATA).tolist()
+    images, strata = [row // PROBE_STRATA for row in rows], [row % PROBE_STRATA for row in rows]
     places = [(items.keys[image], stratum) for image, stratum in zip(images, strata, strict=True)]
     noise_RChw = torch.stack([random_streams.normal(shape, seed, "probe", *place) for place in places]).to(device)
     times_R = torch.tensor(path.strata(PROBE_STRATA), device=device)[strata]
     noised = path.at(items.latents_NChw[images], noise_RChw, times_R)
     views = {name: values[images] for name, values in items.view_tensors.items()}
-    return _Views(rows_R.to(device), noised, views, [items.prompts[image] for image in images])
+    return _Views(torch.tensor(rows, device=device), noised, views, [items.prompts[image] for image in images])
 
 
 @dataclass(frozen=True, slots=True)
