@@ -39,7 +39,7 @@ _SAFE = re.compile(r"\w[\w.+-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class ArmConfig:
     """What is compared: overrides, and where each was written."""
 
     name: str
@@ -89,13 +89,13 @@ def load_sweep(file: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, li
     return config, trials
 
 
-def _arms(config: RunConfig, source: Source) -> tuple[list[Arm], list[Problem]]:
+def _arms(config: RunConfig, source: Source) -> tuple[list[ArmConfig], list[Problem]]:
     """The arms of `trials`, `grid` and `random`; the config alone where there is none of them."""
     assert config.sweep is not None
     found = [*_named(config.sweep.trials, source), *_grid(config.sweep.grid, source)]
     if config.sweep.random is not None:
         found += _random(config.sweep.random, source)
-    arms = [entry for entry in found if isinstance(entry, Arm)]
+    arms = [entry for entry in found if isinstance(entry, ArmConfig)]
     problems = [entry for entry in found if isinstance(entry, Problem)]
     problems += [
         Problem(f"trial `{arm.name}` cannot override `{key}`", arm.places[key], why, "remove it")
@@ -109,10 +109,10 @@ def _arms(config: RunConfig, source: Source) -> tuple[list[Arm], list[Problem]]:
         for name in dict.fromkeys(names)
         if names.count(name) > 1
     ]
-    return arms or ([] if problems else [Arm(arm_name({}), {}, {})]), problems
+    return arms or ([] if problems else [ArmConfig(arm_name({}), {}, {})]), problems
 
 
-def _named(trials: Mapping[str, list[str] | dict[str, Any]], source: Source) -> Iterator[Arm | Problem]:
+def _named(trials: Mapping[str, list[str] | dict[str, Any]], source: Source) -> Iterator[ArmConfig | Problem]:
     for name, written in trials.items():
         path: KeyPath = ("sweep", "trials", name)
         if not is_path_safe(name):
@@ -120,7 +120,7 @@ def _named(trials: Mapping[str, list[str] | dict[str, Any]], source: Source) -> 
             yield Problem(f"`{name}` becomes a folder's name: {rule}", source.place(path), fix="rename the trial")
             continue
         if isinstance(written, dict):
-            yield Arm(name, written, {key: source.place((*path, key)) for key in written})
+            yield ArmConfig(name, written, {key: source.place((*path, key)) for key in written})
             continue
         overrides, places = {}, {}
         for index, text in enumerate(written):
@@ -130,18 +130,18 @@ def _named(trials: Mapping[str, list[str] | dict[str, Any]], source: Source) -> 
                 overrides[key], places[key] = value, place
             except ConfigError as error:
                 yield from error.problems
-        yield Arm(name, overrides, places)
+        yield ArmConfig(name, overrides, places)
 
 
-def _grid(grid: Mapping[str, Sequence[Any]], source: Source) -> Iterator[Arm]:
+def _grid(grid: Mapping[str, Sequence[Any]], source: Source) -> Iterator[ArmConfig]:
     columns = [[(key, index, value) for index, value in enumerate(values)] for key, values in grid.items()]
     for chosen in itertools.product(*columns) if grid else ():
         overrides = {key: value for key, _, value in chosen}
         places = {key: source.place(("sweep", "grid", key, index)) for key, index, _ in chosen}
-        yield Arm(arm_name(overrides), overrides, places)
+        yield ArmConfig(arm_name(overrides), overrides, places)
 
 
-def _random(config: RandomConfig, source: Source) -> Iterator[Arm | Problem]:
+def _random(config: RandomConfig, source: Source) -> Iterator[ArmConfig | Problem]:
     """Arm i depends on (seed, i, key) and on the arms drawn before it, each of which differs from the others."""
     places = {key: source.place(("sweep", "random", key)) for key in config.draws}
     for key, spec in config.draws.items():
@@ -157,7 +157,7 @@ def _random(config: RandomConfig, source: Source) -> Iterator[Arm | Problem]:
             return
         drawn |= new
     for index, overrides in enumerate(drawn.values(), start=1):
-        yield Arm(f"random{index}", overrides, places)
+        yield ArmConfig(f"random{index}", overrides, places)
 
 
 def _new_draw(config: RandomConfig, index: int, drawn: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
@@ -198,7 +198,7 @@ def _draw(spec: Mapping[str, Sequence[Any]], stream: random.Random) -> Any:
     return float(f"{drawn:.4g}")
 
 
-def _source_of(arm: Arm, seed: int, config: RunConfig, source: Source) -> Source:
+def _source_of(arm: ArmConfig, seed: int, config: RunConfig, source: Source) -> Source:
     """What the trial's own configuration file would say."""
     own = Source(copy.deepcopy(source.data), dict(source.places))
     del own.data["sweep"]
