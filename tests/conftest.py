@@ -34,7 +34,9 @@ tracking: {{tensorboard: false}}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="unit tests and golden runs, without any that starts a process")
+    parser.addoption(
+        "--quick", action="store_true", help="unit tests and golden runs, without any that starts a process"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from lora_trainer.tracking.console import Screen
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.fit import train_loop
 from lora_trainer.training.setup import set_up
+from lora_trainer.training.writers import GroupWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "find_lr.json"
@@ -139,9 +141,12 @@ def evaluate_unlearnable(seed: int, store: Store) -> None:
         finder = prepared_finder([*UNLEARNABLE, f"seed={seed}", f"validation.seed={seed}"], NO_SIGNAL_RAMP)
         ramp = RampObserver(finder, SILENT)
         with start_runtime(Launch(), "fp32", 1) as runtime:
-            setup = set_up(finder.ramp_group(), runtime, SILENT, trials_per_pass=1)
+            group = finder.ramp_group()
+            setup = set_up(group, runtime, SILENT, trials_per_pass=1)
             make_unlearnable(setup.denoiser)
-            train_loop(0, setup, None, screen=SILENT, should_stop=lambda: False, on_measure=ramp.observe)
+            with closing(GroupWriter(group, setup, SILENT, lambda: None)) as writer:
+                writer.open(None)
+                train_loop(0, setup, writer, screen=SILENT, should_stop=lambda: False, on_measure=ramp.observe)
         return _reading(ramp.points)
 
     store.get("unlearnable", str(seed), measure=verdict)

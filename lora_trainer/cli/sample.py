@@ -41,7 +41,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
 
     from lora_trainer.lora_files.files import read_lora
     from lora_trainer.runtime.runtime import default_device
-    from lora_trainer.training.sampling import png_bytes
+    from lora_trainer.training.denoiser import png_bytes
 
     tensors, _ = read_lora(lora)
     if any(key.endswith(".dora_scale") for key in tensors):

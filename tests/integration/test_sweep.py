@@ -282,10 +282,10 @@ def test_a_probe_that_is_not_finite_breaks_no_record(
         """NaN for the first trial always; infinite for the second at its first probe only."""
         readings = honest(self, weights)
         seen.append(len(readings))
-        broken = {0: np.nan, 1: np.inf} if len(seen) == 1 else {0: np.nan}
-        for place, value in broken.items():
-            own = readings[place]["held_out"]
-            readings[place]["held_out"] = replace(own, losses_NS=own.losses_NS * value)
+        broken = [np.nan, np.inf] if len(seen) == 1 else [np.nan]
+        for of_trial, value in zip(readings.values(), broken, strict=False):
+            own = of_trial["held_out"]
+            of_trial["held_out"] = replace(own, losses_NS=own.losses_NS * value)
         return readings
 
     monkeypatch.setattr(Validator, "measure", measure)
@@ -317,8 +317,9 @@ def test_a_probe_that_is_no_number_is_stopped_as_diverged(sweep: Sweep, monkeypa
     honest = Validator.measure
 
     def measure(self: Validator, weights: Any) -> Any:
-        (own,) = honest(self, weights)
-        return [{name: replace(reading, losses_NS=reading.losses_NS * np.nan) for name, reading in own.items()}]
+        ((adapter, own),) = honest(self, weights).items()
+        lost = {name: replace(reading, losses_NS=reading.losses_NS * np.nan) for name, reading in own.items()}
+        return {adapter: lost}
 
     monkeypatch.setattr(Validator, "measure", measure)
     (trial,) = results(sweep("{prune: {diverged: 2}}")).values()
