@@ -16,8 +16,8 @@ from lora_trainer.cli import sweep as sweep_command
 from lora_trainer.cli import train as train_command
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
-from lora_trainer.experiments.sweep.fewer_seeds import worse_arms
-from lora_trainer.experiments.sweep.short_runs import plan_short_runs
+from lora_trainer.experiments.sweep.derived import plan_short_runs
+from lora_trainer.experiments.sweep.results import worse_arms
 from lora_trainer.schedules.registry import SCHEDULES
 
 Sweep = Callable[..., Path]

@@ -17,11 +17,10 @@ from test_resume import stop_after
 from toys import WATCHED
 
 from lora_trainer.cli import sweep as sweep_command
-from lora_trainer.cli import sweep_status
 from lora_trainer.cli import train as train_command
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
-from lora_trainer.experiments.sweep.confirmation import plan_confirmation
+from lora_trainer.experiments.sweep.derived import plan_confirmation
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows, step_rows
 from lora_trainer.training import fit as fit_module
 from lora_trainer.training.trial import Trial
@@ -300,7 +299,7 @@ def test_a_probe_that_is_not_finite_breaks_no_record(
     assert f"failed at step 6: {reason}" in page
     assert "plateau-patience1 failed on seed 42" in page
     capsys.readouterr()
-    sweep_status.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
+    sweep_command.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
     said = capsys.readouterr().out
     assert "3 of 3 trials ended" in said
     assert re.search(rf"lost-seed42 +failed at 6/6, {reason}", said)
@@ -341,7 +340,7 @@ def test_status_reads_a_stopped_sweep(
         with pytest.raises(StoppedBySignal):
             sweep(section)
     capsys.readouterr()
-    sweep_status.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
+    sweep_command.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
     said = capsys.readouterr().out
     assert "0 of 4 trials ended" in said
     assert "seed1  running, update 5 of 6, 2 trials" in said
@@ -353,7 +352,7 @@ def test_trials_that_differ_by_rounding_are_shown_in_their_order(rounding: float
     row = {"status": "finished", "step": 6, "num_updates": 6, "reason": None, "best": None}
     losses = {"b": 0.9, "a": 0.9 + rounding, "best": 0.8, "none": None}
     trials = [{**row, "name": name, "final": loss and {"relative": loss, "step": 6}} for name, loss in losses.items()]
-    assert [name for name, _ in sweep_status.result_rows({"trials": trials})] == ["best", "b", "a", "none"]
+    assert [name for name, _ in sweep_command.result_rows({"trials": trials})] == ["best", "b", "a", "none"]
 
 
 def test_a_config_without_a_sweep_section_is_told(toy_config: Path) -> None:
