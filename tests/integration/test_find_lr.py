@@ -19,9 +19,9 @@ from lora_trainer.cli.find_lr import find_lr as find_lr_command
 from lora_trainer.cli.program import main
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import ConfigError, StoppedBySignal
+from lora_trainer.experiments.lr_finder.analysis import Found, ShortRun
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
-from lora_trainer.experiments.lr_finder.run import Found, find_lr, run_short
-from lora_trainer.experiments.lr_finder.verification import ShortRun
+from lora_trainer.experiments.lr_finder.run import find_lr, run_short
 from lora_trainer.models.stable_diffusion import StableDiffusion
 from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.runtime.launch import Launch
@@ -187,7 +187,7 @@ class TestVerification:
         groups = "optimizer.groups=[{name: values, match: [to_v], lr: 7e-5}, {name: keys, match: [to_k]}]"
         finder = finder_of(toy_config, groups, "optimizer.lr=0.0007", options=self.OPTIONS)
         for member, lr in zip(finder.verification_group(self.LRS).members, self.LRS, strict=True):
-            rates = [group.lr(k) for k in (0, 4) for group in lay_groups(member.prepared.config, Horizon(5, 3))]
+            rates = [group.lr(k) for k in (0, 4) for group in lay_groups(member.prepared.config, Horizon(5, 3), "unet")]
             assert rates == pytest.approx([lr, lr / 10, lr] * 2, rel=1e-12)
             assert rates[0] == lr
 
