@@ -10,8 +10,7 @@ import pytest
 from test_resume import outputs, stop_after
 
 from lora_trainer.cli import sweep as sweep_command
-from lora_trainer.cli.diagnose import diagnose_run
-from lora_trainer.cli.report import report
+from lora_trainer.cli.report import diagnose_run, report
 from lora_trainer.errors import StoppedBySignal
 from lora_trainer.tracking.metrics import read_lines, read_rows, step_rows
 

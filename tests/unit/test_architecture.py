@@ -22,7 +22,7 @@ TORCH_FREE = (
     "lora_trainer.cli.find_lr",
     "lora_trainer.cli.sweep",
     "lora_trainer.planning.prepare",
-    "lora_trainer.cli.diagnose",
+    "lora_trainer.cli.report",
     "lora_trainer.evidence.diagnosis.diagnose",
     "lora_trainer.planning.run_plan",
     "lora_trainer.runtime.launch",
