@@ -17,8 +17,8 @@ from lora_trainer.models.family import joined_layers
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.storage.checkpoint import open_checkpoint
-from lora_trainer.training.lora_recipe import recipe_of
 from lora_trainer.training.resume import stored_trial
+from lora_trainer.training.trial_writer import recipe_of
 
 Weights = Literal["exported", "raw"]
 

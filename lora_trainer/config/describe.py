@@ -22,7 +22,7 @@ Lengths and periods are optimizer updates (`100`), epochs (`"2ep"`) or a share o
 Keys marked *may change* can differ between a run and its resume, *said* where that may move the last bits; all others
 are the run's identity.
 
-This page is written by `scripts/make_docs.py` from the schema.
+This page is written by `docs/make_docs.py` from the schema.
 """
 _JSON_TYPES = {
     "string": "text",

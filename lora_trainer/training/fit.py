@@ -18,7 +18,7 @@ from lora_trainer.training.group_writer import GroupWriter
 from lora_trainer.training.resume import ResumePoint, find_resume_point, restore
 from lora_trainer.training.setup import Setup, set_up
 from lora_trainer.training.trial import Ending
-from lora_trainer.training.validation_schedule import Measurement
+from lora_trainer.training.validation import Measurement
 
 OnMeasure = Callable[[int, Sequence[Measurement]], None]
 
@@ -131,12 +131,14 @@ def train_loop(
 
 def _is_finished(group: TrialGroup, point: ResumePoint) -> bool:
     """Whether no trial goes on, with all the files of those that came to the end."""
-    complete = [own.prepared.config for own in group.members if point.trials[own.name]["ending"] is None]
-    return point.is_over(group.num_updates) and all(file.is_file() for own in complete for file in results_to_come(own))
+    complete = [member.prepared.config for member in group.members if point.trials[member.name]["ending"] is None]
+    return point.is_over(group.num_updates) and all(
+        file.is_file() for config in complete for file in results_to_come(config)
+    )
 
 
 def _endings(point: ResumePoint) -> dict[str, Ending | None]:
-    stored = {name: own["ending"] for name, own in point.trials.items()}
+    stored = {name: trial["ending"] for name, trial in point.trials.items()}
     return {name: None if ending is None else Ending(**ending) for name, ending in stored.items()}
 
 

@@ -19,7 +19,7 @@ from lora_trainer.training.sampling import Sampler
 from lora_trainer.training.setup import Setup
 from lora_trainer.training.trial import Tensors
 from lora_trainer.training.trial_writer import TrialWriter
-from lora_trainer.training.validation_schedule import Measurement
+from lora_trainer.training.validation import Measurement
 
 
 class GroupWriter:
@@ -35,7 +35,7 @@ class GroupWriter:
         self._periods = group.shared.plan.periods
         self._sampler = Sampler(setup.denoiser, setup.prompts, shared.sample, shared.data.resolution)
         self._is_solo = len(group.members) == 1
-        say = screen.say if self._is_solo and not group.log_only else _say_nothing
+        say = screen.say if self._is_solo and not group.log_only else lambda line: None
         self._writers = [
             TrialWriter(member.prepared, trial, setup, self._sampler, say=say, log_only=group.log_only)
             for member, trial in zip(group.members, setup.trials, strict=True)
@@ -86,13 +86,13 @@ class GroupWriter:
         """The probes in each trial's log and the best LoRA so far; of several trials the best three on the screen."""
         by_trial = {measurement.trial.name: measurement for measurement in measurements}
         for writer in self._writers:
-            if (own := by_trial.get(writer.trial.name)) is not None:
-                writer.measured(step, own)
-                if own.is_best:
+            if (measurement := by_trial.get(writer.trial.name)) is not None:
+                writer.measured(step, measurement)
+                if measurement.is_best:
                     with self._disk_faults(step, "best LoRA"):
                         writer.export_best(step)
             writer.diagnose(step)
-        losses = {own.trial.name: own.held_out.relative for own in measurements}
+        losses = {measurement.trial.name: measurement.held_out.relative for measurement in measurements}
         level = levels(filter(math.isfinite, losses.values()))
         leading = sorted((name for name in losses if losses[name] in level), key=lambda name: level[losses[name]])[:3]
         if step and leading and not (self._is_solo or self._group.log_only):
@@ -109,8 +109,8 @@ class GroupWriter:
             trials: dict[str, Any] = {}
             for member, writer in zip(self._group.members, self._writers, strict=True):
                 parts, plain = writer.trial.state()
-                for part, own in parts.items():
-                    tensors.setdefault(part, {}).update(own)
+                for part, named in parts.items():
+                    tensors.setdefault(part, {}).update(named)
                 trials[member.name] = {
                     **plain,
                     "identity": identity_of(member.prepared, self._setup.denoiser.runtime),
@@ -145,8 +145,8 @@ class GroupWriter:
         for writer in self._writers:
             if (ending := writer.ending()) is not None:
                 others = "" if self._is_solo else "; the others go on"
-                told = f"{writer.trial.name} {ending.status} after step {ending.step}: {ending.reason}{others}"
-                self._screen.say(told)
+                line = f"{writer.trial.name} {ending.status} after step {ending.step}: {ending.reason}{others}"
+                self._screen.say(line)
 
     def _prune(self) -> None:
         """Remove all checkpoints but the newest; a disk that refuses does not stop the run."""
@@ -185,7 +185,3 @@ class GroupWriter:
 
 def _due(step: int, period: int | None) -> bool:
     return period is not None and step % period == 0
-
-
-def _say_nothing(_: str) -> None:
-    """One trial's news among many."""

@@ -105,18 +105,19 @@ class OptimizerStep:
             trial.branch_off_if_due(k)
         with_base = self._base_loss_every is not None and k % self._base_loss_every == 0
 
-        # 1. Forward and backward of A micro-batches; then one all-reduce of [all gradients, K + 1 losses, stop flag].
+        # 1. Forward and backward of every micro-batch; then one all-reduce of all gradients, K + 1 losses and the wish
+        #    to stop. Gradients are fp32: rank 16 on the transformer layers of SD 1.5 is 6.8 M numbers, 26 MiB a trial.
         sums = self._gradients(k, with_base=with_base)
         stopping = self._reduce(sums.losses, stop_asked)
 
-        # 2. Norm and clip per trial; one host sync brings K + 1 losses and a norm per trial to the CPU.
+        # 2. Norm and clip per trial; the update's only wait for the device brings K + 1 losses and K norms to the host.
         live = [trial for trial in self.trials if trial.is_live]
         computed = [trial for trial in live if trial.parent is None]  # the others take their parent's update
         norms = torch.stack([trial.clip() for trial in computed])
         numbers = torch.cat([sums.losses, norms]).tolist()
         losses, norms_of = numbers[: len(self.trials) + 1], dict(zip(computed, numbers[-len(computed) :], strict=True))
 
-        # 3. One optimizer step per trial with finite numbers.
+        # 3. One optimizer step per trial with finite numbers; a trial without them is as it was before update k.
         applied: dict[Trial, TrialUpdate] = {}
         faults: dict[Trial, str] = {}
         for trial, norm in norms_of.items():
@@ -190,8 +191,8 @@ class OptimizerStep:
         """
         batch, bank = self._batches.at(slots), self._denoiser.bank
         noised = draw(self._denoiser.path, batch, self._seed)
-        for own in self._passes:
-            members = [trial for trial in own if trial.parent is None]
+        for trials in self._passes:
+            members = [trial for trial in trials if trial.parent is None]
             live = [place for place, trial in enumerate(members) if trial.is_live]
             if not live:
                 continue

@@ -39,8 +39,8 @@ def evaluated_weights(optimizer: torch.optim.Optimizer) -> list[torch.Tensor] | 
     optimizer.eval()  # type: ignore[attr-defined]
     evaluated = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        for parameter, own in zip(parameters, training, strict=True):
-            parameter.copy_(own)
+        for parameter, weights in zip(parameters, training, strict=True):
+            parameter.copy_(weights)
     for group in optimizer.param_groups:
         group["train_mode"] = True
     return evaluated

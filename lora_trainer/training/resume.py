@@ -41,7 +41,7 @@ class ResumePoint:
 
     def is_over(self, num_updates: int) -> bool:
         """Whether no trial goes on."""
-        return self.step >= num_updates or all(own["ending"] is not None for own in self.trials.values())
+        return self.step >= num_updates or all(trial["ending"] is not None for trial in self.trials.values())
 
 
 def find_resume_point(group: TrialGroup, runtime: Runtime, screen: Screen) -> ResumePoint | None:
@@ -64,24 +64,24 @@ def find_resume_point(group: TrialGroup, runtime: Runtime, screen: Screen) -> Re
 
 
 def _newest(group: TrialGroup, screen: Screen) -> Checkpoint | None:
-    found, faults = newest_checkpoint(group.checkpoints)
+    checkpoint, faults = newest_checkpoint(group.checkpoints)
     for fault in faults:
         screen.say(fault)
-    silent = found is not None or group.log_only
-    for own in (member.prepared for member in group.members) if not silent else ():
-        if lora_file(own.config).exists():
+    silent = checkpoint is not None or group.log_only
+    for prepared in (member.prepared for member in group.members) if not silent else ():
+        if lora_file(prepared.config).exists():
             raise HostError(
                 Problem(
                     "this run has its LoRA but no checkpoint, so nothing could be continued",
-                    str(own.run_dir),
+                    str(prepared.run_dir),
                     "its checkpoints were removed, or the disk never took one",
                     "start anew with --fresh (the old run is kept beside it), or give the new run another `name`",
                 )
             )
-        if (own.run_dir / METRICS_FILE).exists():
+        if (prepared.run_dir / METRICS_FILE).exists():
             screen.say("an earlier start ended before its first checkpoint; this one begins at step 0 again")
             break
-    return found
+    return checkpoint
 
 
 def _point(checkpoint: Checkpoint, group: TrialGroup) -> ResumePoint:
@@ -137,9 +137,9 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, screen: Scr
     """
     problems, notes, trials = list[Problem](), dict[str, None](), dict(point.trials)
     for member in group.members:
-        own, stored = member.prepared, point.trials[member.name]
-        now = identity_of(own, runtime)
-        changes = compare(stored["identity"], now, own.config.resume, str(group.folder))
+        prepared, stored = member.prepared, point.trials[member.name]
+        now = identity_of(prepared, runtime)
+        changes = compare(stored["identity"], now, prepared.config.resume, str(group.folder))
         if changes.refused:
             problems.append(refusal(member.name, stored["identity"], now, changes.refused, str(group.folder)))
         notes |= dict.fromkeys(
@@ -149,7 +149,7 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, screen: Scr
         if changes.unknown:
             notes[f"not recorded by the earlier version, taken as unchanged: {', '.join(changes.unknown)}"] = None
         failed = stored["ending"] is not None and stored["ending"]["status"] == "failed"
-        if failed and changes.accepted and group.folder == own.run_dir:  # a run that is trained alone
+        if failed and changes.accepted and group.folder == prepared.run_dir:  # a run that is trained alone
             trials[member.name] = stored | {"ending": None, "skips": asdict(Skips(stored["skips"]["total"]))}
     if problems:
         raise ConfigError(*problems)
@@ -203,9 +203,9 @@ def restore(point: ResumePoint | None, group: TrialGroup, setup: Setup) -> int:
 def stored_trial(checkpoint: Checkpoint) -> tuple[int, dict[str, Tensors]]:
     """Step and tensors, by part and name, of the one trial in a run's checkpoint."""
     parts = _tensors(checkpoint)
-    own = {part: {key.partition("/")[2]: value for key, value in named.items()} for part, named in parts.items()}
+    unprefixed = {part: {key.partition("/")[2]: value for key, value in named.items()} for part, named in parts.items()}
     state = checkpoint.state
-    return state["step"] if state["format"] > 1 else state["progress"]["step"], own
+    return state["step"] if state["format"] > 1 else state["progress"]["step"], unprefixed
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensors]:
@@ -213,7 +213,7 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Tensors]:
     parts = checkpoint.tensors()
     if checkpoint.state["format"] > 1:
         return parts
-    return {part: {_renamed(key): value for key, value in own.items()} for part, own in parts.items()}
+    return {part: {_renamed(key): value for key, value in named.items()} for part, named in parts.items()}
 
 
 def _renamed(key: str) -> str:

@@ -50,22 +50,24 @@ class Sampler:
             vae.to("cpu")
 
     def _draw_one(self, vae: Any, prompt: PromptConfig) -> Image.Image:
-        own, resolution = self._denoiser, self._resolution
+        denoiser, resolution = self._denoiser, self._resolution
         square = View((resolution, resolution), (resolution, resolution), 0, 0, resolution)
-        device = own.runtime.device
-        views = {name: torch.tensor([v], device=device) for name, v in own.family.view_conditioning(square).items()}
+        device = denoiser.runtime.device
+        views = {
+            name: torch.tensor([v], device=device) for name, v in denoiser.family.view_conditioning(square).items()
+        }
         texts = (prompt.prompt, prompt.negative_prompt)
-        cond, uncond = (self._prompts.conditioning([text], views, device).to(own.runtime.dtype) for text in texts)
+        cond, uncond = (self._prompts.conditioning([text], views, device).to(denoiser.runtime.dtype) for text in texts)
         settings = SampleSettings(
             resolution,
             self._config.num_inference_steps,
             self._config.guidance_scale,
             prompt.seed,
-            own.path.prediction_type,
+            denoiser.path.prediction_type,
         )
-        with own.runtime.autocast():
-            latents = own.family.draw_latents(own.bank.denoiser, vae, (cond, uncond), settings)
-        return to_image(own.family.decode(vae, latents.float())[0])
+        with denoiser.runtime.autocast():
+            latents = denoiser.family.draw_latents(denoiser.bank.denoiser, vae, (cond, uncond), settings)
+        return to_image(denoiser.family.decode(vae, latents.float())[0])
 
 
 def to_image(pixels_CHW: torch.Tensor) -> Image.Image:

@@ -9,22 +9,19 @@ from typing import Literal
 
 import torch
 
-from lora_trainer.config.schema import LoraConfig
 from lora_trainer.data.batches import BatchSource, PromptStore
 from lora_trainer.data.cache import Cache, build_cache
 from lora_trainer.diffusion.noise_paths import noise_path
 from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
-from lora_trainer.models.adapters.targets import select_targets
 from lora_trainer.models.registry import open_family
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.tracking.console import Screen
 from lora_trainer.training.denoiser import AdaptedDenoiser
-from lora_trainer.training.group import Member, TrialGroup
+from lora_trainer.training.group import TrialGroup
 from lora_trainer.training.optimizer_step import OptimizerStep
 from lora_trainer.training.trial import Trial, passes_of
-from lora_trainer.training.validation import Validator
-from lora_trainer.training.validation_schedule import ValidationSchedule
+from lora_trainer.training.validation import ValidationSchedule, Validator
 
 MEMORY_SHARE = 0.7
 """Of the free memory: the rest is for the workspaces of kernels and for other processes."""
@@ -61,7 +58,7 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     cache = build_cache(config, family, shared.split, shared.base_digests, runtime, progress=screen.track)
     _say_cache(cache, screen)
     model = family.load_denoiser(runtime.device, runtime.dtype)
-    adapters = {f"trial{index}": _adapter(shared, own.trial.config.adapter) for index, own in enumerate(group.members)}
+    adapters = {f"trial{index}": _adapter(member.prepared) for index, member in enumerate(group.members)}
     bank = AdapterBank.attach(model, family.denoiser, adapters, seed=config.seed)
     if config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -70,7 +67,8 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     schedule = shared.base.component_config("scheduler")
     path = noise_path(schedule, shared.prediction_type, config.objective, runtime.device)
     denoiser = AdaptedDenoiser(family, bank, path, runtime)
-    trials = tuple(_trial(own, name, bank, runtime) for own, name in zip(group.members, adapters, strict=True))
+    members = zip(group.members, adapters, strict=True)
+    trials = tuple(_trial(member.prepared, adapter, bank, runtime) for member, adapter in members)
     optimizer_step = OptimizerStep(
         denoiser,
         _batches(shared, cache, runtime),
@@ -108,17 +106,13 @@ def fitting_trials_per_pass(trials: Sequence[Trial], activation_bytes: int, runt
     return math.ceil(len(trials) / num_passes)
 
 
-def _trial(member: Member, adapter: str, bank: AdapterBank, runtime: Runtime) -> Trial:
-    """The trial over its adapter in the bank, with its schedules laid over its plan."""
-    config = member.prepared.config
-    groups = member.prepared.lr_groups()
+def _adapter(prepared: Prepared) -> AdapterSpec:
+    return AdapterSpec(prepared.config.adapter, tuple(prepared.target_shapes))
+
+
+def _trial(prepared: Prepared, adapter: str, bank: AdapterBank, runtime: Runtime) -> Trial:
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-    return Trial(config, adapter, bank.parameters(adapter), groups, scaler)
-
-
-def _adapter(prepared: Prepared, config: LoraConfig) -> AdapterSpec:
-    presets = open_family(prepared.base).target_presets
-    return AdapterSpec(config, tuple(select_targets(prepared.base.denoiser_shapes(), config.targets, presets)))
+    return Trial(prepared.config, adapter, bank.parameters(adapter), prepared.lr_groups(), scaler)
 
 
 def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:

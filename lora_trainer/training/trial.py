@@ -73,6 +73,7 @@ class Trial:
         self.parameters, self.groups = dict(parameters), tuple(groups)
         self.best: BestProbe | None = None
         self.ending: Ending | None = None
+        """Where it ended before its group; its weights stay those after its last update."""
         self.skips = Skips()
         self.parent: Trial | None = None
         """The trial whose updates this one still shares."""
@@ -91,10 +92,6 @@ class Trial:
         """Whether it is still trained."""
         return self.ending is None
 
-    def end(self, ending: Ending) -> None:
-        """End here; the weights stay those after its last update."""
-        self.ending = ending
-
     @property
     def computed_by(self) -> Trial:
         """The trial whose gradients stand for this one's: itself, or the parent whose updates it shares."""
@@ -108,7 +105,7 @@ class Trial:
         """Before update k: leave the parent with a copy of all its state, where the shared updates end."""
         if self.parent is not None and k >= self._branches_at:
             tensors, plain = self.state()
-            copied = {part: {key: value.clone() for key, value in own.items()} for part, own in tensors.items()}
+            copied = {part: {key: value.clone() for key, value in named.items()} for part, named in tensors.items()}
             self.parent = None
             self.load_state(copied, copy.deepcopy(plain))
 
@@ -134,8 +131,8 @@ class Trial:
     def apply_update(self, k: int) -> dict[str, float]:
         """One optimizer step with the LRs of update k, which are returned by group; then the average follows."""
         lrs = {group.name: group.lr(k) for group in self.groups}
-        for own, lr in zip(self.optimizer.param_groups, lrs.values(), strict=True):
-            own["lr"] = lr
+        for param_group, lr in zip(self.optimizer.param_groups, lrs.values(), strict=True):
+            param_group["lr"] = lr
         self.optimizer.step()
         if self.average is not None:
             self.average.follow(self.parameters, k)
@@ -154,7 +151,7 @@ class Trial:
         if skips.overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW or skips.faults_in_a_row >= max_faults:
             times = skips.overflows_in_a_row or skips.faults_in_a_row
             often = "" if times == 1 else f" in {times} updates in a row"
-            self.end(Ending(k + 1, "failed", f"its {fault} was not finite{often}; images {', '.join(files)}"))
+            self.ending = Ending(k + 1, "failed", f"its {fault} was not finite{often}; images {', '.join(files)}")
 
     def settle_scale(self, *, has_halved: bool) -> bool:
         """Whether the gradients are finite under this loss scale; it halves where they are not.
@@ -187,9 +184,6 @@ class Trial:
         """The LR group of a parameter."""
         return self._group_of[parameter]
 
-    def remember_best(self, step: int, relative: float) -> None:
-        self.best = BestProbe(step, relative)
-
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -203,9 +197,9 @@ class Trial:
         }
         if source.average is not None:
             parts["average"] = source.average.tensors
-        named = {part: {f"{self.name}/{k}": v for k, v in own.items()} for part, own in parts.items()}
+        prefixed = {part: {f"{self.name}/{k}": v for k, v in named.items()} for part, named in parts.items()}
         feedback = [None if g.schedule.feedback is None else g.schedule.feedback.state() for g in self.groups]
-        return named, {
+        return prefixed, {
             "optimizer": optimizer,
             "feedback": feedback,
             "best": None if self.best is None else asdict(self.best),
@@ -224,13 +218,13 @@ class Trial:
             saved_as: the trial's name when it was saved, where it has another now.
         """
         prefix = f"{saved_as or self.name}/"
-        own = {
+        stored = {
             part: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             for part, tensors in parts.items()
         }
         for name, parameter in self.parameters.items():
-            parameter.copy_(own["adapter"][name])
-        self._load_optimizer_state(own["optimizer"], plain["optimizer"])
+            parameter.copy_(stored["adapter"][name])
+        self._load_optimizer_state(stored["optimizer"], plain["optimizer"])
         self.best = None if plain["best"] is None else BestProbe(**plain["best"])
         self.ending = None if plain["ending"] is None else Ending(**plain["ending"])
         self.skips = Skips(**plain["skips"])
@@ -240,7 +234,7 @@ class Trial:
             if group.schedule.feedback is not None and state is not None:
                 group.schedule.feedback.load(state)
         if self.average is not None:
-            self.average.load(own["average"])
+            self.average.load(stored["average"])
 
     def _optimizer_state(self) -> tuple[Tensors, dict[str, Any]]:
         """The optimizer's tensors by `<parameter>/<key>`, and its plain values."""
@@ -261,8 +255,8 @@ class Trial:
             entries.setdefault(indices[name], {})[key] = value
         written = {"params", *type(self.config.optimizer).model_fields}  # the config decides, not the checkpoint
         groups = [
-            {k: _from_json(v) for k, v in saved.items()} | {k: v for k, v in own.items() if k in written}
-            for saved, own in zip(plain["groups"], self.optimizer.state_dict()["param_groups"], strict=True)
+            {k: _from_json(v) for k, v in saved.items()} | {k: v for k, v in current.items() if k in written}
+            for saved, current in zip(plain["groups"], self.optimizer.state_dict()["param_groups"], strict=True)
         ]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
@@ -303,5 +297,5 @@ class Average:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, own in self.tensors.items():
-            own.copy_(tensors[name])
+        for name, average in self.tensors.items():
+            average.copy_(tensors[name])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 
 from PIL import Image
 
+from lora_trainer import __version__
 from lora_trainer.config.load import to_yaml
 from lora_trainer.config.places import (
     CONFIG_FILE,
@@ -19,22 +21,24 @@ from lora_trainer.config.places import (
     diffusers_lora_file,
     lora_file,
 )
+from lora_trainer.config.schema import RunConfig
 from lora_trainer.evidence.diagnosis.diagnose import LiveDiagnosis
 from lora_trainer.evidence.diagnosis.log import RunFacts
 from lora_trainer.lora_files.files import Layout, base_facts, write_lora
+from lora_trainer.lora_files.recipe import BaseFacts, DataFacts, LoopFacts, Recipe
 from lora_trainer.planning.prepare import Prepared
+from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.report.samples import draw_grid
 from lora_trainer.runtime.runtime import Runtime, environment_report
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.metrics import MetricsLog, StepRow, damage_note
 from lora_trainer.tracking.tensorboard import TensorBoardLog
 from lora_trainer.training.gradient_check import checks_due
-from lora_trainer.training.lora_recipe import recipe_of
 from lora_trainer.training.optimizer_step import StepResult
 from lora_trainer.training.sampling import Sampler, save_samples
 from lora_trainer.training.setup import Setup
 from lora_trainer.training.trial import Ending, Trial
-from lora_trainer.training.validation_schedule import Measurement
+from lora_trainer.training.validation import Measurement
 
 RESERVE_FILE = ".reserve"
 """Holds the room of the final LoRA files while the run lasts."""
@@ -63,6 +67,7 @@ class TrialWriter:
         self._setup, self._sampler = setup, sampler
         self._runtime: Runtime = setup.denoiser.runtime
         self._has_ended = not trial.is_live
+        self._opened = ExitStack()
 
     def open(self, step: int, *, metrics_bytes: int, resumed_as: str | None) -> list[str]:
         """Write what this run is, and continue its log where the checkpoint left it; what is wrong with the log.
@@ -79,10 +84,11 @@ class TrialWriter:
         log, notes = self.run_dir / METRICS_FILE, []
         if metrics_bytes > (log.stat().st_size if log.exists() else 0):
             notes.append(f"{log} is shorter than it was at step {step}: rows before it are missing")
-        self._metrics = MetricsLog(log, keep_bytes=metrics_bytes)
+        self._metrics = self._opened.enter_context(closing(MetricsLog(log, keep_bytes=metrics_bytes)))
         self._tensorboard = None
         if self._config.tracking.tensorboard:
-            self._tensorboard = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, say=self._say)
+            events = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, say=self._say)
+            self._tensorboard = self._opened.enter_context(closing(events))
         if resumed_as is not None:
             self._metrics.event("resume", step)
         if resumed_as not in (None, self.trial.name):
@@ -93,9 +99,8 @@ class TrialWriter:
         return notes
 
     def close(self) -> None:
-        self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """Close what was opened, be it all or a part."""
+        self._opened.close()
 
     def row(self, step: int, result: StepResult, seconds: float) -> StepRow | None:
         """Log a completed update; None where it was not applied to this trial."""
@@ -125,8 +130,8 @@ class TrialWriter:
         """In the first updates: whether every layer learns, or which do not and why."""
         bank, seed = self._setup.denoiser.bank, self._config.seed
         for check in checks_due(self.trial.computed_by, bank, seed, step):
-            found = {"claim": check.claim, "num_tensors": check.num_tensors, "missing": check.missing}
-            self._metrics.event("proof", step, trial=self.trial.name, **found)
+            result = {"claim": check.claim, "num_tensors": check.num_tensors, "missing": check.missing}
+            self._metrics.event("proof", step, trial=self.trial.name, **result)
             if check.missing:
                 listed = "\n  ".join(f"{name}: {reason}" for name, reason in check.missing.items())
                 count = f"{len(check.missing)} of {check.num_tensors} tensors do not"
@@ -223,3 +228,38 @@ def write_run_files(prepared: Prepared, runtime: Runtime) -> None:
         sets = {"images_held_out": prepared.split.held_out, **prepared.split.probes}
         chosen = {name: [record.sha256 for record in records] for name, records in sets.items()}
         atomic_files.write_json(prepared.run_dir / VALIDATION_FILE, chosen)
+
+
+def recipe_of(config: RunConfig, plan: RunPlan, base: BaseFacts, step: int) -> Recipe:
+    """The recipe of a run after `step` updates."""
+    train, data = config.train, config.data
+    return Recipe(
+        version=__version__,
+        name=config.name,
+        step=step,
+        seed=config.seed,
+        base=base,
+        adapter=config.adapter,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        lr_scheduler=config.lr_scheduler,
+        loop=LoopFacts(
+            num_images=plan.num_images,
+            num_samples=plan.num_samples,
+            num_updates=plan.num_updates,
+            updates_per_epoch=plan.updates_per_epoch,
+            warmup_updates=plan.lr_groups[0].warmup_updates,
+            batch_size=plan.batch_size,
+            accumulation=plan.accumulation,
+            global_batch=plan.global_batch,
+            max_grad_norm=train.max_grad_norm,
+            ema_decay=train.ema_decay,
+            gradient_checkpointing=train.gradient_checkpointing,
+        ),
+        data=DataFacts(
+            resolution=data.resolution,
+            random_crop=data.crop == "random",
+            flip=data.flip,
+            caption_dropout=data.captions.dropout,
+        ),
+    )

@@ -3,11 +3,13 @@
 Each image is noised at the midpoints of 16 timestep strata with noise of its own, keyed by (image, stratum, seed). The
 grid removes the variance that single training losses drown in, and two measurements are paired image by image. Values
 are told relative to the frozen base, stratum by stratum, so that no end of the timestep range outweighs the others.
+Plateau schedules react to a measurement, the best LoRA is remembered, and `sweep.prune` ends trials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +21,11 @@ from lora_trainer.data.batches import PromptStore
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import ProbeItems
 from lora_trainer.diffusion.noise_paths import NoisedLatents, NoisePath
-from lora_trainer.evidence.statistics.paired import paired_rise
+from lora_trainer.evidence.statistics.paired import paired_rise, rise_in_se
 from lora_trainer.planning.run_plan import PROBE_STRATA
+from lora_trainer.tracking.metrics import HELD_OUT
 from lora_trainer.training.denoiser import AdaptedDenoiser
+from lora_trainer.training.trial import BestProbe, Ending, Trial
 
 NUM_BANDS = 4
 Losses = np.ndarray  # [N images, S strata] of one trial, or [P, N, S], float64
@@ -80,9 +84,9 @@ class _Grid:
 
     def rows(self, rows_R: torch.Tensor) -> NoisedLatents:
         """Some of its rows, on its device."""
-        own = self.noised
+        noised = self.noised
         return NoisedLatents(
-            own.noisy_BChw[rows_R], own.target_BChw[rows_R], own.model_times_B[rows_R], own.weight_B[rows_R]
+            noised.noisy_BChw[rows_R], noised.target_BChw[rows_R], noised.model_times_B[rows_R], noised.weight_B[rows_R]
         )
 
 
@@ -115,8 +119,8 @@ class Validator:
         base, bank = self.base(), self._denoiser.bank
         with ExitStack() as stack:
             stack.enter_context(bank.active(list(weights)))
-            for adapter, own in weights.items():
-                stack.enter_context(bank.swapped(adapter, own))
+            for adapter, tensors in weights.items():
+                stack.enter_context(bank.swapped(adapter, tensors))
             losses = {name: self._losses(grid, len(weights)) for name, grid in self._grids.items()}
         return [
             {name: ProbeReading(losses_PNS[place], base[name]) for name, losses_PNS in losses.items()}
@@ -161,3 +165,74 @@ def _grid(items: ProbeItems, path: NoisePath, seed: int) -> _Grid:
     views = {name: values.repeat_interleave(PROBE_STRATA, dim=0) for name, values in items.view_tensors.items()}
     prompts = tuple(prompt for prompt in items.prompts for _ in range(PROBE_STRATA))
     return _Grid(path.at(latents_MChw, noise, times), views, prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One trial's probes after some update, and what they changed."""
+
+    trial: Trial
+    readings: dict[str, ProbeReading]
+    reduced: tuple[str, ...] = ()
+    """LR groups whose plateau schedule falls from the next update on."""
+    is_best: bool = False
+
+    @property
+    def held_out(self) -> ProbeReading:
+        return self.readings[HELD_OUT]
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationSchedule:
+    """Every process measures its share and comes to the same conclusions."""
+
+    validator: Validator
+    passes: Sequence[Sequence[Trial]]
+    every: int
+    num_updates: int
+    diverged: float | None = None
+    """Held-out loss over the base's from which a trial ends (`sweep.prune.diverged`)."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether the probes are measured after this many updates."""
+        return step % self.every == 0 or step == self.num_updates
+
+    def start(self) -> list[Measurement]:
+        """The probes before the first update: the base itself, as an adapter's B is zero."""
+        base = {name: ProbeReading(losses, losses) for name, losses in self.validator.base().items()}
+        return [Measurement(trial, base) for members in self.passes for trial in members]
+
+    def measure(self, step: int) -> list[Measurement]:
+        """Measure every live trial's exported weights, feed its schedules and compare with its best."""
+        readings = self._readings()
+        trials = [trial for members in self.passes for trial in members if trial.is_live]
+        measured = [_conclude(trial, step, readings[trial.computed_by.name]) for trial in trials]
+        if step < self.num_updates and self.diverged is not None:
+            for measurement in measured:
+                if not (loss := measurement.held_out.relative) < self.diverged:  # NaN too
+                    reason = f"held-out loss {loss:.4g} times the base's, {self.diverged:g} allowed"
+                    measurement.trial.ending = Ending(step, "stopped", f"sweep.prune.diverged: {reason}")
+        return measured
+
+    def _readings(self) -> dict[str, dict[str, ProbeReading]]:
+        """By trial; those that share a parent's updates are measured with it."""
+        readings: dict[str, dict[str, ProbeReading]] = {}
+        for trials in self.passes:
+            members = [trial for trial in trials if trial.parent is None]
+            if any(trial.is_live for trial in members):
+                measured = self.validator.measure({trial.adapter: trial.weights() for trial in members})
+                readings |= {trial.name: reading for trial, reading in zip(members, measured, strict=True)}
+        return readings
+
+
+def _conclude(trial: Trial, step: int, readings: dict[str, ProbeReading]) -> Measurement:
+    held_out = readings[HELD_OUT]
+    reduced = tuple(
+        group.name
+        for group in trial.groups
+        if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items, rise_in_se)
+    )
+    is_best = math.isfinite(held_out.relative) and (trial.best is None or held_out.relative < trial.best.relative)
+    if is_best:
+        trial.best = BestProbe(step, held_out.relative)
+    return Measurement(trial, readings, reduced, is_best)

@@ -43,7 +43,7 @@ def test_the_demo_lora_teaches_the_flower_and_keeps_the_rest(demo_run: Path) -> 
 
 
 def test_the_judge_takes_the_lora_of_the_runs_end(tmp_path: Path) -> None:
-    from judge_demo import lora_of
+    from demo.make.judge_demo import lora_of
 
     for name in ("held.safetensors", "held-best.safetensors", "held-step00000100.safetensors"):
         (tmp_path / "held").mkdir(exist_ok=True)

@@ -78,6 +78,19 @@ def test_stop_leaves_a_lora_of_its_step_and_whole_checkpoints(train_toy: Train, 
     assert not (run_dir / trial_writer.RESERVE_FILE).exists()
 
 
+@pytest.mark.parametrize(("operation", "name"), [("write", "config.yaml"), ("reserve", ".reserve")])
+def test_a_disk_that_refuses_what_a_run_begins_with_is_told_in_words(
+    train_toy: Train, tmp_path: Path, operation: str, name: str
+) -> None:
+    with (
+        pytest.raises(HostError, match="the disk"),
+        atomic_files.observe_operations(refusing(operation, name, errno.EIO)),
+    ):
+        train_toy()
+    assert json.loads((tmp_path / "runs" / "toy" / "exit.json").read_text())["code"] == ExitCode.ENVIRONMENT
+    assert (train_toy() / "toy.safetensors").is_file()
+
+
 def test_a_group_that_has_to_stop_leaves_a_lora_of_every_trial(sweep: Callable[..., Path], tmp_path: Path) -> None:
     words = ("{grid: {optimizer.lr: [1e-3, 2e-3]}}", "checkpoint={every_steps: 2, on_disk_full: stop}")
     with (

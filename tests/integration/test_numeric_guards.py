@@ -341,12 +341,13 @@ def test_no_part_of_the_state_is_saved_with_a_nan(
 def test_a_prompt_whose_embedding_is_not_finite_is_named(
     train_toy: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    honest = StableDiffusion.encode_prompts
+    honest = StableDiffusion.encode_prompt
 
-    def spoilt(self: StableDiffusion, tokenizer: Any, encoder: Any, prompts: list[str]) -> torch.Tensor:
-        return honest(self, tokenizer, encoder, prompts) * (float("nan") if prompts == ["picture 3"] else 1)
+    def spoilt(self: StableDiffusion, encoders: Any, prompt: str) -> dict[str, torch.Tensor]:
+        told = honest(self, encoders, prompt)
+        return {name: own * (float("nan") if prompt == "picture 3" else 1) for name, own in told.items()}
 
-    monkeypatch.setattr(StableDiffusion, "encode_prompts", spoilt)
+    monkeypatch.setattr(StableDiffusion, "encode_prompt", spoilt)
     with pytest.raises(DataError, match="'picture 3': the prompt's embedding is not finite"):
         train_toy(f"data.cache_dir={tmp_path / 'own-cache'}")
 

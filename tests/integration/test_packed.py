@@ -16,6 +16,7 @@ from lora_trainer.config.schema import LoraConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
 from lora_trainer.models.adapters.targets import select_targets
+from lora_trainer.models.stable_diffusion import StableDiffusion
 from lora_trainer.planning.prepare import prepare, prepare_like
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.runtime.runtime import start_runtime
@@ -54,7 +55,7 @@ def layers_of(unet: torch.nn.Module, targets: str) -> tuple[str, ...]:
     shapes = {
         n: tuple(m.weight.shape) for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
     }
-    return tuple(select_targets(shapes, targets))
+    return tuple(select_targets(shapes, targets, StableDiffusion.target_presets))
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def in_float64(setup: Setup) -> None:
     honest = family.predict
 
     def predict(_: Any, denoiser: Any, noisy: Any, timesteps: Any, said: Any) -> torch.Tensor:
-        return honest(denoiser, noisy.double(), timesteps, type(said)(said.prompt_embeds_BLD.double()))
+        return honest(denoiser, noisy.double(), timesteps, said.to(torch.float64))
 
     family.predict = types.MethodType(predict, family)  # type: ignore[method-assign]
 

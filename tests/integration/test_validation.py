@@ -15,13 +15,13 @@ from diffusers import DDPMScheduler
 from lora_trainer.config.schema import ObjectiveConfig
 from lora_trainer.data.batches import PromptStore
 from lora_trainer.diffusion.batch import Conditioning, ProbeItems
-from lora_trainer.diffusion.objective import Objective
+from lora_trainer.diffusion.noise_paths import noise_path
 from lora_trainer.evidence.statistics.paired import rise_in_se
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.schedules.plateau import PlateauFeedback
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.denoiser import AdaptedDenoiser
-from lora_trainer.training.validation import ProbeReading, Validator, strata_midpoints
+from lora_trainer.training.validation import ProbeReading, Validator
 
 CPU = torch.device("cpu")
 SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -38,7 +38,7 @@ class GaussianWorld:
         stream = torch.Generator().manual_seed(1)
         latents = torch.randn(num_items, 4, 8, 8, generator=stream) * self.spectrum.sqrt()
         keys = tuple(f"item{index}" for index in range(num_items))
-        self.items = ProbeItems(keys, keys, latents, ("",) * num_items)
+        self.items = ProbeItems(keys, keys, latents, {}, ("",) * num_items)
 
     def predict(self, _: object, noisy: torch.Tensor, timesteps: torch.Tensor, __: Conditioning) -> torch.Tensor:
         """E[noise | noisy latents], with its gain off by `error`."""
@@ -77,10 +77,10 @@ class OneProcess:
 
 
 def validator(world: GaussianWorld, seed: int = 0, batch_size: int = 64, items: ProbeItems | None = None) -> Validator:
-    objective = Objective(ObjectiveConfig(), SD_NOISE, "epsilon", CPU)
-    prompts = PromptStore(torch.zeros(1, 4, 8), {"": 0})
+    path = noise_path(SD_NOISE, "epsilon", ObjectiveConfig(), CPU)
+    prompts = PromptStore({}, {"": 0})
     probes = {"held_out": items or world.items}
-    parts: Any = (world, NoBank(), objective, OneProcess())
+    parts: Any = (world, NoBank(), path, OneProcess())
     return Validator(AdaptedDenoiser(*parts), probes, prompts, seed=seed, batch_size=batch_size)
 
 
@@ -95,7 +95,8 @@ def test_the_mean_is_within_one_percent_of_the_closed_form() -> None:
 
 
 def test_strata_are_midpoints() -> None:
-    assert strata_midpoints(1000) == [31, 93, 156, 218, 281, 343, 406, 468, 531, 593, 656, 718, 781, 843, 906, 968]
+    path = noise_path(SD_NOISE, "epsilon", ObjectiveConfig(), CPU)
+    assert path.strata(16) == [31, 93, 156, 218, 281, 343, 406, 468, 531, 593, 656, 718, 781, 843, 906, 968]
 
 
 def test_pairing_lifts_the_signal_at_least_tenfold() -> None:
@@ -125,6 +126,7 @@ def test_the_order_of_the_images_does_not_matter() -> None:
         tuple(items.names[i] for i in order),
         tuple(items.keys[i] for i in order),
         items.latents_NChw[order],
+        {},
         items.prompts,
     )
     assert np.allclose(losses(world, items=shuffled), losses(world)[order], rtol=0, atol=1e-6)

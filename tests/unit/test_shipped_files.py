@@ -42,11 +42,11 @@ def test_every_shipped_configuration_says_purpose_command_and_hardware() -> None
 
 
 def test_generated_pages_are_current() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
+    sys.path.insert(0, str(ROOT / "docs"))
     from make_docs import DOCS, PAGES, is_current
 
     stale = [name for name, write in PAGES.items() if not is_current(DOCS / name, write())]
-    assert not stale, f"run scripts/make_docs.py: {stale}"
+    assert not stale, f"run docs/make_docs.py: {stale}"
     assert PAGES
 
 

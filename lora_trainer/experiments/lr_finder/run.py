@@ -31,7 +31,7 @@ from lora_trainer.tracking.metrics import step_rows
 from lora_trainer.training.fit import fit
 from lora_trainer.training.group import TrialGroup
 from lora_trainer.training.trial import Ending
-from lora_trainer.training.validation_schedule import Measurement
+from lora_trainer.training.validation import Measurement
 
 
 def find_lr(finder: PreparedFinder, *, screen: Screen, should_stop: Callable[[], bool] = lambda: False) -> Found:
@@ -100,7 +100,7 @@ class RampObserver:
         else:
             self._add(step, _relative(measurements[0]))
             if has_diverged(self.points):
-                measurements[0].trial.end(Ending(step, "stopped", "the held-out loss has diverged"))
+                measurements[0].trial.ending = Ending(step, "stopped", "the held-out loss has diverged")
 
     def _add(self, step: int, relative_NS: np.ndarray | None) -> None:
         gain, se = (np.nan, np.nan) if relative_NS is None else paired_gain(relative_NS, self.start_NS)

@@ -10,7 +10,7 @@ from make_gallery import page
 from lora_trainer.config.describe import describe
 from lora_trainer.config.optimizers import OPTIMIZERS
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parent
 
 
 def learning_rates() -> str:
@@ -44,7 +44,7 @@ def main() -> int:
             print(f"wrote docs/{name}")
         return 0
     for name in stale:
-        print(f"docs/{name} is out of date: run scripts/make_docs.py")
+        print(f"docs/{name} is out of date: run docs/make_docs.py")
     return len(stale)
 
 

@@ -1,6 +1,6 @@
 """Write docs/schedules.md and its pictures: every schedule as `lora-trainer schedules` shows it.
 
-The text is one of the pages of scripts/make_docs.py, so that a test keeps it current; the pictures are drawn by this
+The text is one of the pages of docs/make_docs.py, so that a test keeps it current; the pictures are drawn by this
 script alone, as their bytes depend on the version of matplotlib.
 """
 
@@ -20,7 +20,7 @@ from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.schedules.schedule import DecayOptions, ScheduleOptions
 from lora_trainer.strict_model import Section
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parent
 PICTURES = DOCS / "schedules"
 STEPS, EPOCH_STEPS, LR = 1000, 100, 1e-4
 COMPARED = [name for name, kind in SCHEDULES.items() if kind is not TorchSchedule]
