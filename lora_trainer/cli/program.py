@@ -115,11 +115,11 @@ def sweep(
     ] = False,
 ) -> None:
     """Train many trials on one frozen base. The same command resumes; trials and seeds may be added."""
-    from lora_trainer.cli.sweep import show_status
-    from lora_trainer.cli.sweep import sweep as run
+    from lora_trainer.cli.train import show_status
+    from lora_trainer.cli.train import sweep as run
 
     if confirm:
-        from lora_trainer.cli.sweep import confirm as run
+        from lora_trainer.cli.train import confirm as run
     if status:
         show_status(config, overrides, confirmation=confirm)
     else:

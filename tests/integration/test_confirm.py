@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from toys import WATCHED
 
-from lora_trainer.cli.sweep import confirm
+from lora_trainer.cli.train import confirm
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError
 from lora_trainer.experiments.sweep.derived import plan_confirmation

@@ -20,7 +20,6 @@ TORCH_FREE = (
     "lora_trainer.cli.program",
     "lora_trainer.cli.train",
     "lora_trainer.cli.find_lr",
-    "lora_trainer.cli.sweep",
     "lora_trainer.planning.prepare",
     "lora_trainer.cli.report",
     "lora_trainer.evidence.diagnosis.diagnose",

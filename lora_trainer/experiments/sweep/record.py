@@ -1,6 +1,9 @@
 """`sweep.json`: plan and results of a sweep, rebuilt from the trials' logs whenever asked. Never imports torch.
 
 docs/sweeps.md has the format. It is replaced atomically, so it can be read while the sweep runs.
+
+`sweep.prune.worse_after_seeds` compares only losses at the end of complete runs, under the rules of a verdict, so that
+no schedule is judged before it came to its end. The level of 5 % is divided by the number of looks.
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ from typing import Any
 from lora_trainer.config.identity import compare, difference, refusal
 from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
 from lora_trainer.errors import ConfigError, HostError, Problem
+from lora_trainer.evidence.statistics.arms import Arm
+from lora_trainer.evidence.statistics.verdict import Outcome, Rules
+from lora_trainer.evidence.statistics.verdict import compare as compare_arms
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_rows
 from lora_trainer.training.group import Member, TrialGroup
@@ -27,6 +33,7 @@ NOTHING: Json = {"groups": [], "trials": []}
 """The record of a sweep that was never started."""
 _CONTENTS = ("base content", "data content", "validation content")
 _PROBE_FIELDS = ("step", "relative", "loss", "se", "items")
+FEWER_SEEDS = "sweep.prune.worse_after_seeds"
 
 
 def read_sweep(sweep_dir: Path) -> Json | None:
@@ -226,3 +233,48 @@ def _with_results(trial: Json, sweep_dir: Path, *, done: bool) -> Json:
         "final": measured[-1] if measured and status == "finished" else None,
         "best": min(measured, key=lambda probe: probe["relative"], default=None),
     }
+
+
+def unfinished_trials(content: Json) -> list[str]:
+    """Trials that will go on."""
+    return [trial["name"] for trial in content["trials"] if trial["status"] not in ENDED]
+
+
+def arms_of(content: Json) -> list[Arm]:
+    """Every arm, in their order, with the held-out losses of its finished seeds and why others have none.
+
+    A seed that was begun and then stopped counts against its arm as one that failed does: else an arm would win on the
+    seeds that it survived. One that was not begun counts as nothing.
+    """
+    rows: dict[str, list[Json]] = {}
+    for trial in content["trials"]:
+        rows.setdefault(trial["arm"], []).append(trial)
+    return [_arm(name, trials) for name, trials in rows.items()]
+
+
+def _arm(name: str, trials: list[Json]) -> Arm:
+    first = trials[0]
+    losses = {t["seed"]: float(t["final"]["relative"]) for t in trials if t["final"] is not None}
+    ended = [t for t in trials if t["status"] in ("failed", "stopped") and not is_left_out(t)]
+    failed = {t["seed"]: str(t["reason"]) for t in ended}
+    return Arm(name, first["setting"], first["peak_lr"], first["lr_budget"], losses, failed)
+
+
+def worse_arms(content: Json, after: int, num_seeds: int) -> dict[str, str]:
+    """The arms that were shown to be worse than another and get no further seeds, with the reason.
+
+    Args:
+        after: finished seeds from which on an arm is judged.
+        num_seeds: of the whole sweep.
+    """
+    arms = [arm for arm in arms_of(content) if arm.losses and not arm.failed]
+    level = Rules().level / max(1, num_seeds - after)
+    reasons: dict[str, str] = {}
+    for pair in compare_arms(arms, Rules(level=level, min_seeds=after)):
+        if pair.outcome == Outcome.BETTER and pair.test is not None:
+            reasons.setdefault(
+                pair.worse.name,
+                f"{FEWER_SEEDS}: {pair.better.name} was better by {pair.test.mean:.4f} on {len(pair.seeds)} seeds "
+                f"(adjusted p {pair.adjusted_p:.2g}, {level:.2g} needed)",
+            )
+    return reasons
