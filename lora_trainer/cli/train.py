@@ -42,8 +42,7 @@ from lora_trainer.experiments.sweep.prepare import (
 from lora_trainer.experiments.sweep.record import Json, unfinished_trials
 from lora_trainer.planning.prepare import Prepared, files_to_come, plan_rows, prepare
 from lora_trainer.report.page import write_report
-from lora_trainer.report.plots import draw_curves
-from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
+from lora_trainer.report.pictures import Curve, draw_curves, draw_schedules, terminal_plot
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import Screen

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from lora_trainer.config.optimizers import AnyOptimizerOptions
 from lora_trainer.config.schema import LoraConfig, ObjectiveConfig
 from lora_trainer.schedules.registry import LRSchedulerOptions
-from lora_trainer.strict_model import Section
+from lora_trainer.strict_model import StrictModel
 
 OWN_KEY = "lora_trainer"
 
 
-class BaseFacts(Section):
+class BaseFacts(StrictModel):
     """What a LoRA file says of the base it belongs to."""
 
     kohya_version: str
@@ -27,7 +27,7 @@ class BaseFacts(Section):
     prediction_type: str
 
 
-class LoopFacts(Section):
+class LoopFacts(StrictModel):
     """Counts of the run."""
 
     num_images: int
@@ -43,7 +43,7 @@ class LoopFacts(Section):
     gradient_checkpointing: bool
 
 
-class DataFacts(Section):
+class DataFacts(StrictModel):
     """How images were framed."""
 
     resolution: int
@@ -52,7 +52,7 @@ class DataFacts(Section):
     caption_dropout: float
 
 
-class Recipe(Section):
+class Recipe(StrictModel):
     """Everything that the metadata of a LoRA file is made from."""
 
     version: str

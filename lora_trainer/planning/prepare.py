@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.config.identity import identity_fields
-from lora_trainer.config.lr_notes import unusual_rates
+from lora_trainer.config.learning_rates import unusual_rates
 from lora_trainer.config.places import (
     CHECKPOINTS,
     CURVES_FILE,

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from ruamel.yaml import YAML
 
+from lora_trainer.config.learning_rates import unusual_rates
 from lora_trainer.config.load import check_source, to_yaml
-from lora_trainer.config.lr_notes import unusual_rates
 from lora_trainer.config.optimizers import OptimizerRow, optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source

@@ -28,7 +28,7 @@ from lora_trainer.lora_files.files import Layout, base_facts, write_lora
 from lora_trainer.lora_files.recipe import BaseFacts, DataFacts, LoopFacts, Recipe
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.planning.run_plan import RunPlan
-from lora_trainer.report.samples import draw_grid
+from lora_trainer.report.pictures import draw_grid
 from lora_trainer.runtime.runtime import Runtime, environment_report
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.metrics import MetricsLog, StepRow, damage_note

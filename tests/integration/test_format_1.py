@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from faults import stop_after
 from safetensors.torch import load_file
-from test_resume import stop_after
 
 from lora_trainer.cli import train as train_command
 from lora_trainer.errors import ConfigError, StoppedBySignal

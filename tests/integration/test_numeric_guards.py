@@ -15,7 +15,7 @@ from faults import before_updates, spoil_gradients, spoil_losses
 from lora_trainer.errors import DataError, ExitCode, NumericStop
 from lora_trainer.evidence.diagnosis.log import read_run as read_log
 from lora_trainer.models.stable_diffusion import StableDiffusion
-from lora_trainer.report.run_record import read_run
+from lora_trainer.report.runs import read_run
 from lora_trainer.storage.checkpoint import Checkpoint, open_checkpoint
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.optimizer_step import OptimizerStep
@@ -296,7 +296,7 @@ def test_one_trials_overflow_in_fp16_leaves_the_others_bytes_untouched(
 def test_a_resume_in_fp16_restores_each_trials_scale(
     sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_resume import stop_after
+    from faults import stop_after
 
     section = "{grid: {optimizer.lr: [1e-3, 3e-3]}, trials_per_pass: 2}"
     spoil_gradients(monkeypatch, [1], trial="lr3e-3-seed42", value=float("inf"))

@@ -15,9 +15,9 @@ import torch
 from pydantic import TypeAdapter
 from transformers.optimization import Adafactor
 
+from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.load import check_source
 from lora_trainer.config.optimizers import ROWS, AnyOptimizerOptions, OptimizerOptions, OptimizerRow
-from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.source import Source
 from lora_trainer.errors import ConfigError, ExitCode, HostError
 from lora_trainer.runtime import optional

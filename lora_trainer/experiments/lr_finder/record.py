@@ -28,7 +28,7 @@ from lora_trainer.experiments.lr_finder.analysis import (
     usual_rules,
 )
 from lora_trainer.experiments.lr_finder.prepare import PreparedFinder
-from lora_trainer.report.figure import save_png
+from lora_trainer.report.pictures import save_png
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import HELD_OUT
 

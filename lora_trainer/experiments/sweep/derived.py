@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from lora_trainer.config.places import run_directory
-from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.sweep import ConfirmConfig
+from lora_trainer.config.schema import ConfirmConfig, RunConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.evidence.statistics.arms import by_setting, leaders, ranked
+from lora_trainer.evidence.statistics.verdict import by_setting, leaders, ranked
 from lora_trainer.experiments.sweep.record import Json, arms_of, read_sweep, unfinished_trials
 from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.schedules.schedule import Horizon, to_updates

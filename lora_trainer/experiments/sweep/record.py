@@ -16,8 +16,7 @@ from typing import Any
 from lora_trainer.config.identity import compare, difference, refusal
 from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
 from lora_trainer.errors import ConfigError, HostError, Problem
-from lora_trainer.evidence.statistics.arms import Arm
-from lora_trainer.evidence.statistics.verdict import Outcome, Rules
+from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Rules
 from lora_trainer.evidence.statistics.verdict import compare as compare_arms
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_rows
