@@ -28,10 +28,9 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.places import ENVIRONMENT_FILE
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Conditioning
-from lora_trainer.experiments.lr_finder.analysis import Point, analyse, usual_rules
+from lora_trainer.experiments.lr_finder.analysis import Point, analyse, judge, usual_rules
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
 from lora_trainer.experiments.lr_finder.run import RampObserver, find_lr, run_short
-from lora_trainer.experiments.lr_finder.verification import judge
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.runtime.runtime import joined_processes, start_runtime
 from lora_trainer.storage import atomic_files
@@ -114,7 +113,6 @@ def evaluate_seed(seed: int, store: Store, *, with_forks: bool) -> None:
 def measure_seed(finder: PreparedFinder) -> dict[str, Any]:
     """What the finder says, and what constant learning rates gain, its own among them."""
     found = find_lr(finder, screen=SILENT)
-    points = [each.point for each in found.measured]
     whole = replace(finder, options=replace(finder.options, num_verify_updates=NUM_UPDATES))
 
     def gains(lrs: Sequence[float]) -> list[float | None]:
@@ -124,7 +122,7 @@ def measure_seed(finder: PreparedFinder) -> dict[str, Any]:
         return [reading.gain for reading in judge(runs, found.start_NS).readings]
 
     own: dict[str, Any] = {
-        "ramp": {"finding": _reading(points), "usual_rules": usual_rules(points)},
+        "ramp": {"finding": _reading(found.points), "usual_rules": usual_rules(found.points)},
         "grid": {f"{lr:.2e}": gain for lr, gain in zip(GRID, gains(GRID), strict=True)},
         "suggested_gain": gains([found.reading.suggestion])[0],
     }

@@ -54,9 +54,8 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
     tensors, metadata = read_lora(lora)
     recipe = read_recipe(metadata)
     if recipe is None:
-        raise ModelError(
-            Problem("the file was not written by lora_trainer", str(lora), fix="convert it with the tool that wrote it")
-        )
+        what, fix = "the file was not written by lora_trainer", "convert it with the tool that wrote it"
+        raise ModelError(Problem(what, str(lora), fix=fix))
     base = find_base(lora, model, None)
     family = open_family(base)
     if is_kohya(tensors):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from lora_trainer.cli.sweep import sweep
+from lora_trainer.cli.train import sweep
 
 
 def test_a_decay_ends_below_a_constant_lr_on_every_seed(tmp_path: Path) -> None:

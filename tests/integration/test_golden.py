@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_trainer.cli.find_lr import find_lr
-from lora_trainer.cli.sweep import sweep
-from lora_trainer.cli.train import train
+from lora_trainer.cli.train import sweep, train
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions
 
 FORMAT_1, GOLDEN = (Path(__file__).parents[1] / name for name in ("format_1", "golden"))
