@@ -108,7 +108,7 @@ def test_no_module_outside_models_names_a_family() -> None:
                 said = str(node.value)
             if words.search(said):
                 found.add(f"{module}: {said}")
-    assert looked_at > 100
+    assert looked_at > 80
     assert found == {"lora_trainer.training.resume: unet"}
 
 
