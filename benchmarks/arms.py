@@ -22,7 +22,7 @@ from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Slot
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.runtime.runtime import Runtime
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.group import solo_group
 from lora_trainer.training.setup import set_up
 
@@ -43,7 +43,7 @@ class Ours:
     name = "ours"
 
     def __init__(self, prepared: Prepared, runtime: Runtime) -> None:
-        setup = set_up(solo_group(prepared), runtime, Screen(silent=True), trials_per_pass=1)
+        setup = set_up(solo_group(prepared), runtime, MainConsole(silent=True), trials_per_pass=1)
         self.trial, self.optimizer_step = prepared.config.name, setup.optimizer_step
 
     def step(self, number: int) -> float:
@@ -77,8 +77,8 @@ class Plain:
         self.lr_scheduler = get_scheduler(
             self.config.lr_scheduler.type,
             self.optimizer,
-            num_warmup_steps=prepared.plan.lr_groups[0].warmup_updates,
-            num_training_steps=prepared.plan.num_updates,
+            num_warmup_steps=prepared.plan.param_groups[0].num_warmup_steps,
+            num_training_steps=prepared.plan.num_steps,
         )
         self.unet.train()
         self.encoded = [self.encode([index]) for index in range(len(self.records))] if cached else []

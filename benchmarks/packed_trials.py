@@ -107,7 +107,7 @@ def ready_to_train(scratch: str, batch: int, num_trials: int) -> Iterator[Setup]
     from lora_trainer.config.trials import TrialConfig
     from lora_trainer.runtime.launch import Launch
     from lora_trainer.runtime.runtime import start_runtime
-    from lora_trainer.tracking.console import Screen
+    from lora_trainer.tracking.console import MainConsole
     from lora_trainer.training.group import Member, TrialGroup
     from lora_trainer.training.setup import set_up
 
@@ -121,7 +121,7 @@ def ready_to_train(scratch: str, batch: int, num_trials: int) -> Iterator[Setup]
     members = tuple(member(f"t{k}", 1e-4 * 1.2**k) for k in range(num_trials))
     with start_runtime(Launch(), "fp32", prepared.threads) as runtime:
         group = TrialGroup("benchmark", Path(scratch), members)
-        yield set_up(group, runtime, Screen(silent=True), trials_per_pass=1)
+        yield set_up(group, runtime, MainConsole(silent=True), trials_per_pass=1)
 
 
 def prepared_run(scratch: str, batch: int) -> Prepared:

@@ -120,7 +120,7 @@ def draw() -> None:
     horizon = example_horizon(STEPS, EPOCH_STEPS)
     for name in SCHEDULES:
         curves = [_curve(shown) for shown in named_previews([name], horizon, LR)]
-        draw_schedules(curves, PICTURES / f"{name}.png", title=name, updates_per_epoch=EPOCH_STEPS, scale=0.55)
+        draw_schedules(curves, PICTURES / f"{name}.png", title=name, steps_per_epoch=EPOCH_STEPS, scale=0.55)
     for file, names in {"six.png": CLASSIC, "all.png": COMPARED}.items():
         curves = [_curve(shown) for shown in named_previews(names, horizon, LR)]
         draw_schedules(curves, PICTURES / file, title=f"Learning rate over {STEPS} updates", scale=0.7)

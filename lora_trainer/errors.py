@@ -80,7 +80,7 @@ class ModelError(TrainerError):
     title = "model error"
 
 
-class HostError(TrainerError):
+class SystemSetupError(TrainerError):
     """The machine, the launcher, the disk or a missing package stands in the way."""
 
     exit_code = ExitCode.ENVIRONMENT

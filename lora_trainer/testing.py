@@ -45,7 +45,7 @@ class _Contract:
             "name": "contract",
             "model": {"path": "base"},
             "data": {"dir": "images"},
-            "train": {"max_steps": USUAL.num_updates},
+            "train": {"max_steps": USUAL.num_steps},
             "validation": {"fraction": 0.1},
             self.section: {"type": self.name, **self.options, **more},
         }
@@ -70,7 +70,7 @@ class ScheduleContract(_Contract):
 
     def table(self, schedule: LRSchedule) -> list[float]:
         """Its multipliers, the one at the run's end included."""
-        return [schedule.multiplier(k, self.base_lr) for k in range(schedule.horizon.num_updates + 1)]
+        return [schedule.multiplier(k, self.base_lr) for k in range(schedule.horizon.num_steps + 1)]
 
     def fitting(self) -> list[LRSchedule]:
         """It over runs of several lengths; a length may be refused, but only by a `ScheduleError`."""
@@ -105,21 +105,21 @@ class ScheduleContract(_Contract):
 
     def test_beyond_the_end_it_keeps_its_last_value(self) -> None:
         for schedule in self.fitting():
-            end = schedule.horizon.num_updates
+            end = schedule.horizon.num_steps
             beyond = [schedule.multiplier(end + more, self.base_lr) for more in (1, 7, 10 * end)]
             assert beyond == [self.table(schedule)[-1]] * 3
 
     def test_a_warmup_rises_from_zero_in_its_own_time(self) -> None:
         if "warmup_steps" not in type(self.config().lr_scheduler).model_fields:
-            assert self.schedule().warmup.num_updates == 0
+            assert self.schedule().warmup.num_steps == 0
             return
-        num_updates = USUAL.num_updates // 10
-        values = self.table(self.schedule(warmup_steps=num_updates, warmup_shape="linear", warmup_start="zero"))
-        assert values[:num_updates] == [k / num_updates for k in range(num_updates)]
-        assert values[num_updates] > 0, "nothing is left of the rise"
+        num_steps = USUAL.num_steps // 10
+        values = self.table(self.schedule(warmup_steps=num_steps, warmup_shape="linear", warmup_start="zero"))
+        assert values[:num_steps] == [k / num_steps for k in range(num_steps)]
+        assert values[num_steps] > 0, "nothing is left of the rise"
 
     def test_a_cooldown_falls_to_zero_on_top_of_the_curve(self) -> None:
-        length, end = USUAL.num_updates // 10, USUAL.num_updates
+        length, end = USUAL.num_steps // 10, USUAL.num_steps
         bare, cooled = self.table(self.schedule(cooldown_steps=0)), self.table(self.schedule(cooldown_steps=length))
         assert cooled[: end - length + 1] == bare[: end - length + 1]
         assert cooled[end] == 0

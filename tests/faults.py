@@ -13,7 +13,7 @@ from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.optimizer_step import OptimizerStep
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, num_updates: int) -> None:
+def stop_after(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
     """Let the next run be told to stop during update `num_updates`."""
 
     class Stop(train_command.StopRequest):
@@ -21,7 +21,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, num_updates: int) -> None:
 
         def __call__(self) -> bool:
             self.polls += 1
-            return self.polls >= num_updates
+            return self.polls >= num_steps
 
     monkeypatch.setattr(train_command, "StopRequest", Stop)
 

@@ -27,7 +27,7 @@ from lora_trainer.evidence.diagnosis.log import TrialLog
 from lora_trainer.evidence.diagnosis.rules import Thresholds
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "diagnosis.json"
 NUM_SYNTHETIC, JUDGED_FROM = 200, 1000
@@ -60,12 +60,12 @@ def main() -> None:
     parser.add_argument("--synthetic", action="store_true", help="leave the real runs as the result file has them")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    limits, screen = Thresholds(), Screen()
+    limits, console = Thresholds(), MainConsole()
     content: dict[str, Any] = json.loads(options.output.read_text()) if options.output.is_file() else {}
-    calibrating = {"synthetic": synthetic_runs(0, screen)}
-    judged = {"synthetic": synthetic_runs(JUDGED_FROM, screen)}
+    calibrating = {"synthetic": synthetic_runs(0, console)}
+    judged = {"synthetic": synthetic_runs(JUDGED_FROM, console)}
     if not options.synthetic:
-        real = real_runs(screen)
+        real = real_runs(console)
         for parity, part in enumerate((calibrating, judged)):
             part["real"] = [each for seed, own in real.items() if seed % 2 == parity for each in own]
         content["environment"] = environment()
@@ -79,24 +79,24 @@ def main() -> None:
     atomic_files.write_json(options.output, content)
     for kind in ("synthetic", "real"):
         if kind in content:
-            screen.say(f"\n{kind} runs, judged\n\n{markdown(content[kind])}")
-    screen.say(f"\ncalibration would change: {changes or 'nothing'}")
+            console.print(f"\n{kind} runs, judged\n\n{markdown(content[kind])}")
+    console.print(f"\ncalibration would change: {changes or 'nothing'}")
 
 
-def synthetic_runs(first_seed: int, screen: Screen) -> list[Labelled]:
+def synthetic_runs(first_seed: int, console: MainConsole) -> list[Labelled]:
     """200 made-up runs of each state."""
     seeds = [(state, seed) for state in CASES for seed in range(first_seed, first_seed + NUM_SYNTHETIC)]
     return [
         Labelled(str(state), frozenset({state}), *synthetic_run(state, seed))
-        for state, seed in screen.track(seeds, f"making runs from seed {first_seed}", len(seeds))
+        for state, seed in console.track(seeds, f"making runs from seed {first_seed}", len(seeds))
     ]
 
 
-def real_runs(screen: Screen) -> dict[int, list[Labelled]]:
+def real_runs(console: MainConsole) -> dict[int, list[Labelled]]:
     """All arms of all laboratories, by seed; trained where they were not yet."""
     todo = [(laboratory, seed) for seed in SEEDS for laboratory in LABORATORIES]
     runs: dict[int, list[Labelled]] = {}
-    for laboratory, seed in screen.track(todo, "training", len(todo)):
+    for laboratory, seed in console.track(todo, "training", len(todo)):
         runs.setdefault(seed, []).extend(runs_of(laboratory, seed))
     return runs
 

@@ -26,7 +26,7 @@ from lora_trainer.evidence.diagnosis.log import read_run
 from lora_trainer.experiments.sweep.prepare import prepare_sweep
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.tracking.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +88,7 @@ def _was_trained(recipe: dict[str, Any], done: Path) -> bool:
 def _train(laboratory: Laboratory, seed: int, folder: Path) -> None:
     from lora_trainer.training.fit import fit
 
-    images, silent = FOLDER / "images" / folder.name, Screen(silent=True)
+    images, silent = FOLDER / "images" / folder.name, MainConsole(silent=True)
     laboratory.paint(images, np.random.default_rng([seed, *laboratory.name.encode()]))
     own = [text.replace("{images}", str(images)).replace("{seed}", str(seed)) for text in laboratory.settings]
     sweep = {"trials": {name: dict(arm.settings) for name, arm in laboratory.arms.items()}, "seeds": [seed]}
@@ -96,7 +96,7 @@ def _train(laboratory: Laboratory, seed: int, folder: Path) -> None:
     prepared = prepare_sweep(*load_sweep(CONFIG, [*COMMON, *own, *place]), Launch(), silent.track)
     with laboratory.spoil(seed):
         for group in prepared.groups:
-            fit(group, screen=silent)
+            fit(group, console=silent)
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], Any]:

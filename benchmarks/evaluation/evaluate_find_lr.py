@@ -34,7 +34,7 @@ from lora_trainer.experiments.lr_finder.run import RampObserver, find_lr, run_sh
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.runtime.runtime import joined_processes, start_runtime
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.fit import train_loop
 from lora_trainer.training.setup import set_up
@@ -46,8 +46,8 @@ GRID = [10 ** (exponent / 2) for exponent in range(-10, -1)]  # 1e-5 to 1e-1
 NUM_UPDATES, NUM_SHORT, ENOUGH = 100, 50, 0.8
 DATA = ["validation={fraction: 0.2, batch_size: 48}", f"output_dir={ROOT / 'build' / 'find-lr'}", "train.threads=1"]
 UNLEARNABLE = [*DATA, "adapter.targets=[conv_out, to_v, to_out.0]", "train.batch_size=1", "data.resolution=32"]
-NO_SIGNAL_RAMP = FinderOptions(num_updates=40, num_images=2)
-SILENT = Screen(silent=True)
+NO_SIGNAL_RAMP = FinderOptions(num_steps=40, num_images=2)
+SILENT = MainConsole(silent=True)
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def evaluate_seed(seed: int, store: Store, *, with_forks: bool) -> None:
     own = store.content.get("seeds", {}).get(str(seed), {})
     if {"ramp", "suggested_gain"} <= set(own) and len(own["grid"]) == len(GRID) and ("forks" in own or not with_forks):
         return
-    finder = prepared_finder([*DATA, f"seed={seed}"], FinderOptions(verify=with_forks, num_verify_updates=NUM_SHORT))
+    finder = prepared_finder([*DATA, f"seed={seed}"], FinderOptions(verify=with_forks, num_verify_steps=NUM_SHORT))
     content = {key: value for key, value in finder.prepared.identity().items() if key.endswith("content")}
     if store.get("content", measure=lambda: content) != content:
         raise SystemExit(f"{store.file} was measured on another base or other images: move it aside")
@@ -112,13 +112,13 @@ def evaluate_seed(seed: int, store: Store, *, with_forks: bool) -> None:
 
 def measure_seed(finder: PreparedFinder) -> dict[str, Any]:
     """What the finder says, and what constant learning rates gain, its own among them."""
-    found = find_lr(finder, screen=SILENT)
-    whole = replace(finder, options=replace(finder.options, num_verify_updates=NUM_UPDATES))
+    found = find_lr(finder, console=SILENT)
+    whole = replace(finder, options=replace(finder.options, num_verify_steps=NUM_UPDATES))
 
     def gains(lrs: Sequence[float]) -> list[float | None]:
         with joined_processes(Launch()) as joined:
             group = whole.verification_group(lrs)
-            runs = run_short(group, screen=SILENT, should_stop=lambda: False, joined=joined)
+            runs = run_short(group, console=SILENT, should_stop=lambda: False, joined=joined)
         return [reading.gain for reading in judge(runs, found.start_NS).readings]
 
     own: dict[str, Any] = {
@@ -144,7 +144,7 @@ def evaluate_unlearnable(seed: int, store: Store) -> None:
             make_unlearnable(setup.denoiser)
             with closing(GroupWriter(group, setup, SILENT, lambda: None)) as writer:
                 writer.open(None)
-                train_loop(0, setup, writer, screen=SILENT, should_stop=lambda: False, on_measure=ramp.observe)
+                train_loop(0, setup, writer, console=SILENT, should_stop=lambda: False, on_measure=ramp.observe)
         return _reading(ramp.points)
 
     store.get("unlearnable", str(seed), measure=verdict)

@@ -18,7 +18,7 @@ from lora_trainer.evidence.statistics.paired import paired
 from lora_trainer.evidence.statistics.verdict import Question, Verdict, confirming, judge, questions
 from lora_trainer.report.runs import ArmRuns, RunRecord, arms, read_runs
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo_sweep_full.json"
 DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial-power2")
@@ -52,7 +52,7 @@ def main() -> None:
             "verdict": verdict.sentence,
         }
     atomic_files.write_json(options.output, content)
-    Screen().say(json.dumps({key: value for key, value in content.items() if key != "environment"}, indent=2))
+    MainConsole().print(json.dumps({key: value for key, value in content.items() if key != "environment"}, indent=2))
 
 
 def _arm(group: ArmRuns) -> Any:
@@ -66,7 +66,7 @@ def confirmation(groups: Sequence[ArmRuns]) -> Verdict:
 
 def losses(group: ArmRuns) -> dict[int, float]:
     """Held-out loss at the end by seed."""
-    return {run.seed: _relative(run, run.num_updates) for run in group.runs}
+    return {run.seed: _relative(run, run.num_steps) for run in group.runs}
 
 
 def against_constant(groups: Sequence[ArmRuns]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def half_times(groups: Sequence[ArmRuns]) -> dict[str, Any]:
 
 
 def _best(runs: Sequence[RunRecord], *, half: bool) -> RunRecord:
-    return min(runs, key=lambda run: _relative(run, run.num_updates // (2 if half else 1)))
+    return min(runs, key=lambda run: _relative(run, run.num_steps // (2 if half else 1)))
 
 
 def _relative(run: RunRecord, step: int) -> float:

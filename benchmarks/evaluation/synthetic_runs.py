@@ -37,7 +37,7 @@ class Case:
     """The curves of one run before they are written as rows; M measurements, the first before any update."""
 
     rng: np.random.Generator
-    num_updates: int
+    num_steps: int
     steps_M: np.ndarray
     multipliers: np.ndarray
     size: float
@@ -60,24 +60,24 @@ class Case:
     @property
     def time(self) -> np.ndarray:
         """0 at the start, 1 at the end."""
-        return self.steps_M / self.num_updates
+        return self.steps_M / self.num_steps
 
 
 def case(rng: np.random.Generator, schedules: tuple[tuple[str, dict[str, Any]], ...], tau: tuple[float, float]) -> Case:
     """A run in which nothing is wrong, with tau drawn between the two numbers."""
-    num_updates, num_probes = int(rng.integers(100, 600)), int(rng.integers(10, 31))
+    num_steps, num_probes = int(rng.integers(100, 600)), int(rng.integers(10, 31))
     name, options = schedules[rng.integers(len(schedules))]
-    laid = SCHEDULES[name](**options).resolve(Horizon(num_updates, max(1, num_updates // 10)))
-    multipliers = np.asarray([laid.multiplier(k, LR) for k in range(num_updates)])
-    every = num_updates // num_probes
-    steps = np.asarray([0, *(s for s in range(1, num_updates + 1) if s % every == 0 or s == num_updates)])
-    budget = np.concatenate([[0], np.cumsum(multipliers)])[steps] / num_updates
+    laid = SCHEDULES[name](**options).resolve(Horizon(num_steps, max(1, num_steps // 10)))
+    multipliers = np.asarray([laid.multiplier(k, LR) for k in range(num_steps)])
+    every = num_steps // num_probes
+    steps = np.asarray([0, *(s for s in range(1, num_steps + 1) if s % every == 0 or s == num_steps)])
+    budget = np.concatenate([[0], np.cumsum(multipliers)])[steps] / num_steps
     size = float(np.exp(rng.uniform(np.log(0.03), np.log(0.5))))
     gain = size * (1 - np.exp(-budget / rng.uniform(*tau)))
-    time = steps / num_updates
+    time = steps / num_steps
     return Case(
         rng=rng,
-        num_updates=num_updates,
+        num_steps=num_steps,
         steps_M=steps,
         multipliers=multipliers,
         size=size,
@@ -86,7 +86,7 @@ def case(rng: np.random.Generator, schedules: tuple[tuple[str, dict[str, Any]], 
         prior_M=rng.uniform(-0.01, 0.03) * time,
         wobble=rng.uniform(0, 0.03),
         own_wobble=rng.uniform(0.002, 0.02),
-        norms=np.exp(rng.normal(np.log(rng.uniform(0.02, 0.5)), 0.5, num_updates)),
+        norms=np.exp(rng.normal(np.log(rng.uniform(0.02, 0.5)), 0.5, num_steps)),
     )
 
 
@@ -101,7 +101,7 @@ def healthy(rng: np.random.Generator) -> Case:
 
 def non_finite(rng: np.random.Generator) -> Case:
     made = healthy(rng)
-    steps = rng.integers(1, made.num_updates, rng.integers(1, 4))
+    steps = rng.integers(1, made.num_steps, rng.integers(1, 4))
     made.skips = {int(step): str(rng.choice(["loss", "gradient"])) for step in steps}
     return made
 
@@ -175,7 +175,7 @@ def lr_noise_limited(rng: np.random.Generator) -> Case:
 
 def clipping(rng: np.random.Generator) -> Case:
     made = healthy(rng)
-    made.norms = np.exp(rng.normal(np.log(rng.uniform(1.5, 10)), 0.4, made.num_updates))
+    made.norms = np.exp(rng.normal(np.log(rng.uniform(1.5, 10)), 0.4, made.num_steps))
     return made
 
 
@@ -211,24 +211,24 @@ def synthetic_rows(state: State, seed: int) -> tuple[list[Row], int]:
         for index, items in enumerate(_items(made, gain_M, size, num_images)):
             by_step.setdefault(int(made.steps_M[index]), []).append(_validation(probe, int(made.steps_M[index]), items))
     if made.cooldown is not None:
-        last = by_step[made.num_updates][0]
+        last = by_step[made.num_steps][0]
         fall = made.cooldown * made.size * np.clip(rng.normal(1, 0.35, num_images), 0.3, 2)
         items = list(np.asarray(last["items"]) - fall)
-        made.events.append({"event": "cooldown", "step": made.num_updates, "updates": 10, "items": items})
+        made.events.append({"event": "cooldown", "step": made.num_steps, "updates": 10, "items": items})
     for event in made.events:
         by_step.setdefault(event["step"], []).append({"trial": TRIAL, **event})
     rows = list(by_step.get(0, []))
     for k, multiplier in enumerate(made.multipliers):
         row = _update(made, k, multiplier)
         rows += [_skip(k + 1, made.skips[k + 1]) if k + 1 in made.skips else row, *by_step.get(k + 1, [])]
-    return rows, made.num_updates
+    return rows, made.num_steps
 
 
 def synthetic_run(state: State, seed: int) -> tuple[list[Row], RunFacts]:
     """The rows and what else is known of the run."""
-    rows, num_updates = synthetic_rows(state, seed)
+    rows, num_steps = synthetic_rows(state, seed)
     lrs = [row["lr"] for row in rows if "lr" in row]
-    return rows, replace(run_facts(num_updates), final_multiplier=lrs[-1] / max(lrs))
+    return rows, replace(run_facts(num_steps), final_multiplier=lrs[-1] / max(lrs))
 
 
 def synthetic_log(state: State, seed: int) -> tuple[TrialLog, RunFacts]:
@@ -240,10 +240,10 @@ def synthetic_log(state: State, seed: int) -> tuple[TrialLog, RunFacts]:
     return log, run
 
 
-def run_facts(num_updates: int, **settings: Any) -> RunFacts:
+def run_facts(num_steps: int, **settings: Any) -> RunFacts:
     """Facts of a run with otherwise default settings, and an LR that stays."""
-    plain = {"name": TRIAL, "model": {"path": "base"}, "data": {"dir": "images"}, "train": {"max_steps": num_updates}}
-    return RunFacts(num_updates, max(1, num_updates // 10), 1.0, RunConfig.model_validate(plain | settings))
+    plain = {"name": TRIAL, "model": {"path": "base"}, "data": {"dir": "images"}, "train": {"max_steps": num_steps}}
+    return RunFacts(num_steps, max(1, num_steps // 10), 1.0, RunConfig.model_validate(plain | settings))
 
 
 def _items(made: Case, gain_M: np.ndarray, size: float, num_images: int) -> np.ndarray:

@@ -29,7 +29,7 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
 
     Raises:
         ConfigError: the folder holds no run.
-        HostError: it holds no whole checkpoint of that step.
+        SystemSetupError: it holds no whole checkpoint of that step.
     """
     if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError(Problem("no run here: config.yaml is missing", str(run_dir), fix="name a run directory"))

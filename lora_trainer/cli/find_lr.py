@@ -12,7 +12,7 @@ from lora_trainer.experiments.lr_finder.prepare import FinderOptions, finder_row
 from lora_trainer.experiments.lr_finder.record import answer_rows, write_found
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 
 
 def find_lr(config_file: Path, overrides: Sequence[str], options: FinderOptions) -> None:
@@ -24,15 +24,15 @@ def find_lr(config_file: Path, overrides: Sequence[str], options: FinderOptions)
     check_platform()
     config = load_config(config_file, overrides)
     launch = read_launch(config)
-    screen = Screen(silent=not launch.is_main)
-    finder = prepare_finder(config, launch, options, screen.track)
-    screen.table(f"Plan of find-lr for {config.name}", finder_rows(finder))
+    console = MainConsole(silent=not launch.is_main)
+    finder = prepare_finder(config, launch, options, console.track)
+    console.table(f"Plan of find-lr for {config.name}", finder_rows(finder))
     from lora_trainer.experiments.lr_finder.run import find_lr as run
 
-    lock = atomic_files.sole_writer(finder.folder, screen.say) if launch.is_main else nullcontext()
+    lock = atomic_files.sole_writer(finder.folder, console.print) if launch.is_main else nullcontext()
     with lock, StopRequest().listening() as stop:
-        found = run(finder, screen=screen, should_stop=stop)
+        found = run(finder, console=console, should_stop=stop)
         if launch.is_main:
             files = write_found(finder, found)
-            screen.table(f"Learning rate for {config.name}", answer_rows(finder, found))
-            screen.table("Files", [(file.name, str(file)) for file in files])
+            console.table(f"Learning rate for {config.name}", answer_rows(finder, found))
+            console.table("Files", [(file.name, str(file)) for file in files])

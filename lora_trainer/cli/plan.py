@@ -19,7 +19,7 @@ from lora_trainer.config.source import Source, set_value
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.planning.prepare import Prepared, plan_rows, prepare
 from lora_trainer.runtime.launch import read_launch
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 
 
 def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepared:
@@ -27,7 +27,7 @@ def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepare
     launch = read_launch(config)
     if num_processes is not None:
         launch = replace(launch, num_processes=num_processes, num_local_processes=num_processes)
-    return prepare(config, launch, Screen().track)
+    return prepare(config, launch, MainConsole().track)
 
 
 def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = False) -> None:
@@ -38,11 +38,11 @@ def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = Fa
     """
     check_platform()
     config = load_config(config_file, overrides)
-    screen = Screen()
-    screen.say(f"configuration  {config_file} can be used")
+    console = MainConsole()
+    console.print(f"configuration  {config_file} can be used")
     if not config_only:
         for name, finding in _findings(prepare_plan(config)):
-            screen.say(f"{name:<15}{finding}")
+            console.print(f"{name:<15}{finding}")
 
 
 def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:
@@ -51,15 +51,15 @@ def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "images", f"{plan.num_images} can be read and have their captions"
     yield from (("", note) for note in prepared.dataset.notes)
     yield "targets", f"{plan.num_modules} layers get an adapter"
-    yield from (("warning", warning) for group in plan.lr_groups for warning in group.warnings)
+    yield from (("warning", warning) for group in plan.param_groups for warning in group.warnings)
 
 
 def plan(config_file: Path, overrides: Sequence[str], num_processes: int | None) -> None:
     """Print the plan of a run and how its numbers come about."""
     prepared = prepare_plan(load_config(config_file, overrides), num_processes)
-    screen = Screen()
-    screen.table(f"Plan of {prepared.config.name}", plan_rows(prepared))
-    screen.table("How the numbers come about", explanation(prepared))
+    console = MainConsole()
+    console.table(f"Plan of {prepared.config.name}", plan_rows(prepared))
+    console.table("How the numbers come about", explanation(prepared))
 
 
 def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:
@@ -72,18 +72,18 @@ def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:
         f"{p.accumulation} accumulated; only the product matters to the result",
     )
     buckets = "" if len(p.bucket_sizes) == 1 else f" in each of {len(p.bucket_sizes)} buckets"
-    yield "", f"an epoch is {p.updates_per_epoch} updates = {p.num_samples} / {p.global_batch}, rounded up{buckets}"
+    yield "", f"an epoch is {p.steps_per_epoch} updates = {p.num_samples} / {p.global_batch}, rounded up{buckets}"
     length = "train.max_steps" if config.train.max_steps is not None else f"{config.train.epochs} epochs x that"
-    yield "duration", f"{p.num_updates} updates ({length}) = {p.num_epochs:.2f} epochs"
-    yield "", f"each image is seen about {p.num_updates * p.global_batch / p.num_images:.0f} times"
-    for group in p.lr_groups:
+    yield "duration", f"{p.num_steps} updates ({length}) = {p.num_epochs:.2f} epochs"
+    yield "", f"each image is seen about {p.num_steps * p.global_batch / p.num_images:.0f} times"
+    for group in p.param_groups:
         yield (
             f"intensity {group.name}",
             f"{group.schedule} from {group.lr_start:.2e} over {group.lr_peak:.2e} to {group.lr_end:.2e}: in sum "
-            f"{group.lr_budget:.2f} of a constant LR over {p.num_updates} updates",
+            f"{group.lr_budget:.2f} of a constant LR over {p.num_steps} updates",
         )
     if optimizer_row(config.optimizer.type).decoupled_decay and config.optimizer.weight_decay:
-        rates_summed = p.lr_groups[0].lr_budget * config.optimizer.lr * p.num_updates
+        rates_summed = p.param_groups[0].lr_budget * config.optimizer.lr * p.num_steps
         shrink = 1 - math.exp(-config.optimizer.weight_decay * rates_summed)
         yield "", f"weight decay {config.optimizer.weight_decay:g} alone shrinks a weight by {shrink:.2%} over the run"
     scale = config.adapter.alpha / (config.adapter.rank**0.5 if config.adapter.use_rslora else config.adapter.rank)

@@ -289,10 +289,10 @@ def diagnose(
 def presets(name: Annotated[str | None, typer.Argument(help="Preset to show as settings.")] = None) -> None:
     """Starting points for learning rates and schedules, to paste into a config."""
     from lora_trainer.cli.plan import list_presets, show_preset
-    from lora_trainer.tracking.console import Screen
+    from lora_trainer.tracking.console import MainConsole
 
     if name is None:
-        Screen().table("Presets (lora-trainer presets NAME shows one)", list_presets())
+        MainConsole().table("Presets (lora-trainer presets NAME shows one)", list_presets())
     else:
         print(show_preset(name), end="")
 
@@ -301,18 +301,18 @@ def presets(name: Annotated[str | None, typer.Argument(help="Preset to show as s
 def list_schedules() -> None:
     """Every schedule and what it is for."""
     from lora_trainer.cli.schedules import list_schedules as rows
-    from lora_trainer.tracking.console import Screen
+    from lora_trainer.tracking.console import MainConsole
 
-    Screen().table("Schedules (lr_scheduler.type)", rows())
+    MainConsole().table("Schedules (lr_scheduler.type)", rows())
 
 
 @schedules_app.command(epilog="Example:  lora-trainer schedules show cosine")
 def show(name: Name) -> None:
     """The options of a schedule."""
     from lora_trainer.cli.schedules import show_options
-    from lora_trainer.tracking.console import Screen
+    from lora_trainer.tracking.console import MainConsole
 
-    Screen().table(f"Options of {name}", show_options(name))
+    MainConsole().table(f"Options of {name}", show_options(name))
 
 
 @schedules_app.command(
@@ -323,10 +323,10 @@ def explain(words: Words, steps: Steps = None, lr: LR = None, epoch: Epoch = Non
     """Purpose, limits, formula, and what the schedule amounts to over a run."""
     from lora_trainer.cli.schedules import DEFAULT_LR, example_horizon
     from lora_trainer.cli.schedules import explain as run
-    from lora_trainer.tracking.console import Screen
+    from lora_trainer.tracking.console import MainConsole
 
     rows = list(run(words, example_horizon(steps, epoch), DEFAULT_LR if lr is None else lr))
-    Screen().table(" ".join(words), rows)
+    MainConsole().table(" ".join(words), rows)
 
 
 @schedules_app.command(
@@ -370,7 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _hush_libraries() -> None:
-    """Our own screen says what happens; and no library may run code that a checkpoint brings along."""
+    """Our own console says what happens; and no library may run code that a checkpoint brings along."""
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",

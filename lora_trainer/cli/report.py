@@ -12,7 +12,7 @@ from lora_trainer.evidence.diagnosis.log import RunFacts, read_run
 from lora_trainer.evidence.statistics.verdict import Rules
 from lora_trainer.report.page import GENERATOR, write_report
 from lora_trainer.storage.atomic_files import to_json
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.tracking.metrics import damage_note, finite
 
 
@@ -30,7 +30,7 @@ def report(runs: Sequence[Path], output: Path | None, min_effect: float, confirm
         what = "a file that is no report of ours is in the way"
         raise ConfigError(Problem(what, str(file), fix="name another with --output"))
     sentence = write_report(runs, file, confirm=confirm, rules=Rules(min_effect=min_effect))
-    Screen().say(f"{sentence}\n\nwrote {file}")
+    MainConsole().print(f"{sentence}\n\nwrote {file}")
 
 
 def diagnose_run(run_dir: Path, *, as_json: bool, check: bool) -> ExitCode:
@@ -41,22 +41,22 @@ def diagnose_run(run_dir: Path, *, as_json: bool, check: bool) -> ExitCode:
     """
     log, run = read_run(run_dir)
     diagnosis, early = diagnose(log, run), early_report(log, run)
-    screen = Screen()
+    console = MainConsole()
     if as_json:
         first = None if early is None else {"step": early.step} | early.as_event()
         trials = [diagnosis.as_json() | {"early_report": first}]
         content = {"run": str(run_dir), "damaged_lines": log.num_damaged, "trials": trials}
-        screen.say(to_json(finite(content)).decode().rstrip())
+        console.print(to_json(finite(content)).decode().rstrip())
     else:
         if log.num_damaged:
-            screen.say(damage_note(str(run_dir / METRICS_FILE), log.num_damaged))
+            console.print(damage_note(str(run_dir / METRICS_FILE), log.num_damaged))
         for line in _lines(diagnosis, early, run, run_dir):
-            screen.say(line)
+            console.print(line)
     return ExitCode.FAULT_FOUND if check and diagnosis.faults else ExitCode.DONE
 
 
 def _lines(diagnosis: Diagnosis, early: EarlyReport | None, run: RunFacts, run_dir: Path) -> Iterator[str]:
-    yield f"Diagnosis of {diagnosis.trial} at step {diagnosis.step} of {run.num_updates}"
+    yield f"Diagnosis of {diagnosis.trial} at step {diagnosis.step} of {run.num_steps}"
     for finding in diagnosis.found:
         yield from finding_lines(finding)
     overrides = [advice.override for finding in diagnosis.faults for advice in finding.advice if advice.override]

@@ -12,7 +12,7 @@ from lora_trainer.errors import ConfigError, ModelError, Problem
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
         ModelError: the LoRA or the base cannot be used.
     """
     base = find_base(lora, model, revision)
-    screen = Screen()
+    console = MainConsole()
 
     import torch
 
@@ -56,7 +56,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     pipeline.set_progress_bar_config(disable=True)
     jobs = [(prompt, request.seed + number) for prompt in request.prompts for number in range(request.num_images)]
     files = []
-    for number, (prompt, seed) in enumerate(screen.track(jobs, "drawing", len(jobs)), start=1):
+    for number, (prompt, seed) in enumerate(console.track(jobs, "drawing", len(jobs)), start=1):
         image = pipeline(
             prompt,
             negative_prompt=request.negative_prompt,
@@ -68,7 +68,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
         ).images[0]
         file = output / f"{number:02d}-seed{seed}-{_slug(prompt)}.png"
         atomic_files.write_file(file, png_bytes(image))
-        screen.say(str(file))
+        console.print(str(file))
         files.append(file)
     return files
 

@@ -18,14 +18,14 @@ from lora_trainer.cli.plan import prepare_plan
 from lora_trainer.config.load import check_source, load_config
 from lora_trainer.config.source import Source
 from lora_trainer.config.structure import option_rows
-from lora_trainer.errors import ConfigError, HostError, Problem
-from lora_trainer.planning.run_plan import lay_groups
+from lora_trainer.errors import ConfigError, Problem, SystemSetupError
+from lora_trainer.planning.run_plan import resolve_param_groups
 from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
 from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
 from lora_trainer.schedules.facts import ScheduleFacts, facts_of
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.schedules.schedule import DecayOptions, Horizon, LRSchedule, ScheduleError, ScheduleOptions
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 
 WEIGHT_DECAY = 0.01  # AdamW's default, for the shrink that `explain` shows
 DEFAULT_STEPS, DEFAULT_LR = 1000, 1e-4
@@ -89,10 +89,10 @@ def explain(words: Sequence[str], horizon: Horizon, lr: float) -> Iterator[tuple
 
 def fact_rows(preview: Preview) -> Iterator[tuple[str, str]]:
     """The numbers of a schedule over its run."""
-    facts, num_updates = preview.facts, preview.schedule.horizon.num_updates
+    facts, num_steps = preview.facts, preview.schedule.horizon.num_steps
     options = [f"{key} {json.dumps(value)}" for key, value in _written(preview.options).items() if key != "type"]
     yield "options", ", ".join(options) or "all at their defaults"
-    yield "over a run of", f"{num_updates} updates, {preview.schedule.horizon.updates_per_epoch} an epoch"
+    yield "over a run of", f"{num_steps} updates, {preview.schedule.horizon.steps_per_epoch} an epoch"
     yield "learning rate", f"first {facts.first:.3e}, peak {facts.peak:.3e}, last {facts.last:.3e}"
     yield "LR budget", f"{facts.budget:.2f} of constant training at the base LR"
     yield "half-life", "never half" if facts.half_life is None else f"{facts.half_life} updates after the peak"
@@ -106,7 +106,7 @@ def fact_rows(preview: Preview) -> Iterator[tuple[str, str]]:
 
 
 def previews(
-    words: Sequence[str], config: Path | None, steps: int | None, lr: float | None, updates_per_epoch: int | None = None
+    words: Sequence[str], config: Path | None, steps: int | None, lr: float | None, steps_per_epoch: int | None = None
 ) -> list[Preview]:
     """The schedules to draw: those named, or each group's of a config, or the classic six.
 
@@ -118,23 +118,23 @@ def previews(
         ConfigError: a name or an option is not known, or does not fit the run.
     """
     if config is None:
-        return named_previews(words, example_horizon(steps, updates_per_epoch), DEFAULT_LR if lr is None else lr)
+        return named_previews(words, example_horizon(steps, steps_per_epoch), DEFAULT_LR if lr is None else lr)
     names, _ = _split(words)
     prepared = prepare_plan(load_config(config, [] if names else words))
     planned = prepared.plan.horizon
-    horizon = Horizon(steps or planned.num_updates, updates_per_epoch or planned.updates_per_epoch)
+    horizon = Horizon(steps or planned.num_steps, steps_per_epoch or planned.steps_per_epoch)
     if names:
         return named_previews(words, horizon, prepared.config.optimizer.lr if lr is None else lr)
     return [
         _preview(f"{group.name}: {group.options.type}", group.options, horizon, group.base_lr if lr is None else lr)
-        for group in lay_groups(prepared.config, horizon, prepared.base.denoiser)
+        for group in resolve_param_groups(prepared.config, horizon, prepared.base.denoiser)
     ]
 
 
-def example_horizon(steps: int | None, updates_per_epoch: int | None) -> Horizon:
+def example_horizon(steps: int | None, steps_per_epoch: int | None) -> Horizon:
     """A run to show schedules on: of ten epochs, unless their length is said."""
-    num_updates = steps or DEFAULT_STEPS
-    return Horizon(num_updates, updates_per_epoch or max(1, num_updates // 10))
+    num_steps = steps or DEFAULT_STEPS
+    return Horizon(num_steps, steps_per_epoch or max(1, num_steps // 10))
 
 
 def named_previews(words: Sequence[str], horizon: Horizon, lr: float) -> list[Preview]:
@@ -174,7 +174,7 @@ def plot(
     config: Path | None,
     steps: int | None,
     lr: float | None,
-    updates_per_epoch: int | None = None,
+    steps_per_epoch: int | None = None,
     *,
     every: bool,
     output: Path | None,
@@ -184,30 +184,30 @@ def plot(
 
     Raises:
         ConfigError: as `previews`, or the picture's name does not end in .png.
-        HostError: the picture cannot be written.
+        SystemSetupError: the picture cannot be written.
     """
     if output is not None and output.suffix.lower() != ".png":
         raise ConfigError(Problem("a picture is written as PNG", f"--output {output}", fix="end its name in .png"))
-    screen = Screen()
+    console = MainConsole()
     if every:
         words = [*words, *(name for name, kind in SCHEDULES.items() if kind is not TorchSchedule)]
-        screen.say("`torch` is left out: it loads torch to be drawn; name it to see it")
-    chosen = previews(words, config, steps, lr, updates_per_epoch)
+        console.print("`torch` is left out: it loads torch to be drawn; name it to see it")
+    chosen = previews(words, config, steps, lr, steps_per_epoch)
     curves = [Curve(each.label, each.facts.lrs, each.schedule.marks) for each in chosen]
-    title = f"Learning rate over {chosen[0].schedule.horizon.num_updates} updates"
+    title = f"Learning rate over {chosen[0].schedule.horizon.num_steps} updates"
     if terminal:
         width = min(120, shutil.get_terminal_size((100, 24)).columns)
-        screen.console.print(Text.from_ansi(terminal_plot(curves, title=title, width=width)))
+        console.rich.print(Text.from_ansi(terminal_plot(curves, title=title, width=width)))
     for each in chosen:
-        screen.table(each.label, fact_rows(each))
+        console.table(each.label, fact_rows(each))
     if output is not None:
-        per_epoch = chosen[0].schedule.horizon.updates_per_epoch if config or updates_per_epoch else None
+        per_epoch = chosen[0].schedule.horizon.steps_per_epoch if config or steps_per_epoch else None
         try:
-            draw_schedules(curves, output, title=title, updates_per_epoch=per_epoch)
+            draw_schedules(curves, output, title=title, steps_per_epoch=per_epoch)
         except OSError as error:
             what, fix = "the picture cannot be written", "choose another place"
-            raise HostError(Problem(what, f"--output {output}", error.strerror, fix)) from error
-        screen.say(f"\nwrote {output}")
+            raise SystemSetupError(Problem(what, f"--output {output}", error.strerror, fix)) from error
+        console.print(f"\nwrote {output}")
 
 
 def _options_class(name: str) -> type[ScheduleOptions]:

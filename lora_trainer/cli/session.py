@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 from lora_trainer.config.places import EXIT_FILE
-from lora_trainer.errors import HostError, Problem, StoppedBySignal, TrainerError
+from lora_trainer.errors import Problem, StoppedBySignal, SystemSetupError, TrainerError
 from lora_trainer.storage import atomic_files, disk_space
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 
 ECHO_S = 1.0
 
@@ -85,15 +85,15 @@ def record_exit(run_dir: Path, code: int, status: str, message: str) -> None:
 
 
 @contextmanager
-def writing(run_dir: Path, screen: Screen, *, fresh: bool) -> Iterator[None]:
+def writing(run_dir: Path, console: MainConsole, *, fresh: bool) -> Iterator[None]:
     """Be the only writer of a run's directory, and leave the code of a fault inside the block in its `exit.json`.
 
     Args:
         fresh: move an earlier run aside first.
     """
-    with atomic_files.sole_writer(run_dir, screen.say):
+    with atomic_files.sole_writer(run_dir, console.print):
         if fresh:
-            _set_aside(run_dir, screen)
+            _set_aside(run_dir, console)
         try:
             with disk_space.faults_in_words():
                 yield
@@ -106,14 +106,14 @@ def check_platform() -> None:
     """Linux and WSL2 are what the trainer is made for and tested on.
 
     Raises:
-        HostError: this is another system.
+        SystemSetupError: this is another system.
     """
     if sys.platform != "linux":
         what = f"lora_trainer runs on Linux and WSL2, not on {sys.platform}"
-        raise HostError(Problem(what, fix="on Windows, start it inside WSL2"))
+        raise SystemSetupError(Problem(what, fix="on Windows, start it inside WSL2"))
 
 
-def _set_aside(run_dir: Path, screen: Screen) -> None:
+def _set_aside(run_dir: Path, console: MainConsole) -> None:
     """Move an old run's files to `<name>.before-1` (2, 3 ...) beside its directory, so that a new run starts empty."""
     old = [path for path in run_dir.iterdir() if path.name != ".lock"]
     if not old:
@@ -124,4 +124,4 @@ def _set_aside(run_dir: Path, screen: Screen) -> None:
     for path in old:
         atomic_files.rename(path, aside / path.name)
     atomic_files.sync_folder(aside)
-    screen.say(f"the earlier run was moved to {aside}")
+    console.print(f"the earlier run was moved to {aside}")

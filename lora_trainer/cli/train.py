@@ -45,7 +45,7 @@ from lora_trainer.report.page import write_report
 from lora_trainer.report.pictures import Curve, draw_curves, draw_schedules, terminal_plot
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.group import TrialGroup, solo_group
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False,
         sweep(config_file, overrides, dry_run=dry_run, fresh=fresh)
         return
     with starting(config, dry_run=dry_run, fresh=fresh) as start, start.writing(config):
-        prepared = prepare(config, start.launch, start.screen.track)
-        start.screen.table(f"Plan of {config.name}", plan_rows(prepared))
+        prepared = prepare(config, start.launch, start.console.track)
+        start.console.table(f"Plan of {config.name}", plan_rows(prepared))
         if not dry_run:
             start.train_run(prepared)
 
@@ -90,7 +90,7 @@ def sweep(
         screened: dict[str, str] = {}
         if short is not None:
             aim = f"choose {short.keep} of the LRs of each setting"
-            start.screen.say(f"first: short runs of {short.num_updates} updates {aim}")
+            start.console.print(f"first: short runs of {short.num_steps} updates {aim}")
             start.train_sweep(*load_sweep(config_file, [*overrides, *short.overrides]))
             done = record.read_sweep(short.folder)
             screened = start.agree(short.dropped_arms(done) if done and not unfinished_trials(done) else {})
@@ -107,16 +107,16 @@ def confirm(
     """
     config, _ = _load(config_file, overrides)
     launch = read_launch(config)
-    screen = Screen(silent=not launch.is_main)
+    console = MainConsole(silent=not launch.is_main)
     chosen = plan_confirmation(config, anew=fresh)
     rows = [(arm, f"held-out loss {loss:.4f} of the base's, mean of its seeds") for arm, loss in chosen.losses.items()]
     rows.append(("fresh seeds", ", ".join(map(str, chosen.seeds))))
-    screen.table("Leaders, as an earlier start chose them" if chosen.began else "Leaders", rows)
+    console.table("Leaders, as an earlier start chose them" if chosen.began else "Leaders", rows)
     sweep(config_file, [*overrides, *chosen.overrides], dry_run=dry_run, fresh=fresh, measure=measure)
     if launch.is_main and not dry_run:
         page = report_file(config)
         sentence = write_report([page.parent], page, confirm=[confirmation_directory(config)])
-        screen.say(f"\n{sentence}\nreport: {page}")
+        console.print(f"\n{sentence}\nreport: {page}")
 
 
 def _load(config_file: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[TrialConfig]]:
@@ -137,7 +137,7 @@ class Start:
     """How a run or a sweep was started."""
 
     launch: Launch
-    screen: Screen
+    console: MainConsole
     stop: StopRequest
     stack: ExitStack
     """Closed at the end of this start."""
@@ -156,14 +156,14 @@ class Start:
         """Be the only writer of a directory, where this process writes at all."""
         if self.dry_run or not self.launch.is_main:
             return nullcontext()
-        return writing(run_directory(config), self.screen, fresh=self.fresh)
+        return writing(run_directory(config), self.console, fresh=self.fresh)
 
     def train_run(self, prepared: Prepared) -> None:
         """Train a run to its end, and report."""
         from lora_trainer.training.fit import fit
 
         name, run_dir = prepared.config.name, prepared.run_dir
-        result = fit(solo_group(prepared), screen=self.screen, should_stop=self.stop)
+        result = fit(solo_group(prepared), console=self.console, should_stop=self.stop)
         if (ending := result.endings[name]) is not None:
             what = f"training stopped after step {ending.step}, which is saved: {ending.reason}"
             fix = (
@@ -172,13 +172,13 @@ class Start:
             )
             raise NumericStop(Problem(what, str(run_dir), fix=fix))
         if result.was_finished:
-            self.screen.say("this run is finished; nothing to do")
+            self.console.print("this run is finished; nothing to do")
         if self.launch.is_main:
             record_exit(run_dir, ExitCode.DONE, "finished", f"{result.step} updates")  # the report tells of it
             if not (result.was_finished and report_file(prepared.config).is_file()):
                 draw_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE, name)
                 write_report([run_dir], report_file(prepared.config))
-        self.screen.table("Done", [(file.name, str(file)) for file in files_to_come(prepared.config)])
+        self.console.table("Done", [(file.name, str(file)) for file in files_to_come(prepared.config)])
 
     def agree(self, screened: dict[str, str]) -> dict[str, str]:
         """What the main process read, where several train: the others may have read before it wrote."""
@@ -197,10 +197,10 @@ class Start:
             screened: arms that short runs left out, with the reason.
         """
         with self.writing(config):
-            whole = prepare_sweep(config, trials, self.launch, self.screen.track)
+            whole = prepare_sweep(config, trials, self.launch, self.console.track)
             left_out = {k: v for group in whole.groups for k, v in trials_of(group, screened or {}).items()}
             prepared = whole.left_with(left_out)
-            self.screen.table(f"Plan of {config.name}", [*sweep_rows(prepared), *left_out.items()])
+            self.console.table(f"Plan of {config.name}", [*sweep_rows(prepared), *left_out.items()])
             if self.dry_run:
                 self._show(prepared)
             else:
@@ -211,9 +211,9 @@ class Start:
         """What a plan shows beyond its rows."""
         if curves := _curves(prepared.groups):
             width = min(100, shutil.get_terminal_size().columns)
-            self.screen.say("\n" + terminal_plot(curves, title=prepared.config.name, width=width))
+            self.console.print("\n" + terminal_plot(curves, title=prepared.config.name, width=width))
         if self.measure:
-            self.screen.table("Measured on this machine", list(self._measured_rows(prepared)))
+            self.console.table("Measured on this machine", list(self._measured_rows(prepared)))
 
     def _measured_rows(self, prepared: PreparedSweep) -> Iterator[tuple[str, str]]:
         """Time and memory of each group, by a few updates of it."""
@@ -221,7 +221,7 @@ class Start:
 
         joined, seconds = self.joined, 0.0
         for group in prepared.groups:
-            cost = estimate(group, screen=self.screen, joined=joined)
+            cost = estimate(group, console=self.console, joined=joined)
             seconds += cost.seconds
             activations = f"activations of {disk_space.mib(cost.activation_bytes)} per trial"
             peak = f"peak memory {cost.peak_memory_gib:.1f} GiB"
@@ -257,19 +257,19 @@ class Start:
             dropped = from_main(self.launch, trials_to_drop(planned, now))
             content = record.without_dropped(content, dropped)
             place = f"{number} of {len(prepared.groups)}"
-            self.screen.say(f"\ngroup {planned.name} ({place}): {len(planned.members) - len(dropped)} trials")
+            self.console.print(f"\ngroup {planned.name} ({place}): {len(planned.members) - len(dropped)} trials")
             for name, reason in dropped.items():
-                self.screen.say(f"{name} is not trained: {reason}")
+                self.console.print(f"{name} is not trained: {reason}")
             save()
             if (group := without(planned, dropped)) is not None:
-                fit(group, screen=self.screen, should_stop=self.stop, on_save=save, joined=joined)
+                fit(group, console=self.console, should_stop=self.stop, on_save=save, joined=joined)
             finished.append(planned.name)
             save()
         if self.launch.is_main:
             sentence = write_report([sweep_dir], sweep_dir / REPORT_FILE)
             record_exit(sweep_dir, ExitCode.DONE, "finished", f"{len(content['trials'])} trials")
-            self.screen.table("Done", result_rows(record.refreshed(content, sweep_dir, finished)))
-            self.screen.say(f"\n{sentence}\nresults: {sweep_dir / record.FILE}\nreport: {sweep_dir / REPORT_FILE}")
+            self.console.table("Done", result_rows(record.refreshed(content, sweep_dir, finished)))
+            self.console.print(f"\n{sentence}\nresults: {sweep_dir / record.FILE}\nreport: {sweep_dir / REPORT_FILE}")
 
 
 @contextmanager
@@ -279,7 +279,7 @@ def starting(config: RunConfig, *, dry_run: bool, fresh: bool, measure: bool = F
     with ExitStack() as stack:
         stack.enter_context(disk_space.faults_in_words())
         stop = stack.enter_context(StopRequest().listening())
-        yield Start(launch, Screen(silent=not launch.is_main), stop, stack, dry_run, fresh, measure)
+        yield Start(launch, MainConsole(silent=not launch.is_main), stop, stack, dry_run, fresh, measure)
 
 
 def _duration(seconds: float) -> str:
@@ -291,8 +291,8 @@ def _curves(groups: Sequence[TrialGroup]) -> list[Curve]:
     curves: dict[str, Curve] = {}
     for member in (member for group in groups for member in group.members):
         if (arm := member.trial.arm) not in curves:
-            first = member.prepared.lr_groups()[0]
-            curves[arm] = Curve(arm, [first.lr(k) for k in range(member.prepared.plan.num_updates)])
+            first = member.prepared.param_groups()[0]
+            curves[arm] = Curve(arm, [first.lr(k) for k in range(member.prepared.plan.num_steps)])
     return list(curves.values())
 
 
@@ -313,9 +313,9 @@ def show_status(config_file: Path, overrides: Sequence[str], *, confirmation: bo
         (g["name"], f"{g['status']}, update {g['step']} of {g['num_updates']}, {len(g['trials'])} trials")
         for g in now["groups"]
     ]
-    screen = Screen()
-    screen.table(f"{now['name']}: {num_ended} of {len(now['trials'])} trials ended", groups)
-    screen.table("Trials, the best so far first", result_rows(now))
+    console = MainConsole()
+    console.table(f"{now['name']}: {num_ended} of {len(now['trials'])} trials ended", groups)
+    console.table("Trials, the best so far first", result_rows(now))
 
 
 def result_rows(content: Json) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, SerializeAsAny, Tag, WrapValidator
 
 from lora_trainer.schedules.registry import LRSchedulerOptions
-from lora_trainer.schedules.schedule import Duration, Horizon, to_updates
+from lora_trainer.schedules.schedule import Duration, Horizon, to_steps
 from lora_trainer.strict_model import NotBool, NotNegative, Positive, Ratio, StrictModel
 
 ENTRY_POINTS = "lora_trainer.optimizers"
@@ -187,7 +187,7 @@ class ScheduleFreeAdamW(OptimizerOptions):
     """The optimizer's own warm-up: updates, epochs ("2ep") or a share of the run ("5%")."""
 
     def arguments(self, horizon: Horizon) -> dict[str, Any]:
-        return super().arguments(horizon) | {"warmup_steps": to_updates(self.warmup_steps, horizon)}
+        return super().arguments(horizon) | {"warmup_steps": to_steps(self.warmup_steps, horizon)}
 
 
 @dataclass(frozen=True, slots=True)

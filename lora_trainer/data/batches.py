@@ -70,17 +70,17 @@ class BatchSource:
         return self.batch_size * self.accumulation * self.num_processes
 
     @property
-    def updates_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         return -(-len(self.samples) // self.global_batch)
 
     def num_samples_of(self, k: int) -> int:
         """Real samples of update k over all processes: the last of an epoch may have fewer than G."""
-        position = k % self.updates_per_epoch
+        position = k % self.steps_per_epoch
         return min(self.global_batch, len(self.samples) - position * self.global_batch)
 
     def slots_of(self, k: int, micro_step: int, rank: int) -> list[Slot]:
         """The slots of one micro-batch; empty where the epoch's last update has no sample for it."""
-        epoch, position = divmod(k, self.updates_per_epoch)
+        epoch, position = divmod(k, self.steps_per_epoch)
         first = position * self.global_batch + (micro_step * self.num_processes + rank) * self.batch_size
         return [Slot(epoch, index) for index in range(first, min(first + self.batch_size, len(self.samples)))]
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from lora_trainer.config.optimizers import AnyOptimizerOptions
 from lora_trainer.config.schema import LoraConfig, ObjectiveConfig
-from lora_trainer.errors import HostError, ModelError, NumericStop, Problem
+from lora_trainer.errors import ModelError, NumericStop, Problem, SystemSetupError
 from lora_trainer.models.adapters.bank import peft_config, plain_number
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.schedules.registry import LRSchedulerOptions
@@ -48,9 +48,9 @@ class LoopFacts(StrictModel):
 
     num_images: int
     num_samples: int
-    num_updates: int
-    updates_per_epoch: int
-    warmup_updates: int
+    num_steps: int
+    steps_per_epoch: int
+    num_warmup_steps: int
     batch_size: int
     accumulation: int
     global_batch: int
@@ -108,7 +108,7 @@ def write_lora(
 
     Raises:
         NumericStop: a value is not finite; nothing is written.
-        HostError: what was read back is not what was written.
+        SystemSetupError: what was read back is not what was written.
     """
     layers = sorted({key.rpartition(".lora_")[0] for key in adapter})
     if layout == "kohya":
@@ -123,7 +123,9 @@ def write_lora(
     read_back, read_metadata = safetensors_io.load(file)
     same = read_back.keys() == tensors.keys() and all(torch.equal(read_back[key], tensors[key]) for key in tensors)
     if not same or read_metadata != metadata:
-        raise HostError(Problem("the LoRA file could not be read back as written", str(file), fix="check the disk"))
+        raise SystemSetupError(
+            Problem("the LoRA file could not be read back as written", str(file), fix="check the disk")
+        )
 
 
 def base_facts(family: Family, prediction_type: str) -> BaseFacts:
@@ -238,15 +240,15 @@ def kohya_metadata(recipe: Recipe, payload_sha256: str, *, adapts_kernels: bool)
         "ss_network_dropout": adapter.dropout or None,
         "ss_seed": recipe.seed,
         "ss_steps": recipe.step,
-        "ss_epoch": recipe.step // loop.updates_per_epoch,
-        "ss_max_train_steps": loop.num_updates,
-        "ss_num_batches_per_epoch": loop.updates_per_epoch * loop.accumulation,
+        "ss_epoch": recipe.step // loop.steps_per_epoch,
+        "ss_max_train_steps": loop.num_steps,
+        "ss_num_batches_per_epoch": loop.steps_per_epoch * loop.accumulation,
         "ss_num_train_images": loop.num_samples,
         "ss_num_reg_images": 0,
         "ss_learning_rate": recipe.optimizer.lr,
         "ss_unet_lr": recipe.optimizer.lr,
         "ss_lr_scheduler": recipe.lr_scheduler.type,
-        "ss_lr_warmup_steps": loop.warmup_updates,
+        "ss_lr_warmup_steps": loop.num_warmup_steps,
         "ss_optimizer": recipe.optimizer.type,
         "ss_max_grad_norm": loop.max_grad_norm,
         "ss_gradient_accumulation_steps": loop.accumulation,

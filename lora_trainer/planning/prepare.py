@@ -27,12 +27,12 @@ from lora_trainer.config.places import (
 from lora_trainer.config.schema import CURVE_LENGTH, RunConfig
 from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
-from lora_trainer.errors import ConfigError, HostError, ModelError, Problem
-from lora_trainer.models.adapters.targets import assign_groups, select_targets
+from lora_trainer.errors import ConfigError, ModelError, Problem, SystemSetupError
+from lora_trainer.models.adapters.targets import assign_param_groups, select_targets
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
-from lora_trainer.planning.run_plan import LRGroup, RunPlan, lay_groups, plan_run
+from lora_trainer.planning.run_plan import ParamGroup, RunPlan, plan_run, resolve_param_groups
 from lora_trainer.runtime.launch import Launch, default_threads
 from lora_trainer.storage import disk_space
 
@@ -59,9 +59,9 @@ class Prepared:
         """What is trained on."""
         return self.split.training
 
-    def lr_groups(self) -> tuple[LRGroup, ...]:
+    def param_groups(self) -> tuple[ParamGroup, ...]:
         """The groups of weights with their LR schedules laid over the run."""
-        return lay_groups(self.config, self.plan.lr_horizon, self.base.denoiser)
+        return resolve_param_groups(self.config, self.plan.lr_horizon, self.base.denoiser)
 
     def identity(self) -> dict[str, Any]:
         """All that decides what is learned: settings, content of data and base, and how the sums are split."""
@@ -74,7 +74,7 @@ class Prepared:
             "global batch": self.plan.global_batch,
             "num_processes": self.plan.num_processes,
             "train.threads": self.threads,
-            CURVE_LENGTH: self.plan.lr_horizon.num_updates,
+            CURVE_LENGTH: self.plan.lr_horizon.num_steps,
         }
 
 
@@ -85,7 +85,7 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
         continues: whether an earlier start is continued; None where the checkpoints in the run's directory tell.
 
     Raises:
-        ConfigError, DataError, ModelError, HostError: each with all problems of its kind.
+        ConfigError, DataError, ModelError, SystemSetupError: each with all problems of its kind.
     """
     base = open_base(config.model.path, config.model.revision, config.model.family)
     family = open_family(base)
@@ -135,7 +135,7 @@ def _targets(config: RunConfig, base: BaseFolder, family: Family) -> dict[str, t
     layers = [f"{base.denoiser}.{layer}" for layer in targets]
     joined_layers(family.kohya_names(layers))
     weights = [f"{layer}.lora_{kind}.weight" for layer in layers for kind in "AB"]
-    assign_groups(weights, {group.name: group.match for group in config.optimizer.groups}, base.denoiser)
+    assign_param_groups(weights, {group.name: group.match for group in config.optimizer.groups}, base.denoiser)
     return targets
 
 
@@ -159,7 +159,7 @@ def _plan(
         num_held_out=len(split.held_out),
         num_probes=num_probes,
         num_watched=fixed.num_watched,
-        lr_updates=fixed.lr_updates,
+        num_lr_steps=fixed.num_lr_steps,
     )
 
 
@@ -167,7 +167,7 @@ def _plan(
 class _Fixed:
     """What an earlier start of a run fixed for those that continue it, whatever their length; None is free."""
 
-    lr_updates: int | None = None
+    num_lr_steps: int | None = None
     """Length that its LR curves are laid over."""
     num_watched: int | None = None
     """Images of each probe."""
@@ -267,14 +267,14 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "global batch", f"{plan.global_batch} = {split}"
     yield (
         "updates per epoch",
-        f"{plan.updates_per_epoch} = {plan.num_samples} samples / {plan.global_batch}, rounded up"
+        f"{plan.steps_per_epoch} = {plan.num_samples} samples / {plan.global_batch}, rounded up"
         + ("" if len(plan.bucket_sizes) == 1 else f" in each of {len(plan.bucket_sizes)} buckets"),
     )
-    yield "updates", f"{plan.num_updates} ({plan.num_epochs:.2f} epochs), warmup {plan.lr_groups[0].warmup_updates}"
-    if plan.lr_updates is not None:
-        yield "", f"the LR curve keeps its first length, {plan.lr_updates} updates, and then its last value"
-    for group in plan.lr_groups:
-        name = "learning rate" if len(plan.lr_groups) == 1 else f"LR of {group.name}"
+    yield "updates", f"{plan.num_steps} ({plan.num_epochs:.2f} epochs), warmup {plan.param_groups[0].num_warmup_steps}"
+    if plan.num_lr_steps is not None:
+        yield "", f"the LR curve keeps its first length, {plan.num_lr_steps} updates, and then its last value"
+    for group in plan.param_groups:
+        name = "learning rate" if len(plan.param_groups) == 1 else f"LR of {group.name}"
         rates = f"start {group.lr_start:.3e}, peak {group.lr_peak:.3e}, last {group.lr_end:.3e}"
         yield name, f"{group.schedule}: {rates}; budget {group.lr_budget:.2f}"
         yield from (("", f"warning: {warning}") for warning in group.warnings)
@@ -328,4 +328,6 @@ def _check_places(config: RunConfig) -> None:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise HostError(Problem("a file is in the way of the run directory", str(place), fix="set another output_dir"))
+        raise SystemSetupError(
+            Problem("a file is in the way of the run directory", str(place), fix="set another output_dir")
+        )

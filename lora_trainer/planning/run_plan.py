@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from lora_trainer.config.schema import LoraConfig, RunConfig, ValidationConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.schedules.facts import facts_of
-from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, ScheduleOptions, to_updates
+from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, ScheduleOptions, to_steps
 
 TRAINING_FORWARDS = 2.2  # backward through a frozen UNet costs about 1.2 forwards (counted at SD 1.5's shape)
 PROBE_STRATA = 16
@@ -35,12 +35,12 @@ class Periods:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupPlan:
+class ParamGroupPlan:
     """The learning rates of one group of weights, and what looks like a mistake about them."""
 
     name: str
     schedule: str
-    warmup_updates: int
+    num_warmup_steps: Annotated[int, Field(alias="warmup_updates")]
     lr_start: float
     lr_peak: float
     lr_end: float
@@ -63,7 +63,7 @@ class ValidationPlan:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run will do, in numbers."""
+    """What a run will do, in numbers. An alias is the key in plan.json, which keeps its first name."""
 
     num_images: int
     bucket_sizes: tuple[int, ...]
@@ -71,15 +71,15 @@ class RunPlan:
     num_processes: int
     batch_size: int
     accumulation: int
-    updates_per_epoch: int
-    num_updates: int
-    lr_groups: tuple[GroupPlan, ...]
+    steps_per_epoch: Annotated[int, Field(alias="updates_per_epoch")]
+    num_steps: Annotated[int, Field(alias="num_updates")]
+    param_groups: Annotated[tuple[ParamGroupPlan, ...], Field(alias="lr_groups")]
     num_modules: int
     num_parameters: int
     periods: Periods
     validation: ValidationPlan | None = None
-    lr_updates: int | None = None
-    """Length that the LR curves are laid over where a resume keeps an earlier one; None is `num_updates`."""
+    num_lr_steps: Annotated[int | None, Field(alias="lr_updates")] = None
+    """Length that the LR curves are laid over where a resume keeps an earlier one; None is `num_steps`."""
 
     @property
     def num_samples(self) -> int:
@@ -91,16 +91,16 @@ class RunPlan:
 
     @property
     def num_epochs(self) -> float:
-        return self.num_updates / self.updates_per_epoch
+        return self.num_steps / self.steps_per_epoch
 
     @property
     def horizon(self) -> Horizon:
-        return Horizon(self.num_updates, self.updates_per_epoch)
+        return Horizon(self.num_steps, self.steps_per_epoch)
 
     @property
     def lr_horizon(self) -> Horizon:
         """What the LR curves are laid over."""
-        return Horizon(self.lr_updates or self.num_updates, self.updates_per_epoch)
+        return Horizon(self.num_lr_steps or self.num_steps, self.steps_per_epoch)
 
     def checkpoint_bytes(self, *, with_average: bool) -> int:
         """About what a checkpoint takes: adapter, two moments and the average in fp32; other optimizers keep 0 to 4."""
@@ -113,7 +113,9 @@ class RunPlan:
     def as_json(self) -> dict[str, Any]:
         """All numbers, the derived ones too."""
         derived = {name: getattr(self, name) for name in ("num_samples", "global_batch")}
-        return asdict(self) | derived | {"num_epochs": round(self.num_epochs, 4)}
+        return (
+            TypeAdapter(RunPlan).dump_python(self, by_alias=True) | derived | {"num_epochs": round(self.num_epochs, 4)}
+        )
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunPlan:
@@ -121,13 +123,13 @@ class RunPlan:
         return TypeAdapter(cls).validate_python(content)
 
 
-def updates_per_epoch(bucket_sizes: Sequence[int], global_batch: int) -> int:
+def steps_per_epoch(bucket_sizes: Sequence[int], global_batch: int) -> int:
     """Optimizer updates in which every sample of every bucket is seen once."""
     return sum(math.ceil(size / global_batch) for size in bucket_sizes)
 
 
 @dataclass(frozen=True, slots=True)
-class LRGroup:
+class ParamGroup:
     """Weights that share a base LR and a schedule."""
 
     name: str
@@ -140,7 +142,7 @@ class LRGroup:
         return self.schedule.lr(k, self.base_lr)
 
 
-def lay_groups(config: RunConfig, horizon: Horizon, denoiser: str) -> tuple[LRGroup, ...]:
+def resolve_param_groups(config: RunConfig, horizon: Horizon, denoiser: str) -> tuple[ParamGroup, ...]:
     """The LR groups of a config over this run: the denoiser's first, then those of `optimizer.groups`.
 
     Args:
@@ -158,8 +160,8 @@ def lay_groups(config: RunConfig, horizon: Horizon, denoiser: str) -> tuple[LRGr
     for name, base_lr, options, place in wanted:
         try:
             schedule = options.resolve(horizon)
-            schedule.multiplier(horizon.num_updates - 1, base_lr)
-            laid.append(LRGroup(name, base_lr, options, schedule))
+            schedule.multiplier(horizon.num_steps - 1, base_lr)
+            laid.append(ParamGroup(name, base_lr, options, schedule))
         except ScheduleError as error:
             problems.append(Problem(f"`{place}`: {error}"))
     if problems:
@@ -178,7 +180,7 @@ def plan_run(
     num_held_out: int = 0,
     num_probes: int = 0,
     num_watched: int | None = None,
-    lr_updates: int | None = None,
+    num_lr_steps: int | None = None,
 ) -> RunPlan:
     """Work out a run from its config and the counts that only the data, the launcher and the base know.
 
@@ -191,26 +193,26 @@ def plan_run(
         num_held_out: images that may be probed.
         num_probes: probes measured each time: held-out, training and, where there is one, prior images.
         num_watched: images of each probe where a resume keeps those of an earlier start.
-        lr_updates: length of the LR curves where a resume keeps that of an earlier start.
+        num_lr_steps: length of the LR curves where a resume keeps that of an earlier start.
 
     Raises:
         ConfigError: the LR schedule does not fit.
     """
     train = config.train
     global_batch = num_processes * train.batch_size * train.gradient_accumulation_steps
-    per_epoch = updates_per_epoch(bucket_sizes, global_batch)
-    num_updates = train.max_steps if train.max_steps is not None else (train.epochs or 0) * per_epoch
-    horizon = Horizon(num_updates, per_epoch)
-    groups = lay_groups(config, Horizon(lr_updates or num_updates, per_epoch), denoiser)
+    per_epoch = steps_per_epoch(bucket_sizes, global_batch)
+    num_steps = train.max_steps if train.max_steps is not None else (train.epochs or 0) * per_epoch
+    horizon = Horizon(num_steps, per_epoch)
+    groups = resolve_param_groups(config, Horizon(num_lr_steps or num_steps, per_epoch), denoiser)
     return RunPlan(
         num_images=num_images,
         bucket_sizes=tuple(bucket_sizes),
         num_processes=num_processes,
         batch_size=train.batch_size,
         accumulation=train.gradient_accumulation_steps,
-        updates_per_epoch=per_epoch,
-        num_updates=num_updates,
-        lr_groups=tuple(_group_plan(group) for group in groups),
+        steps_per_epoch=per_epoch,
+        num_steps=num_steps,
+        param_groups=tuple(_param_group_plan(group) for group in groups),
         num_modules=len(target_shapes),
         num_parameters=_num_parameters(config.adapter, target_shapes.values()),
         periods=_periods(config, horizon),
@@ -224,7 +226,7 @@ def plan_run(
             num_probes=num_probes,
             num_watched=num_watched,
         ),
-        lr_updates=None if lr_updates == num_updates else lr_updates,
+        num_lr_steps=None if num_lr_steps == num_steps else num_lr_steps,
     )
 
 
@@ -244,20 +246,20 @@ def plan_validation(
     Args:
         num_watched: images of each probe in an earlier start of this run, which stay.
     """
-    training = horizon.num_updates * global_batch * TRAINING_FORWARDS
+    training = horizon.num_steps * global_batch * TRAINING_FORWARDS
     notes: list[str] = []
 
     def cost(items: int, every: int) -> float:
-        return _measurements(horizon.num_updates, every) * items * num_probes * PROBE_STRATA / training
+        return _measurements(horizon.num_steps, every) * items * num_probes * PROBE_STRATA / training
 
-    items, every = num_watched or num_held_out, to_updates(config.every_steps, horizon)
+    items, every = num_watched or num_held_out, to_steps(config.every_steps, horizon)
     while num_watched is None and items > MIN_PROBE_ITEMS and cost(items, every) > config.max_cost:
         items -= 1
     if items < num_held_out:
         notes.append(
             f"{items} of {num_held_out} held-out images are probed, to keep the cost under {config.max_cost:.0%}"
         )
-    longest = max(every, horizon.num_updates // MIN_MEASUREMENTS)
+    longest = max(every, horizon.num_steps // MIN_MEASUREMENTS)
     asked = every
     while every < longest and cost(items, every) > config.max_cost:
         every += 1
@@ -265,20 +267,20 @@ def plan_validation(
         notes.append(f"probes every {every} updates in place of {asked}, to keep the cost under {config.max_cost:.0%}")
     if cost(items, every) > config.max_cost:
         notes.append(f"even so the probes cost {cost(items, every):.0%} of the training, over the cap")
-    return ValidationPlan(items, every, _measurements(horizon.num_updates, every), cost(items, every), tuple(notes))
+    return ValidationPlan(items, every, _measurements(horizon.num_steps, every), cost(items, every), tuple(notes))
 
 
-def _measurements(num_updates: int, every: int) -> int:
+def _measurements(num_steps: int, every: int) -> int:
     """Probes after updates: one per period, and one after the last."""
-    return num_updates // every + (num_updates % every > 0)
+    return num_steps // every + (num_steps % every > 0)
 
 
-def _group_plan(group: LRGroup) -> GroupPlan:
+def _param_group_plan(group: ParamGroup) -> ParamGroupPlan:
     facts = facts_of(group.options, group.schedule, group.base_lr)
-    return GroupPlan(
+    return ParamGroupPlan(
         name=group.name,
         schedule=group.options.type,
-        warmup_updates=group.schedule.warmup.num_updates,
+        num_warmup_steps=group.schedule.warmup.num_steps,
         lr_start=facts.first,
         lr_peak=facts.peak,
         lr_end=facts.last,
@@ -299,4 +301,4 @@ def _num_parameters(adapter: LoraConfig, shapes: Iterable[Sequence[int]]) -> int
 
 def _periods(config: RunConfig, horizon: Horizon) -> Periods:
     asked = (config.checkpoint.every_steps, config.sample.every_steps, config.export.every_steps)
-    return Periods(*(None if duration is None else to_updates(duration, horizon) for duration in asked))
+    return Periods(*(None if duration is None else to_steps(duration, horizon) for duration in asked))

@@ -151,7 +151,7 @@ def _headline_of_one(records: Sequence[RunRecord]) -> str:
     if run.failure is not None:
         return f"The run {without_paths(run.status)}."
     if last is None:
-        return f"{run.step} of {run.num_updates} updates are done; the held-out loss at the end was {NOT_MEASURED}."
+        return f"{run.step} of {run.num_steps} updates are done; the held-out loss at the end was {NOT_MEASURED}."
     fell = best is not None and last["relative"] - best["relative"] > ROUNDING
     earlier = f", and was smallest at step {best['step']} ({best['relative']:.4f})" if best and fell else ""
     loss = f"After {run.step} updates the held-out loss is {last['relative']:.4f} of the base's{earlier}"

@@ -37,7 +37,7 @@ class Curve:
 
 
 def draw_schedules(
-    curves: Sequence[Curve], picture: Path, *, title: str, updates_per_epoch: int | None = None, scale: float = 1.0
+    curves: Sequence[Curve], picture: Path, *, title: str, steps_per_epoch: int | None = None, scale: float = 1.0
 ) -> None:
     """Write one figure as PNG: all curves in one panel, or a panel each where they are many.
 
@@ -47,8 +47,8 @@ def draw_schedules(
         figure = Figure(figsize=(12 * scale, 6 * scale), layout="constrained")
         axes = figure.subplots()
         _draw_panel(axes, curves, title)
-        if updates_per_epoch:
-            to_epochs_and_back = (lambda update: update / updates_per_epoch, lambda epoch: epoch * updates_per_epoch)
+        if steps_per_epoch:
+            to_epochs_and_back = (lambda update: update / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
             axes.secondary_xaxis("top", functions=to_epochs_and_back).set_xlabel("Epochs")
     else:
         rows = math.ceil(len(curves) / PANELS_PER_ROW)

@@ -62,7 +62,7 @@ class RunRecord:
         return float(self.identity["optimizer.lr"])
 
     @property
-    def num_updates(self) -> int:
+    def num_steps(self) -> int:
         """As planned."""
         return int(self.plan["num_updates"])
 
@@ -73,7 +73,7 @@ class RunRecord:
 
     @property
     def is_finished(self) -> bool:
-        return self.step >= self.num_updates
+        return self.step >= self.num_steps
 
     @property
     def ending(self) -> Row | None:
@@ -98,7 +98,7 @@ class RunRecord:
         if self.failure is not None:
             how = "failed" if self.ending is None else self.ending["event"]
             return f"{how} at step {self.step}: {self.failure}"
-        return "finished" if self.is_finished else f"unfinished: step {self.step} of {self.num_updates}"
+        return "finished" if self.is_finished else f"unfinished: step {self.step} of {self.num_steps}"
 
     def events_of(self, *kinds: str) -> list[Row]:
         return [row for row in self.events if row["event"] in kinds]

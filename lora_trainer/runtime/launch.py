@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import psutil
 
 from lora_trainer.config.schema import RunConfig, TrainConfig
-from lora_trainer.errors import HostError, Problem
+from lora_trainer.errors import Problem, SystemSetupError
 
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -44,10 +44,10 @@ def read_launch(config: RunConfig) -> Launch:
     """The world as the launcher set it up.
 
     Raises:
-        HostError: accelerate was configured for something that this trainer would not do.
+        SystemSetupError: accelerate was configured for something that this trainer would not do.
     """
     if problems := [*_refused_engines(), *_contradictions(config.train), *_lost_processes()]:
-        raise HostError(*problems)
+        raise SystemSetupError(*problems)
     return Launch(*(int(os.environ.get(name, default)) for name, default in _WORLD.items()))
 
 

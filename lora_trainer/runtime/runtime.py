@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils import reduce as reduce_over_processes
 
 from lora_trainer import __version__
-from lora_trainer.errors import HostError, Problem
+from lora_trainer.errors import Problem, SystemSetupError
 from lora_trainer.runtime.launch import Launch
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -107,7 +107,7 @@ def joined_processes(launch: Launch) -> Iterator[PartialState]:
     """Join the other processes; leave them in order at the end. Only once per process: a second time is unreliable.
 
     Raises:
-        HostError: not all announced processes found each other.
+        SystemSetupError: not all announced processes found each other.
     """
     _die_with_launcher()
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -115,7 +115,7 @@ def joined_processes(launch: Launch) -> Iterator[PartialState]:
         what = f"{launch.num_processes} processes are announced, and {state.num_processes} found each other"
         why = "each process would train on a part of the images and none would hear of the others"
         fix = "start with torchrun --nproc-per-node N train.py --config ..., or unset WORLD_SIZE"
-        raise HostError(Problem(what, "WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR", why, fix))
+        raise SystemSetupError(Problem(what, "WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR", why, fix))
     try:
         yield state
     finally:
@@ -132,7 +132,7 @@ def start_runtime(
         joined: the processes where they are joined already, for several runs in a row.
 
     Raises:
-        HostError: the precision asked for does not exist on this device, or processes are missing.
+        SystemSetupError: the precision asked for does not exist on this device, or processes are missing.
     """
     torch.set_num_threads(threads)
     with joined_processes(launch) if joined is None else nullcontext(joined) as state:
@@ -165,7 +165,7 @@ def _choose_precision(asked: str, device: torch.device) -> Precision:
     lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "bf16" and lacks_bf16:
         name, fix = torch.cuda.get_device_name(device), "write fp16 or auto"
-        raise HostError(Problem("this GPU has no bf16", "train.precision", name, fix))
+        raise SystemSetupError(Problem("this GPU has no bf16", "train.precision", name, fix))
     if asked != "auto":
         return cast(Precision, asked)
     if device.type == "cpu":

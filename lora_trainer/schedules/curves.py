@@ -26,7 +26,7 @@ from lora_trainer.schedules.schedule import (
     ScheduleOptions,
     WarmupOptions,
     at_least_one,
-    to_updates,
+    to_steps,
 )
 from lora_trainer.strict_model import Count, NotBool, NotNegative, Positive, Ratio
 
@@ -101,7 +101,7 @@ class CosineWithRestarts(FlooredDecayOptions):
         return self.floored(fall, horizon, warmup)
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
-        length = horizon.num_updates - warmup - (1 if self.end == "inclusive" else 0)
+        length = horizon.num_steps - warmup - (1 if self.end == "inclusive" else 0)
         restarts = [warmup + math.ceil(cycle * length / self.num_cycles) for cycle in range(1, self.num_cycles)]
         return tuple(Mark(update, "Restart") for update in restarts)
 
@@ -167,7 +167,7 @@ class Exponential(WarmupOptions):
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
         decay = self._decay(horizon, warmup)
-        per_unit = 1 if self.unit == "step" else horizon.updates_per_epoch
+        per_unit = 1 if self.unit == "step" else horizon.steps_per_epoch
         return lambda k, _: math.exp(-decay * ((k - warmup) // per_unit))
 
     def _decay(self, horizon: Horizon, warmup: int) -> float:
@@ -185,8 +185,8 @@ class Exponential(WarmupOptions):
         if self.half_life is not None:
             return math.log(2) / self.half_life
         assert self.final_ratio is not None
-        length = horizon.num_updates - warmup
-        units = length if self.unit == "step" else math.ceil(length / horizon.updates_per_epoch)
+        length = horizon.num_steps - warmup
+        units = length if self.unit == "step" else math.ceil(length / horizon.steps_per_epoch)
         return -math.log(self.final_ratio) / max(1, units)
 
 
@@ -208,7 +208,7 @@ class Step(WarmupOptions):
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
         size = at_least_one(self.step_size, horizon, "step_size")
-        return _milestones(range(warmup + size, horizon.num_updates, size))
+        return _milestones(range(warmup + size, horizon.num_steps, size))
 
 
 class MultiStep(WarmupOptions):
@@ -283,16 +283,16 @@ class WarmupStableDecay(WarmupOptions):
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
         length = at_least_one(self.decay_steps, horizon, "decay_steps")
-        start = horizon.num_updates - length
+        start = horizon.num_steps - length
         if start < warmup:
             raise ScheduleError(
-                f"warm-up ({warmup}) and decay ({length}) are longer than the run's {horizon.num_updates} updates"
+                f"warm-up ({warmup}) and decay ({length}) are longer than the run's {horizon.num_steps} updates"
             )
         shape, floor = _FALLS[self.decay_shape], self.min_ratio
         return lambda k, _: 1.0 if k < start else floor + (1 - floor) * shape((k - start) / length)
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
-        return (Mark(horizon.num_updates - at_least_one(self.decay_steps, horizon, "decay_steps"), "Start of decay"),)
+        return (Mark(horizon.num_steps - at_least_one(self.decay_steps, horizon, "decay_steps"), "Start of decay"),)
 
 
 class Rex(FlooredDecayOptions):
@@ -318,11 +318,11 @@ _FALLS: dict[str, Callable[[float], float]] = {
 
 def _ascending(durations: tuple[int | str, ...], horizon: Horizon, name: str) -> list[int]:
     """Absolute updates, checked to ascend inside the run."""
-    updates = [to_updates(duration, horizon) for duration in durations]
+    updates = [to_steps(duration, horizon) for duration in durations]
     if any(second <= first for first, second in itertools.pairwise(updates)):
         raise ScheduleError(f"`{name}` ascend, each once; here: {updates}")
-    if updates[0] < 1 or updates[-1] >= horizon.num_updates:
-        raise ScheduleError(f"`{name}` lie inside the run of {horizon.num_updates} updates; here: {updates}")
+    if updates[0] < 1 or updates[-1] >= horizon.num_steps:
+        raise ScheduleError(f"`{name}` lie inside the run of {horizon.num_steps} updates; here: {updates}")
     return updates
 
 

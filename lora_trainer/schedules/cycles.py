@@ -47,7 +47,7 @@ class CosineAnnealing(WarmupOptions):
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
         half = at_least_one(self.t_max, horizon, "t_max")
-        return tuple(Mark(k, "LR rises again") for k in range(warmup + half, horizon.num_updates, 2 * half))
+        return tuple(Mark(k, "LR rises again") for k in range(warmup + half, horizon.num_steps, 2 * half))
 
 
 class CosineWarmRestarts(WarmupOptions):
@@ -86,7 +86,7 @@ class CosineWarmRestarts(WarmupOptions):
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
         marks, length = [], at_least_one(self.t_0, horizon, "t_0")
         update = warmup + length
-        while update < horizon.num_updates:
+        while update < horizon.num_steps:
             marks.append(Mark(update, "Restart"))
             length *= self.t_mult
             update += length
@@ -110,8 +110,8 @@ class OneCycle(ScheduleOptions):
     limits: ClassVar[str] = "the base learning rate is its peak, and may be larger than elsewhere"
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        last = horizon.num_updates - 1
-        top = min(max(self.pct_start * horizon.num_updates - 1, 0.0), float(last))
+        last = horizon.num_steps - 1
+        top = min(max(self.pct_start * horizon.num_steps - 1, 0.0), float(last))
         start, end = 1 / self.div_factor, 1 / (self.div_factor * self.final_div_factor)
 
         def cycle(k: int, _: float) -> float:
@@ -123,7 +123,7 @@ class OneCycle(ScheduleOptions):
         return cycle
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
-        return (Mark(max(0, round(self.pct_start * horizon.num_updates) - 1), "Peak"),)
+        return (Mark(max(0, round(self.pct_start * horizon.num_steps) - 1), "Peak"),)
 
 
 class Cyclic(ScheduleOptions):
@@ -165,7 +165,7 @@ class Ramp(ScheduleOptions):
     limits: ClassVar[str] = "finds a learning rate and trains nothing well"
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        start, end, last = math.log(self.start_ratio), math.log(self.end_ratio), horizon.num_updates - 1
+        start, end, last = math.log(self.start_ratio), math.log(self.end_ratio), horizon.num_steps - 1
 
         def ramp(k: int, _: float) -> float:
             if k == 0 or k >= last:  # the ends as they were given, without a rounding through their logarithms

@@ -17,7 +17,7 @@ from pydantic import Field
 from lora_trainer.schedules.schedule import Core, Horizon, ScheduleError, ScheduleOptions
 
 ENTRY_POINTS = "lora_trainer.lr_schedules"
-Plugin = Callable[..., Callable[[int], float]]  # (num_updates, updates_per_epoch, **args) -> (update -> multiplier)
+Plugin = Callable[..., Callable[[int], float]]  # (num_steps, steps_per_epoch, **args) -> (update -> multiplier)
 
 
 class TorchSchedule(ScheduleOptions):
@@ -34,13 +34,13 @@ class TorchSchedule(ScheduleOptions):
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
         table = cache(lambda base_lr: self._tabulate(horizon, base_lr))
-        return lambda k, base_lr: table(base_lr)[min(k, horizon.num_updates - 1)]
+        return lambda k, base_lr: table(base_lr)[min(k, horizon.num_steps - 1)]
 
     def _tabulate(self, horizon: Horizon, base_lr: float) -> list[float]:
         import torch
 
         kind = _torch_class(self.target)
-        numbers = {"num_updates": horizon.num_updates, "updates_per_epoch": horizon.updates_per_epoch}
+        numbers = {"num_updates": horizon.num_steps, "updates_per_epoch": horizon.steps_per_epoch}
         args = {key: numbers.get(value, value) if isinstance(value, str) else value for key, value in self.args.items()}
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=base_lr)
         try:
@@ -48,7 +48,7 @@ class TorchSchedule(ScheduleOptions):
         except (TypeError, ValueError) as error:
             raise ScheduleError(f"{self.target} does not take these args: {error}") from error
         lrs = []
-        for _ in range(horizon.num_updates):
+        for _ in range(horizon.num_steps):
             lrs.append(float(optimizer.param_groups[0]["lr"]) / base_lr)
             optimizer.step()
             scheduler.step()
@@ -56,7 +56,7 @@ class TorchSchedule(ScheduleOptions):
 
 
 class PluginSchedule(ScheduleOptions):
-    """m = function(num_updates, updates_per_epoch, **args)(k): an entry point's name, or `package.module:function`."""
+    """m = function(num_steps, steps_per_epoch, **args)(k): an entry point's name, or `package.module:function`."""
 
     type: str
     args: dict[str, Any] = Field(default_factory=dict)
@@ -68,13 +68,11 @@ class PluginSchedule(ScheduleOptions):
     def core(self, horizon: Horizon, warmup: int) -> Core:
         function = load_plugin(self.type)
         try:
-            multiplier = function(
-                num_updates=horizon.num_updates, updates_per_epoch=horizon.updates_per_epoch, **self.args
-            )
+            multiplier = function(num_updates=horizon.num_steps, updates_per_epoch=horizon.steps_per_epoch, **self.args)
         except (TypeError, ValueError) as error:
             raise ScheduleError(f"{self.type} does not take these args: {error}") from error
-        table = checked([float(multiplier(k)) for k in range(horizon.num_updates)], self.type)
-        return lambda k, _: table[min(k, horizon.num_updates - 1)]
+        table = checked([float(multiplier(k)) for k in range(horizon.num_steps)], self.type)
+        return lambda k, _: table[min(k, horizon.num_steps - 1)]
 
 
 def plugin_names() -> list[str]:

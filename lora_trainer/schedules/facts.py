@@ -47,7 +47,7 @@ def facts_of(options: ScheduleOptions, schedule: LRSchedule, base_lr: float) -> 
     Raises:
         ScheduleError: an absolute end does not fit the base LR.
     """
-    lrs = tuple(schedule.lr(k, base_lr) for k in range(schedule.horizon.num_updates))
+    lrs = tuple(schedule.lr(k, base_lr) for k in range(schedule.horizon.num_steps))
     return ScheduleFacts(
         lrs=lrs,
         budget=math.fsum(lrs) / (base_lr * len(lrs)),
@@ -63,18 +63,18 @@ def _half_life(lrs: Sequence[float]) -> int | None:
 
 def _warnings(options: ScheduleOptions, schedule: LRSchedule, multipliers: Sequence[float]) -> Iterator[str]:
     """What is allowed but probably not meant."""
-    num_updates, warmup = len(multipliers), schedule.warmup
-    if warmup.num_updates > num_updates / 2:
-        yield f"the warm-up takes {warmup.num_updates} of {num_updates} updates, more than half of the run"
-    if warmup.num_updates == 1 and multipliers[0] == 0:
+    num_steps, warmup = len(multipliers), schedule.warmup
+    if warmup.num_steps > num_steps / 2:
+        yield f"the warm-up takes {warmup.num_steps} of {num_steps} updates, more than half of the run"
+    if warmup.num_steps == 1 and multipliers[0] == 0:
         yield "a warm-up of one update only loses it: its LR is 0 (warmup_start: one would use it)"
-    if num_updates > 1 and multipliers[-1] > multipliers[-2] and num_updates - 1 > warmup.num_updates:
+    if num_steps > 1 and multipliers[-1] > multipliers[-2] and num_steps - 1 > warmup.num_steps:
         yield "the LR is rising when training ends"
-    negligible = sum(m < NEGLIGIBLE for m in multipliers[warmup.num_updates :])
-    if negligible > NEGLIGIBLE_SHARE * num_updates:
-        start = next(k for k in range(warmup.num_updates, num_updates) if multipliers[k] < NEGLIGIBLE)
+    negligible = sum(m < NEGLIGIBLE for m in multipliers[warmup.num_steps :])
+    if negligible > NEGLIGIBLE_SHARE * num_steps:
+        start = next(k for k in range(warmup.num_steps, num_steps) if multipliers[k] < NEGLIGIBLE)
         yield (
-            f"{negligible} of {num_updates} updates (from {start} on) have less than a thousandth of the base LR: "
+            f"{negligible} of {num_steps} updates (from {start} on) have less than a thousandth of the base LR: "
             f"they train next to nothing"
         )
     yield from options.warnings(schedule.horizon)

@@ -83,9 +83,9 @@ class Phases(ScheduleOptions):
 
     def warnings(self, horizon: Horizon) -> Iterator[str]:
         total = sum(at_least_one(phase.steps, horizon, "steps") for phase in self.phases)
-        if total != horizon.num_updates:
+        if total != horizon.num_steps:
             yield (
-                f"the phases sum to {total} updates, the run has {horizon.num_updates}: "
+                f"the phases sum to {total} updates, the run has {horizon.num_steps}: "
                 f"what is over is cut, what is missing holds the last phase's end"
             )
 
@@ -94,7 +94,7 @@ class Phases(ScheduleOptions):
         laid, start = [], 0
         for phase in self.phases:
             length = at_least_one(phase.steps, horizon, "steps")
-            schedule = phase.schedule.resolve(Horizon(length, horizon.updates_per_epoch))
+            schedule = phase.schedule.resolve(Horizon(length, horizon.steps_per_epoch))
             if schedule.feedback is not None:
                 raise ScheduleError("a phase cannot wait for the validation loss: use plateau alone")
             laid.append((start, phase.scale, schedule))

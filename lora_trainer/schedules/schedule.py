@@ -30,8 +30,8 @@ class ScheduleError(ValueError):
 class Horizon:
     """What a run is measured against: N optimizer updates in all, and how many of them make an epoch."""
 
-    num_updates: int
-    updates_per_epoch: int
+    num_steps: int
+    steps_per_epoch: int
 
 
 def check_duration(value: Any) -> Any:
@@ -69,7 +69,7 @@ def check_period(value: Any) -> Any:
 Duration = Annotated[int | str, BeforeValidator(check_duration)]
 
 
-def to_updates(duration: int | str, horizon: Horizon) -> int:
+def to_steps(duration: int | str, horizon: Horizon) -> int:
     """The duration in optimizer updates: rounded half up and at least 1, unless it is written as nothing (0)."""
     if isinstance(duration, int):
         return duration
@@ -78,7 +78,7 @@ def to_updates(duration: int | str, horizon: Horizon) -> int:
     number = float(match["number"])
     if number == 0:
         return 0
-    whole = horizon.updates_per_epoch if match["unit"] == "ep" else horizon.num_updates / 100
+    whole = horizon.steps_per_epoch if match["unit"] == "ep" else horizon.num_steps / 100
     return max(1, math.floor(number * whole + 0.5))
 
 
@@ -88,7 +88,7 @@ def at_least_one(duration: int | str, horizon: Horizon, name: str) -> int:
     Raises:
         ScheduleError: it is none.
     """
-    updates = to_updates(duration, horizon)
+    updates = to_steps(duration, horizon)
     if updates < 1:
         raise ScheduleError(f"`{name}` is at least one update")
     return updates
@@ -106,12 +106,12 @@ class Mark:
 class Warmup:
     """The rise of the first `num_updates` updates; its first value is `start`, or 1/W with start "one"."""
 
-    num_updates: int
+    num_steps: int
     start: float | Literal["one"] = 0.0
     shape: Literal["linear", "cosine"] = "linear"
 
     def multiplier(self, k: int) -> float:
-        share = (k + 1 if self.start == "one" else k) / max(1, self.num_updates)
+        share = (k + 1 if self.start == "one" else k) / max(1, self.num_steps)
         risen = share if self.shape == "linear" else 0.5 * (1 - math.cos(math.pi * share))
         low = 0.0 if self.start == "one" else float(self.start)
         return low + (1 - low) * risen
@@ -150,19 +150,19 @@ class LRSchedule:
     horizon: Horizon
     core: Core
     warmup: Warmup
-    cooldown_updates: int = 0
+    num_cooldown_steps: int = 0
     marks: tuple[Mark, ...] = ()
     feedback: Feedback | None = None
     """Set where the schedule waits for the validation loss."""
 
     def multiplier(self, k: int, base_lr: float) -> float:
         """The factor on the base LR for update k; beyond the run's end the value at its end."""
-        k = min(k, self.horizon.num_updates)
-        if k < self.warmup.num_updates:
+        k = min(k, self.horizon.num_steps)
+        if k < self.warmup.num_steps:
             return self.warmup.multiplier(k)
         value = self.core(k, base_lr)
-        remaining = self.horizon.num_updates - k
-        return value * remaining / self.cooldown_updates if remaining < self.cooldown_updates else value
+        remaining = self.horizon.num_steps - k
+        return value * remaining / self.num_cooldown_steps if remaining < self.num_cooldown_steps else value
 
     def lr(self, k: int, base_lr: float) -> float:
         """The learning rate of update k."""
@@ -204,18 +204,18 @@ class ScheduleOptions(StrictModel):
             ScheduleError: the options do not fit its length.
         """
         warmup = self.warmup_over(horizon)
-        cooldown = to_updates(self.cooldown_steps, horizon)
-        if warmup.num_updates + cooldown > horizon.num_updates:
+        cooldown = to_steps(self.cooldown_steps, horizon)
+        if warmup.num_steps + cooldown > horizon.num_steps:
             raise ScheduleError(
-                f"warm-up ({warmup.num_updates}) and cool-down ({cooldown}) are longer than the run's "
-                f"{horizon.num_updates} updates"
+                f"warm-up ({warmup.num_steps}) and cool-down ({cooldown}) are longer than the run's "
+                f"{horizon.num_steps} updates"
             )
-        marks = self.marks(horizon, warmup.num_updates)
-        if warmup.num_updates:
-            marks = (Mark(warmup.num_updates, "End of warmup"), *marks)
+        marks = self.marks(horizon, warmup.num_steps)
+        if warmup.num_steps:
+            marks = (Mark(warmup.num_steps, "End of warmup"), *marks)
         if cooldown:
-            marks = (*marks, Mark(horizon.num_updates - cooldown, "Start of cooldown"))
-        core = self.core(horizon, warmup.num_updates)
+            marks = (*marks, Mark(horizon.num_steps - cooldown, "Start of cooldown"))
+        core = self.core(horizon, warmup.num_steps)
         in_order = tuple(sorted(marks, key=lambda mark: mark.update))
         return LRSchedule(self.type, horizon, core, warmup, cooldown, in_order)
 
@@ -231,14 +231,14 @@ class WarmupOptions(ScheduleOptions):
     """Multiplier of the first update: `zero` (as diffusers), `one` ((k+1)/W, no update is spent at 0) or a ratio."""
 
     def warmup_over(self, horizon: Horizon) -> Warmup:
-        num_updates = to_updates(self.warmup_steps, horizon)
-        if num_updates and num_updates >= horizon.num_updates:
+        num_steps = to_steps(self.warmup_steps, horizon)
+        if num_steps and num_steps >= horizon.num_steps:
             raise ScheduleError(
-                f"a warm-up of {num_updates} updates does not fit into a run of {horizon.num_updates}: the base "
+                f"a warm-up of {num_steps} updates does not fit into a run of {horizon.num_steps}: the base "
                 f'learning rate would never be reached. Write a share of the run, as in warmup_steps: "5%"'
             )
         start = 0.0 if self.warmup_start == "zero" else self.warmup_start
-        return Warmup(num_updates, start, self.warmup_shape)
+        return Warmup(num_steps, start, self.warmup_shape)
 
 
 class DecayOptions(WarmupOptions):
@@ -249,7 +249,7 @@ class DecayOptions(WarmupOptions):
 
     def progress(self, horizon: Horizon, warmup: int) -> Callable[[int], float]:
         """The share p of the fall that is done at update k: (k - W) / (N - W), or / (N - 1 - W) inclusively."""
-        length = horizon.num_updates - warmup - (1 if self.end == "inclusive" else 0)
+        length = horizon.num_steps - warmup - (1 if self.end == "inclusive" else 0)
         return lambda k: min(1.0, (k - warmup) / max(1, length))
 
 

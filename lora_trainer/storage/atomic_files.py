@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from lora_trainer.errors import HostError, Problem
+from lora_trainer.errors import Problem, SystemSetupError
 
 TEMPORARY_PREFIX = ".tmp-"
 UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -144,14 +144,14 @@ class AppendLog:
 
 
 @contextmanager
-def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def sole_writer(folder: Path, emit: Callable[[str], None]) -> Iterator[None]:
     """Hold the folder's lock: one writer at a time. The kernel frees it when the process dies, however it dies.
 
     Args:
-        say: told where the folder is on a file system that has no locks; the block runs without one.
+        emit: shows a line to a person where the file system has no locks; the block runs without one.
 
     Raises:
-        HostError: another process holds it; its pid and host are named.
+        SystemSetupError: another process holds it; its pid and host are named.
     """
     make_folder(folder)
     with (folder / ".lock").open("a+") as file:
@@ -161,9 +161,9 @@ def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             file.seek(0)
             owner = file.read().strip() or "an unknown process"
             why, fix = f"its lock is held by {owner}", "wait for it, stop it, or give this run another `name`"
-            raise HostError(Problem("another process is writing this run", str(folder), why, fix)) from error
+            raise SystemSetupError(Problem("another process is writing this run", str(folder), why, fix)) from error
         if not is_locked:
-            say(f"{folder} cannot be locked on this file system: take care that nothing else writes this run")
+            emit(f"{folder} cannot be locked on this file system: take care that nothing else writes this run")
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lora_trainer.errors import HostError, NumericStop, Problem
+from lora_trainer.errors import NumericStop, Problem, SystemSetupError
 from lora_trainer.storage import atomic_files, disk_space, safetensors_io
 from lora_trainer.storage.atomic_files import read_json
 
@@ -92,8 +92,8 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and what was wrong with newer ones, which are set aside as `*.corrupt`.
 
     Raises:
-        HostError: there are or were checkpoints, but none of them verifies: never a silent fresh start. Or one cannot
-            be read now, or a newer version wrote it: then nothing is touched.
+        SystemSetupError: there are or were checkpoints, but none of them verifies: never a silent fresh start. Or one
+            cannot be read now, or a newer version wrote it: then nothing is touched.
     """
     atomic_files.clear_temporaries(folder)
     faults: list[str] = []
@@ -107,7 +107,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     if damaged := sorted(c.name for c in folder.glob("step-*.corrupt*")):
         why = "; ".join(faults) or f"all were damaged and set aside: {', '.join(damaged)}"
         fix = "restore one from a backup, or start anew with --fresh (the old run is kept beside it)"
-        raise HostError(Problem("no checkpoint of this run can be read", str(folder), why, fix))
+        raise SystemSetupError(Problem("no checkpoint of this run can be read", str(folder), why, fix))
     return None, []
 
 
@@ -115,16 +115,16 @@ def open_checkpoint(folder: Path, step: int | None) -> Checkpoint:
     """A verified checkpoint to read from: that of `step`, or the newest. Nothing is changed on the disk.
 
     Raises:
-        HostError: there is none, it is damaged, or it cannot be read.
+        SystemSetupError: there is none, it is damaged, or it cannot be read.
     """
     with _unreadable_in_words():
         kept = {int(entry.name.removeprefix("step-")): entry for entry in _by_step(folder)}
         if not kept or step not in (None, *kept):
             why = f"steps kept: {', '.join(map(str, kept)) or 'none'}"
-            raise HostError(Problem(f"no checkpoint of step {step or '(any)'}", str(folder), why))
+            raise SystemSetupError(Problem(f"no checkpoint of step {step or '(any)'}", str(folder), why))
         chosen = kept[max(kept) if step is None else step]
         if (fault := _fault(chosen)) is not None:
-            raise HostError(Problem("the checkpoint is damaged", str(chosen), fault, "name another step"))
+            raise SystemSetupError(Problem("the checkpoint is damaged", str(chosen), fault, "name another step"))
         return Checkpoint(chosen, read_json(chosen / "state.json"))
 
 
@@ -142,7 +142,7 @@ def _unreadable_in_words() -> Iterator[None]:
     except OSError as error:
         where = str(error.filename or "checkpoints")
         fix = "try again once the disk answers; if it never will, move that checkpoint away to go on from an older"
-        raise HostError(Problem("a checkpoint cannot be read now", where, error.strerror, fix)) from error
+        raise SystemSetupError(Problem("a checkpoint cannot be read now", where, error.strerror, fix)) from error
 
 
 def _write(file: Path, chunks: Iterable[bytes]) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder; None if every file is what its manifest says.
 
     Raises:
-        HostError: a newer version of this program wrote it.
+        SystemSetupError: a newer version of this program wrote it.
         OSError: it cannot be read now.
     """
     try:
@@ -179,7 +179,7 @@ def _fault(folder: Path) -> str | None:
                 what = f"the checkpoint has format {manifest['format']}, and this version reads up to {FORMAT}"
                 why = "a newer lora_trainer wrote it; nothing was changed"
                 fix = "install the newer version again, or give the new run another `name`"
-                raise HostError(Problem(what, str(folder), why, fix))
+                raise SystemSetupError(Problem(what, str(folder), why, fix))
             return f"format {manifest['format']} is none that was ever written"
         if manifest["sha256"] != _digest_of(manifest["files"]):
             return "manifest.json is not what was written"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_trainer.errors import HostError, Problem
+from lora_trainer.errors import Problem, SystemSetupError
 
 DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG})
 """What a full or failing disk answers."""
@@ -33,11 +33,11 @@ def check_room(folder: Path, needed: int, purpose: str) -> None:
     """Refuse to go on where there is too little room.
 
     Raises:
-        HostError: both numbers are named.
+        SystemSetupError: both numbers are named.
     """
     if (free := free_bytes(folder)) < needed:
         why, fix = f"{purpose} need {mib(needed)}, free are {mib(free)}", "free some space, or set another output_dir"
-        raise HostError(Problem("the disk has too little room for this run", str(folder), why, fix))
+        raise SystemSetupError(Problem("the disk has too little room for this run", str(folder), why, fix))
 
 
 def require_room(folder: Path, needed: int) -> None:
@@ -55,7 +55,7 @@ def faults_in_words() -> Iterator[None]:
     """What disk or folders refuse inside the block becomes an error for the user; other faults stay bugs.
 
     Raises:
-        HostError: naming the place and the refusal.
+        SystemSetupError: naming the place and the refusal.
     """
     try:
         yield
@@ -64,7 +64,7 @@ def faults_in_words() -> Iterator[None]:
             raise
         where = str(error.filename or "the run directory")
         fix = "free some space or mend the folder; the same command goes on from the newest checkpoint"
-        raise HostError(Problem("the disk refused", where, error.strerror, fix)) from error
+        raise SystemSetupError(Problem("the disk refused", where, error.strerror, fix)) from error
 
 
 def mib(num_bytes: int) -> str:

@@ -12,22 +12,22 @@ from rich.console import Console
 from lora_trainer.tracking.metrics import StepRow
 
 
-class Screen:
+class MainConsole:
     """The console of the main process; the other processes write nothing."""
 
     def __init__(self, *, silent: bool = False) -> None:
-        self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
+        self.rich = Console(quiet=silent, highlight=False, soft_wrap=True)
 
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+    def print(self, text: str) -> None:
+        self.rich.print(text, markup=False)
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """A title and rows of name and value; a value may be longer than the line."""
-        self.console.print(f"\n[bold]{title}[/bold]")
+        self.rich.print(f"\n[bold]{title}[/bold]")
         listed = list(rows)
         width = max((len(name) for name, _ in listed), default=0)
         for name, value in listed:
-            self.say(f"  {name:<{width}}  {value}")
+            self.print(f"  {name:<{width}}  {value}")
 
     def track(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         """Pass the items through while a bar shows how many are done and the time left."""
@@ -38,11 +38,11 @@ class Screen:
                 bar.advance(task)
 
     @contextmanager
-    def training(self, num_updates: int, start: int) -> Iterator[TrainingLine]:
+    def training(self, num_steps: int, start: int) -> Iterator[TrainingLine]:
         """The bar of the loop."""
         with self._bar() as bar:
-            task = bar.add_task("training", total=num_updates, completed=start, numbers="")
-            yield TrainingLine(self, bar, task, num_updates)
+            task = bar.add_task("training", total=num_steps, completed=start, numbers="")
+            yield TrainingLine(self, bar, task, num_steps)
 
     def _bar(self) -> progress.Progress:
         return progress.Progress(
@@ -53,16 +53,16 @@ class Screen:
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[numbers]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
+            console=self.rich,
+            disable=not self.rich.is_terminal,
         )
 
 
 class TrainingLine:
     """Loss, LR and speed beside the bar; a plain line per step where there is no terminal."""
 
-    def __init__(self, screen: Screen, bar: progress.Progress, task: Any, num_updates: int) -> None:
-        self._screen, self._bar, self._task, self._num_updates = screen, bar, task, num_updates
+    def __init__(self, console: MainConsole, bar: progress.Progress, task: Any, num_steps: int) -> None:
+        self._console, self._bar, self._task, self._num_steps = console, bar, task, num_steps
 
     def step(self, row: StepRow) -> None:
         numbers = f"loss {row.loss:.4f}  lr {row.lr:.3e}  {row.images_per_s:.1f} images/s"
@@ -76,7 +76,7 @@ class TrainingLine:
         """Numbers beside the bar; `more` only where there is no terminal."""
         self._bar.update(self._task, completed=step, numbers=numbers)
         if self._bar.disable:
-            self._screen.say(f"step {step}/{self._num_updates}  {numbers}{more}")
+            self._console.print(f"step {step}/{self._num_steps}  {numbers}{more}")
 
-    def say(self, text: str) -> None:
-        self._screen.say(text)
+    def print(self, text: str) -> None:
+        self._console.print(text)

@@ -20,8 +20,8 @@ class TensorBoardLog:
     A disk that refuses them ends this log, not the training: metrics.jsonl has the same numbers.
     """
 
-    def __init__(self, folder: Path, *, start_step: int, say: Callable[[str], None]) -> None:
-        self._say, self._refused = say, False
+    def __init__(self, folder: Path, *, start_step: int, emit: Callable[[str], None]) -> None:
+        self._emit, self._refused = emit, False
         self._writer = EventFileWriter(str(folder))
         if start_step:
             event = Event(session_log=SessionLog(status=SessionLog.START), step=start_step, wall_time=time.time())
@@ -48,4 +48,4 @@ class TensorBoardLog:
             self._writer.add_event(event)
         except OSError as error:
             self._refused = True
-            self._say(f"TensorBoard's events end here ({error.strerror}); metrics.jsonl has them all")
+            self._emit(f"TensorBoard's events end here ({error.strerror}); metrics.jsonl has them all")

@@ -13,7 +13,7 @@ from lora_trainer.errors import Problem, StoppedBySignal
 from lora_trainer.planning.prepare import results_to_come
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.runtime.runtime import start_runtime
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.group import TrialGroup
 from lora_trainer.training.resume import ResumePoint, find_resume_point, restore
 from lora_trainer.training.setup import Setup, set_up
@@ -39,7 +39,7 @@ class FitResult:
 def fit(
     group: TrialGroup,
     *,
-    screen: Screen,
+    console: MainConsole,
     should_stop: ShouldStop = lambda: False,
     on_save: Callable[[], None] = lambda: None,
     on_measure: OnMeasure = lambda step, measurements: None,
@@ -61,37 +61,43 @@ def fit(
     """
     shared, launch = group.shared, read_launch(group.shared.config)
     with start_runtime(launch, shared.config.train.precision, shared.threads, joined) as runtime:
-        point = find_resume_point(group, runtime, screen)
+        point = find_resume_point(group, runtime, console)
         if point is not None and _is_finished(group, point):
             return FitResult(point.step, point.endings, was_finished=True)
 
         packing = group.trials_per_pass if point is None else point.trials_per_pass  # part of the rounding
         # One frozen denoiser for all trials: SD 1.5's UNet is 860 M numbers, 3.2 GiB in fp32, half of it in bf16.
         # The encoders are gone before: an image is its latents, 4 x 64 x 64 at 512 px, a caption 77 x 768 numbers.
-        setup = set_up(group, runtime, screen, trials_per_pass=packing)
+        setup = set_up(group, runtime, console, trials_per_pass=packing)
         start = restore(point, group, setup.trials)
-        with closing(GroupWriter(group, setup, screen, on_save)) as writer:
+        with closing(GroupWriter(group, setup, console, on_save)) as writer:
             writer.open(point)
-            step = train_loop(start, setup, writer, screen=screen, should_stop=should_stop, on_measure=on_measure)
+            step = train_loop(start, setup, writer, console=console, should_stop=should_stop, on_measure=on_measure)
         runtime.state.wait_for_everyone()
     return FitResult(step, {trial.name: trial.ending for trial in setup.trials})
 
 
 def train_loop(
-    start: int, setup: Setup, writer: GroupWriter, *, screen: Screen, should_stop: ShouldStop, on_measure: OnMeasure
+    start: int,
+    setup: Setup,
+    writer: GroupWriter,
+    *,
+    console: MainConsole,
+    should_stop: ShouldStop,
+    on_measure: OnMeasure,
 ) -> int:
     """Updates from number `start` on until the planned number is done or no trial is left; how many were done."""
-    step, num_updates, validation = start, setup.num_updates, setup.validation
+    step, num_steps, validation = start, setup.num_steps, setup.validation
     if start == 0:
         setup.optimizer_step.settle_scales()  # fp16 alone: from 2**16 down, a backward of update 0 for each halving
         measurements = validation.start() if validation is not None else []
         writer.begin(measurements)
         on_measure(0, measurements)
-    elif start < num_updates:
+    elif start < num_steps:
         writer.export_and_sample(start)  # a checkpoint is written before what is due at its step
 
-    with screen.training(num_updates, start) as line:
-        while step < num_updates and setup.optimizer_step.has_live_trials:
+    with console.training(num_steps, start) as line:
+        while step < num_steps and setup.optimizer_step.has_live_trials:
             # update k = step: batch, timesteps, noise and LR are those of k, whatever was skipped before
             started = time.perf_counter()
             result = setup.optimizer_step.run(step, stop_asked=should_stop())
@@ -104,11 +110,11 @@ def train_loop(
                 writer.measured(step, measurements)
                 on_measure(step, measurements)
 
-            is_last = step == num_updates or not setup.optimizer_step.has_live_trials
+            is_last = step == num_steps or not setup.optimizer_step.has_live_trials
             # fp32: adapter and two moments of AdamW are 3 x 26 MiB a trial at rank 16 on SD 1.5's transformer layers
             writer.save(step, now=is_last or result.stop_asked)
             if result.stop_asked and not is_last:
-                what = f"stopped as asked after step {step} of {num_updates}; all is saved"
+                what = f"stopped as asked after step {step} of {num_steps}; all is saved"
                 raise StoppedBySignal(Problem(what, fix="the same command resumes here"))
             if not is_last:
                 writer.export_and_sample(step)
@@ -119,7 +125,7 @@ def train_loop(
 def _is_finished(group: TrialGroup, point: ResumePoint) -> bool:
     """Whether no trial goes on, with all the files of those that came to the end."""
     complete = [member.prepared.config for member in group.members if point.endings[member.name] is None]
-    is_over = point.step >= group.num_updates or not complete
+    is_over = point.step >= group.num_steps or not complete
     return is_over and all(file.is_file() for config in complete for file in results_to_come(config))
 
 
@@ -135,7 +141,7 @@ class Estimate:
     """For the whole group: its updates, and its probes by their share of the cost."""
 
 
-def estimate(group: TrialGroup, *, screen: Screen, joined: PartialState | None = None) -> Estimate:
+def estimate(group: TrialGroup, *, console: MainConsole, joined: PartialState | None = None) -> Estimate:
     """Time a group on this machine and data by three updates whose results are thrown away.
 
     Raises:
@@ -143,14 +149,14 @@ def estimate(group: TrialGroup, *, screen: Screen, joined: PartialState | None =
     """
     shared, launch = group.shared, read_launch(group.shared.config)
     with start_runtime(launch, shared.config.train.precision, shared.threads, joined) as runtime:
-        setup = set_up(group, runtime, screen, trials_per_pass=group.trials_per_pass)
+        setup = set_up(group, runtime, console, trials_per_pass=group.trials_per_pass)
         seconds = []
         for k in range(3):  # the first warms up kernels and allocator, so the fastest stands for all
             started = time.perf_counter()
             setup.optimizer_step.run(k, stop_asked=False)
             seconds.append(time.perf_counter() - started)
         num_shared = sum(member.prefix.step for member in group.members if member.prefix is not None)
-        updates = group.num_updates - num_shared / len(group.members)
+        updates = group.num_steps - num_shared / len(group.members)
         probes = 0.0 if shared.plan.validation is None else shared.plan.validation.cost
         return Estimate(
             setup.trials_per_pass,

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from lora_trainer.models.adapters.bank import AdapterBank
-from lora_trainer.planning.run_plan import LRGroup
+from lora_trainer.planning.run_plan import ParamGroup
 from lora_trainer.training.trial import Trial
 
 UNEXPLAINED = "nothing in the schedule explains it"
@@ -55,12 +55,12 @@ def _unset(flags: Mapping[str, torch.Tensor]) -> list[str]:
 
 def _second_moving_update(trial: Trial) -> int | None:
     """The 1-based number of the second update in which any group has a learning rate above 0."""
-    num_updates = trial.groups[0].schedule.horizon.num_updates
-    moving = (k + 1 for k in range(num_updates) if any(group.lr(k) > 0 for group in trial.groups))
+    num_steps = trial.groups[0].schedule.horizon.num_steps
+    moving = (k + 1 for k in range(num_steps) if any(group.lr(k) > 0 for group in trial.groups))
     return next(islice(moving, 1, None), None)
 
 
-def _reason(group: LRGroup, step: int) -> str:
+def _reason(group: ParamGroup, step: int) -> str:
     """What the schedule says of a tensor that stayed as it was for the first `step` updates."""
     moving = sum(group.lr(k) > 0 for k in range(step))
     if moving == 0:

@@ -62,8 +62,8 @@ class TrialGroup:
         return self.members[0].prepared
 
     @property
-    def num_updates(self) -> int:
-        return self.shared.plan.num_updates
+    def num_steps(self) -> int:
+        return self.shared.plan.num_steps
 
     @property
     def checkpoints(self) -> Path:
@@ -75,7 +75,7 @@ class TrialGroup:
         return any(self.checkpoints.glob("step-*"))
 
     def to_json(self) -> bytes:
-        return TypeAdapter(TrialGroup).dump_json(self, indent=2)
+        return TypeAdapter(TrialGroup).dump_json(self, indent=2, by_alias=True)
 
     @classmethod
     def from_json(cls, content: bytes) -> TrialGroup:

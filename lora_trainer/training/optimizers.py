@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lora_trainer.config.optimizers import OptimizerOptions, optimizer_row
-from lora_trainer.errors import HostError, Problem
+from lora_trainer.errors import Problem, SystemSetupError
 from lora_trainer.schedules.schedule import Horizon
 
 
@@ -18,7 +18,7 @@ def build_optimizer(
     """Build the optimizer over groups of parameters, ready to train.
 
     Raises:
-        HostError: its package is not installed; the message names the extra.
+        SystemSetupError: its package is not installed; the message names the extra.
     """
     row = optimizer_row(options.type)
     try:
@@ -27,7 +27,7 @@ def build_optimizer(
         what = f"optimizer.type: {options.type} needs `{row.build}`, which cannot be imported"
         package = f"install or mend the package `{row.build.partition(':')[0].partition('.')[0]}`"
         fix = f"pip install 'lora_trainer[{row.extra}]'" if row.extra else package
-        raise HostError(Problem(what, why=str(error), fix=fix)) from error
+        raise SystemSetupError(Problem(what, why=str(error), fix=fix)) from error
     optimizer = build([{"params": list(group)} for group in groups], **options.arguments(horizon))
     if callable(getattr(optimizer, "train", None)):  # a schedule-free one starts in neither of its modes
         optimizer.train()

@@ -14,11 +14,11 @@ from typing import Any
 
 from lora_trainer.config.identity import compare, difference, refusal
 from lora_trainer.config.places import METRICS_FILE, lora_file
-from lora_trainer.errors import ConfigError, HostError, Problem
+from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.runtime.runtime import Runtime, from_main
 from lora_trainer.storage.checkpoint import Checkpoint, newest_checkpoint
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.group import TrialGroup
 from lora_trainer.training.trial import Ending, Skips, Tensors, Trial
 
@@ -45,38 +45,38 @@ class ResumePoint:
         return {name: None if ending is None else Ending(**ending) for name, ending in stored.items()}
 
 
-def find_resume_point(group: TrialGroup, runtime: Runtime, screen: Screen) -> ResumePoint | None:
+def find_resume_point(group: TrialGroup, runtime: Runtime, console: MainConsole) -> ResumePoint | None:
     """The newest whole checkpoint of this group; None where it starts at its beginning, which is said if it did before.
 
     Raises:
         ConfigError: it holds a run, or trials, with another identity.
-        HostError: there were checkpoints and none can be read, or a finished run has lost them.
+        SystemSetupError: there were checkpoints and none can be read, or a finished run has lost them.
     """
-    checkpoint = from_main(runtime.launch, _newest(group, screen) if runtime.launch.is_main else None)
+    checkpoint = from_main(runtime.launch, _newest(group, console) if runtime.launch.is_main else None)
     if checkpoint is None:
         return None
     point = _point(checkpoint, group)
     if checkpoint.state["format"] == 1 and (tried := checkpoint.state["progress"]["attempt"]) != point.step:
-        screen.say(
+        console.print(
             f"{tried - point.step} update(s) that an earlier version skipped are not made up for: update {point.step} "
             "has its own images and noise again"
         )
-    return _accept(point, group, runtime, screen)
+    return _accept(point, group, runtime, console)
 
 
-def _newest(group: TrialGroup, screen: Screen) -> Checkpoint | None:
+def _newest(group: TrialGroup, console: MainConsole) -> Checkpoint | None:
     checkpoint, faults = newest_checkpoint(group.checkpoints)
     for fault in faults:
-        screen.say(fault)
+        console.print(fault)
     silent = checkpoint is not None or group.log_only
     for prepared in (member.prepared for member in group.members) if not silent else ():
         if lora_file(prepared.config).exists():
             what = "this run has its LoRA but no checkpoint, so nothing could be continued"
             why = "its checkpoints were removed, or the disk never took one"
             fix = "start anew with --fresh (the old run is kept beside it), or give the new run another `name`"
-            raise HostError(Problem(what, str(prepared.run_dir), why, fix))
+            raise SystemSetupError(Problem(what, str(prepared.run_dir), why, fix))
         if (prepared.run_dir / METRICS_FILE).exists():
-            screen.say("an earlier start ended before its first checkpoint; this one begins at step 0 again")
+            console.print("an earlier start ended before its first checkpoint; this one begins at step 0 again")
             break
     return checkpoint
 
@@ -112,7 +112,7 @@ def _as_format_2(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"step": progress["step"], "trials_per_pass": identity.get("trials_per_pass", 1), "trials": trials}
 
 
-def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, screen: Screen) -> ResumePoint:
+def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, console: MainConsole) -> ResumePoint:
     """The same point where every difference is allowed; what differs is said once.
 
     A run that ended because its numbers were not finite goes on where a setting was changed.
@@ -141,7 +141,7 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, screen: Scr
     for member in group.members:
         _check_kept_curve(member.prepared)
     for note in notes:
-        screen.say(note)
+        console.print(note)
     return replace(point, trials=trials)
 
 
@@ -151,9 +151,9 @@ def _check_kept_curve(prepared: Prepared) -> None:
     Raises:
         ConfigError: the updates after its end would do nothing.
     """
-    length = prepared.plan.lr_horizon.num_updates
-    num_more = prepared.plan.num_updates - length
-    if num_more > 0 and all(group.lr(length) == 0 for group in prepared.lr_groups()):
+    length = prepared.plan.lr_horizon.num_steps
+    num_more = prepared.plan.num_steps - length
+    if num_more > 0 and all(group.lr(length) == 0 for group in prepared.param_groups()):
         what = f"the LR curve of this run ends at 0 after {length} updates: {num_more} more would learn nothing"
         where, why = f"{prepared.config.name}, resume.schedule", "`keep` holds the curve's last value"
         fix = "write resume.schedule: stretch, which lays the curve over the new length"

@@ -16,7 +16,7 @@ from lora_trainer.models.adapters.bank import AdapterBank, peft_config
 from lora_trainer.models.registry import open_family
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.runtime.runtime import Runtime, from_main
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.group import TrialGroup
 from lora_trainer.training.optimizer_step import OptimizerStep
@@ -41,10 +41,12 @@ class Setup:
     optimizer_step: OptimizerStep
     validation: ValidationSchedule | None
     """None where the config has no validation section."""
-    num_updates: int
+    num_steps: int
 
 
-def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pass: int | Literal["auto"]) -> Setup:
+def set_up(
+    group: TrialGroup, runtime: Runtime, console: MainConsole, *, trials_per_pass: int | Literal["auto"]
+) -> Setup:
     """Cache the data, load the base, attach an adapter per trial and build what moves them; nothing is trained yet.
 
     Args:
@@ -55,10 +57,10 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     """
     shared, config = group.shared, group.shared.config
     family = open_family(shared.base)
-    cache = build_cache(config, family, shared.split, shared.base_digests, runtime, progress=screen.track)
+    cache = build_cache(config, family, shared.split, shared.base_digests, runtime, progress=console.track)
     if cache.num_cut_captions:
-        screen.say(f"{cache.num_cut_captions} captions are longer than the text encoder reads and were cut")
-    screen.say(f"cache: {cache.num_encoded} encoded now, {cache.latents.mean_NChw.shape[0]} latents in all")
+        console.print(f"{cache.num_cut_captions} captions are longer than the text encoder reads and were cut")
+    console.print(f"cache: {cache.num_encoded} encoded now, {cache.latents.mean_NChw.shape[0]} latents in all")
     model = family.load_denoiser(runtime.device, runtime.dtype)
     runs = {f"trial{index}": member.prepared for index, member in enumerate(group.members)}
     adapters = {name: peft_config(run.config.adapter, [*run.target_shapes]) for name, run in runs.items()}
@@ -72,7 +74,9 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     denoiser = AdaptedDenoiser(family, bank, path, runtime)
     has_scale, device = runtime.precision == "fp16", runtime.device.type
     trials = tuple(
-        Trial(run.config, name, bank.parameters(name), run.lr_groups(), torch.amp.GradScaler(device, enabled=has_scale))
+        Trial(
+            run.config, name, bank.parameters(name), run.param_groups(), torch.amp.GradScaler(device, enabled=has_scale)
+        )
         for name, run in runs.items()
     )
     batches, one_by_one = _batches(shared, cache, runtime), passes_of(trials, 1)
@@ -83,12 +87,12 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     passes = passes_of(trials, trials_per_pass)
     optimizer_step.pack(passes)
     if len(trials) > 1:
-        screen.say(f"trials per forward: {', '.join(str(len(members)) for members in passes)}")
+        console.print(f"trials per forward: {', '.join(str(len(members)) for members in passes)}")
     validation, planned = None, shared.plan.validation
     if config.validation is not None and planned is not None:
         validator = Validator(denoiser, cache.probes, cache.prompts, config.validation)
-        validation = ValidationSchedule(validator, passes, planned.every, group.num_updates, group.prune.diverged)
-    return Setup(denoiser, cache.prompts, trials, trials_per_pass, optimizer_step, validation, group.num_updates)
+        validation = ValidationSchedule(validator, passes, planned.every, group.num_steps, group.prune.diverged)
+    return Setup(denoiser, cache.prompts, trials, trials_per_pass, optimizer_step, validation, group.num_steps)
 
 
 def fitting_trials_per_pass(trials: Sequence[Trial], activation_bytes: int, runtime: Runtime) -> int:

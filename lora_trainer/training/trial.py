@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.models.adapters.targets import assign_groups, can_pack
-from lora_trainer.planning.run_plan import LRGroup
+from lora_trainer.models.adapters.targets import assign_param_groups, can_pack
+from lora_trainer.planning.run_plan import ParamGroup
 from lora_trainer.training.optimizers import build_optimizer, evaluated_weights
 
 Tensors = dict[str, torch.Tensor]
@@ -65,7 +65,7 @@ class Trial:
         config: RunConfig,
         adapter: str,
         parameters: Mapping[str, nn.Parameter],
-        groups: Sequence[LRGroup],
+        groups: Sequence[ParamGroup],
         scaler: torch.amp.GradScaler,
     ) -> None:
         self.name, self.config, self.adapter, self.scaler = config.name, config, adapter, scaler
@@ -78,7 +78,7 @@ class Trial:
         """The trial whose updates this one still shares."""
         self._branches_at = 0
         patterns = {group.name: group.match for group in config.optimizer.groups}
-        members = assign_groups(list(self.parameters), patterns, self.groups[0].name)
+        members = assign_param_groups(list(self.parameters), patterns, self.groups[0].name)
         self._order = [name for group in self.groups for name in members[group.name]]
         self.group_of = {name: group for group in self.groups for name in members[group.name]}
         """The LR group of each parameter."""

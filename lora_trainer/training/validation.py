@@ -179,13 +179,13 @@ class ValidationSchedule:
     validator: Validator
     passes: Sequence[Sequence[Trial]]
     every: int
-    num_updates: int
+    num_steps: int
     diverged: float | None = None
     """Held-out loss over the base's from which a trial ends (`sweep.prune.diverged`)."""
 
     def is_due(self, step: int) -> bool:
         """Whether the probes are measured after this many updates."""
-        return step % self.every == 0 or step == self.num_updates
+        return step % self.every == 0 or step == self.num_steps
 
     def start(self) -> list[Measurement]:
         """The probes before the first update: the base itself, as an adapter's B is zero."""
@@ -201,7 +201,7 @@ class ValidationSchedule:
                 readings |= self.validator.measure({trial.adapter: trial.weights() for trial in measured_apart})
         trials = [trial for members in self.passes for trial in members if trial.is_live]
         measured = [_conclude(trial, step, readings[trial.computed_by.adapter]) for trial in trials]
-        if step < self.num_updates and self.diverged is not None:
+        if step < self.num_steps and self.diverged is not None:
             for measurement in measured:
                 if not (loss := measurement.held_out.relative) < self.diverged:  # NaN too
                     reason = f"held-out loss {loss:.4g} times the base's, {self.diverged:g} allowed"

@@ -15,7 +15,7 @@ from lora_trainer import __version__
 from lora_trainer.config import places
 from lora_trainer.config.load import to_yaml
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.errors import HostError, Problem
+from lora_trainer.errors import Problem, SystemSetupError
 from lora_trainer.evidence.diagnosis.diagnose import LiveDiagnosis
 from lora_trainer.evidence.diagnosis.log import RunFacts
 from lora_trainer.evidence.statistics.paired import levels
@@ -26,7 +26,7 @@ from lora_trainer.report.pictures import draw_grid
 from lora_trainer.runtime.runtime import Runtime, environment_report
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.storage.checkpoint import prune, save_checkpoint
-from lora_trainer.tracking.console import Screen, TrainingLine
+from lora_trainer.tracking.console import MainConsole, TrainingLine
 from lora_trainer.tracking.metrics import MetricsLog, StepRow, damage_note
 from lora_trainer.tracking.tensorboard import TensorBoardLog
 from lora_trainer.training.denoiser import Sampler, save_samples
@@ -38,7 +38,7 @@ from lora_trainer.training.setup import Setup
 from lora_trainer.training.trial import Tensors, Trial
 from lora_trainer.training.validation import Measurement
 
-Say = Callable[[str], None]
+Emit = Callable[[str], None]
 RESERVE_FILE = ".reserve"
 """Holds the room of the final LoRA files while the run lasts."""
 
@@ -52,16 +52,16 @@ class GroupWriter:
         on_save: called after each checkpoint, in the main process.
     """
 
-    def __init__(self, group: TrialGroup, setup: Setup, screen: Screen, on_save: Callable[[], None]) -> None:
+    def __init__(self, group: TrialGroup, setup: Setup, console: MainConsole, on_save: Callable[[], None]) -> None:
         shared, self._runtime = group.shared.config, setup.denoiser.runtime
-        self._group, self._setup, self._screen, self._on_save = group, setup, screen, on_save
+        self._group, self._setup, self._console, self._on_save = group, setup, console, on_save
         self._periods = group.shared.plan.periods
         self._sampler = Sampler(setup.denoiser, setup.prompts, shared.sample, shared.data.resolution)
         self._keeps_best = shared.validation is not None and shared.validation.keep_best
         self._is_solo = len(group.members) == 1
-        say = screen.say if self._is_solo and not group.log_only else lambda line: None
+        emit = console.print if self._is_solo and not group.log_only else lambda line: None
         self._writers = [
-            TrialWriter(member.prepared, trial, self._sampler, say, log_only=group.log_only)
+            TrialWriter(member.prepared, trial, self._sampler, emit, log_only=group.log_only)
             for member, trial in zip(group.members, setup.trials, strict=True)
             if self._runtime.launch.is_main
         ]
@@ -70,9 +70,9 @@ class GroupWriter:
         """Continue every log where the checkpoint left it."""
         for writer in self._writers:
             for note in writer.open(point):
-                self._screen.say(note)
+                self._console.print(note)
         if point is not None:
-            self._screen.say(f"resuming after step {point.step} of {self._group.num_updates}")
+            self._console.print(f"resuming after step {point.step} of {self._group.num_steps}")
 
     def close(self) -> None:
         for writer in self._writers:
@@ -86,7 +86,7 @@ class GroupWriter:
         self.measured(0, measured)
 
     def update(self, step: int, result: StepResult, seconds: float, line: TrainingLine) -> None:
-        """A row in the log of every trial that was updated, a `skip` event in the others', one line on the screen."""
+        """A row in the log of every trial that was updated, a `skip` event in the others', one line on the console."""
         rows = [row for writer in self._writers if (row := writer.row(step, result, seconds)) is not None]
         if self._group.log_only:
             line.advance(step)
@@ -103,7 +103,7 @@ class GroupWriter:
         self._tell_endings()
 
     def measured(self, step: int, measurements: Sequence[Measurement]) -> None:
-        """The probes in each trial's log and the best LoRA so far; of several trials the best three on the screen."""
+        """The probes in each trial's log and the best LoRA so far; of several trials the best three on the console."""
         by_trial = {measurement.trial.name: measurement for measurement in measurements}
         for writer in self._writers:
             if (measurement := by_trial.get(writer.trial.name)) is not None:
@@ -117,14 +117,14 @@ class GroupWriter:
         leading = sorted((name for name in losses if losses[name] in level), key=lambda name: level[losses[name]])[:3]
         if step and leading and not (self._is_solo or self._group.log_only):
             listed = ", ".join(f"{name} {losses[name]:.4f}" for name in leading)
-            self._screen.say(f"step {step}: held-out loss over the base's, smallest first: {listed}")
+            self._console.print(f"step {step}: held-out loss over the base's, smallest first: {listed}")
         self._tell_endings()
 
     def save(self, step: int, *, now: bool) -> None:
         """One checkpoint for all trials, where it is due or the group ends here."""
         if not self._writers or self._group.log_only or not (now or _due(step, self._periods.checkpoint)):
             return
-        with self._disk_faults(step, "checkpoint", needed=now and step < self._group.num_updates):
+        with self._disk_faults(step, "checkpoint", needed=now and step < self._group.num_steps):
             tensors: dict[str, Tensors] = {}
             trials: dict[str, Any] = {}
             for writer in self._writers:
@@ -144,7 +144,7 @@ class GroupWriter:
             try:
                 prune(self._group.checkpoints, self._group.shared.config.checkpoint.keep_last)
             except OSError as error:  # the new one is whole: no reason to stop
-                self._screen.say(f"an old checkpoint could not be removed ({error}); training goes on")
+                self._console.print(f"an old checkpoint could not be removed ({error}); training goes on")
         self._on_save()
 
     def export_and_sample(self, step: int) -> None:
@@ -160,7 +160,7 @@ class GroupWriter:
     def finish(self, step: int) -> None:
         """The LoRA of every trial that came to the end."""
         live = [] if self._group.log_only else self._live()
-        for writer in live if self._is_solo else self._screen.track(live, "exporting", len(live)):
+        for writer in live if self._is_solo else self._console.track(live, "exporting", len(live)):
             writer.conclude(step)
 
     def _live(self) -> list[TrialWriter]:
@@ -170,7 +170,7 @@ class GroupWriter:
         others = "" if self._is_solo else "; the others go on"
         for writer in self._writers:
             if (line := writer.ending()) is not None:
-                self._screen.say(line + others)
+                self._console.print(line + others)
 
     @contextmanager
     def _disk_faults(self, step: int, what: str, *, needed: bool = False) -> Iterator[None]:
@@ -180,7 +180,7 @@ class GroupWriter:
             needed: the run ends here, so that going on without it is no choice.
 
         Raises:
-            HostError: it stops; every trial that goes on has left a LoRA of this step.
+            SystemSetupError: it stops; every trial that goes on has left a LoRA of this step.
         """
         try:
             yield
@@ -191,26 +191,26 @@ class GroupWriter:
             for writer in writers:
                 writer.log.event("disk", step, refused=what, reason=error.strerror)
             if not needed and self._group.shared.config.checkpoint.on_disk_full == "continue":
-                self._screen.say(f"step {step}: the disk took no {what} ({error.strerror}); training goes on")
+                self._console.print(f"step {step}: the disk took no {what} ({error.strerror}); training goes on")
                 return
             names = [writer.rescue(step) for writer in writers]
             fix = "free some space; the same command goes on from the newest checkpoint. The LoRA of this step is "
             where = str(error.filename or self._group.folder)
             stopped = f"stopped at step {step}: the disk took no {what}"
-            raise HostError(Problem(stopped, where, error.strerror, fix + names[0])) from error
+            raise SystemSetupError(Problem(stopped, where, error.strerror, fix + names[0])) from error
 
 
 class TrialWriter:
     """Writes what happens to a trial in its run directory.
 
     Args:
-        say: for what a person should hear of it.
+        emit: shows a line to a person.
         log_only: no exports, no diagnosis.
     """
 
-    def __init__(self, prepared: Prepared, trial: Trial, sampler: Sampler, say: Say, *, log_only: bool) -> None:
+    def __init__(self, prepared: Prepared, trial: Trial, sampler: Sampler, emit: Emit, *, log_only: bool) -> None:
         self.trial, self.prepared, self.config, self.run_dir = trial, prepared, prepared.config, prepared.run_dir
-        self._denoiser, self._sampler, self._say, self._log_only = sampler.denoiser, sampler, say, log_only
+        self._denoiser, self._sampler, self._emit, self._log_only = sampler.denoiser, sampler, emit, log_only
         self._has_ended = not trial.is_live
         self._opened = ExitStack()
 
@@ -230,7 +230,7 @@ class TrialWriter:
         self.log = self._opened.enter_context(closing(MetricsLog(file, keep_bytes=size)))
         self._tensorboard = None
         if self.config.tracking.tensorboard:
-            events = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, say=self._say)
+            events = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, emit=self._emit)
             self._tensorboard = self._opened.enter_context(closing(events))
         if point is not None:
             self.log.event("resume", step)
@@ -253,7 +253,7 @@ class TrialWriter:
         row = StepRow(
             step=step,
             trial=self.trial.name,
-            epoch=step / self.prepared.plan.updates_per_epoch,
+            epoch=step / self.prepared.plan.steps_per_epoch,
             base_loss=result.base_loss,
             draws=result.draws,
             images_per_s=result.num_samples / seconds,
@@ -272,13 +272,13 @@ class TrialWriter:
             if check.missing:
                 listed = "\n  ".join(f"{name}: {reason}" for name, reason in check.missing.items())
                 count = f"{len(check.missing)} of {check.num_tensors} tensors do not"
-                self._say(f"step {step}: {check.claim}, but {count}:\n  {listed}")
+                self._emit(f"step {step}: {check.claim}, but {count}:\n  {listed}")
 
     def skip(self, step: int, result: StepResult) -> None:
         """An update that was not applied: why, and on which files."""
         reason, files = result.skipped[self.trial.name], list(result.files)
         self._event("skip", step, reason=reason, files=files)
-        self._say(f"step {step} skipped: {reason} not finite ({', '.join(files)})")
+        self._emit(f"step {step} skipped: {reason} not finite ({', '.join(files)})")
         self.diagnose(step)
 
     def measured(self, step: int, measurement: Measurement) -> None:
@@ -288,7 +288,7 @@ class TrialWriter:
         for group in measurement.reduced:
             self._event("plateau", step, group=group)
         held_out = measurement.held_out
-        self._say(
+        self._emit(
             f"step {step}: held-out loss {held_out.relative:.4f} of the base's "
             f"(+-{held_out.gain_se:.4f} over images){', the best so far' if measurement.is_best else ''}"
         )
@@ -298,7 +298,7 @@ class TrialWriter:
         for note in () if self._log_only else self._diagnosis.look():
             self._event(note.event, step, **note.content)
             for line in note.lines:
-                self._say(line)
+                self._emit(line)
 
     def ending(self) -> str | None:
         """How the trial ended before its group, in words, logged and told once."""
@@ -376,9 +376,9 @@ def recipe_of(config: RunConfig, plan: RunPlan, base: BaseFacts, step: int) -> R
         loop=LoopFacts(
             num_images=plan.num_images,
             num_samples=plan.num_samples,
-            num_updates=plan.num_updates,
-            updates_per_epoch=plan.updates_per_epoch,
-            warmup_updates=plan.lr_groups[0].warmup_updates,
+            num_steps=plan.num_steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            num_warmup_steps=plan.param_groups[0].num_warmup_steps,
             batch_size=plan.batch_size,
             accumulation=plan.accumulation,
             global_batch=plan.global_batch,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_trainer.errors import ExitCode, HostError
+from lora_trainer.errors import ExitCode, SystemSetupError
 from lora_trainer.storage import atomic_files, checkpoint, disk_space
 from lora_trainer.storage.atomic_files import AppendLog
 from lora_trainer.storage.checkpoint import newest_checkpoint, open_checkpoint, save_checkpoint
@@ -40,7 +40,7 @@ def refusing(operation: str, name: str, error: int) -> atomic_files.Observer:
 
 def test_too_little_room_is_said_before_anything_is_loaded(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_space, "free_bytes", lambda _: 1000)
-    with pytest.raises(HostError, match="too little room") as caught:
+    with pytest.raises(SystemSetupError, match="too little room") as caught:
         train_toy()
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
     assert "free are 0.0 MiB" in str(caught.value)
@@ -58,14 +58,14 @@ def test_training_goes_on_without_checkpoints_and_the_lora_is_the_same(
     events = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "disk"]
     assert [event["step"] for event in events] == [2, 4, 6]
     assert not list((run_dir / "checkpoints").iterdir())
-    with pytest.raises(HostError, match="has its LoRA but no checkpoint"):
+    with pytest.raises(SystemSetupError, match="has its LoRA but no checkpoint"):
         train_toy("checkpoint.every_steps=2")
 
 
 def test_stop_leaves_a_lora_of_its_step_and_whole_checkpoints(train_toy: Train, tmp_path: Path) -> None:
     overrides = ("checkpoint={every_steps: 2, on_disk_full: stop}",)
     with (
-        pytest.raises(HostError, match="stopped at step 4: the disk took no checkpoint"),
+        pytest.raises(SystemSetupError, match="stopped at step 4: the disk took no checkpoint"),
         atomic_files.observe_operations(refusing("rename", "step-00000004", errno.EIO)),
     ):
         train_toy(*overrides)
@@ -83,7 +83,7 @@ def test_a_disk_that_refuses_what_a_run_begins_with_is_told_in_words(
     train_toy: Train, tmp_path: Path, operation: str, name: str
 ) -> None:
     with (
-        pytest.raises(HostError, match="the disk"),
+        pytest.raises(SystemSetupError, match="the disk"),
         atomic_files.observe_operations(refusing(operation, name, errno.EIO)),
     ):
         train_toy()
@@ -94,7 +94,7 @@ def test_a_disk_that_refuses_what_a_run_begins_with_is_told_in_words(
 def test_a_group_that_has_to_stop_leaves_a_lora_of_every_trial(sweep: Callable[..., Path], tmp_path: Path) -> None:
     words = ("{grid: {optimizer.lr: [1e-3, 2e-3]}}", "checkpoint={every_steps: 2, on_disk_full: stop}")
     with (
-        pytest.raises(HostError, match="stopped at step 4: the disk took no checkpoint"),
+        pytest.raises(SystemSetupError, match="stopped at step 4: the disk took no checkpoint"),
         atomic_files.observe_operations(refusing("rename", "step-00000004", errno.EIO)),
     ):
         sweep(*words)
@@ -151,7 +151,7 @@ def test_the_older_checkpoint_of_a_step_stays_until_the_new_one_is_whole(
 def test_damaged_checkpoints_are_no_fresh_start_the_second_time_either(tmp_path: Path) -> None:
     (save(tmp_path, 3) / "manifest.json").unlink()
     for _ in range(2):
-        with pytest.raises(HostError, match="no checkpoint of this run can be read"):
+        with pytest.raises(SystemSetupError, match="no checkpoint of this run can be read"):
             newest_checkpoint(tmp_path)
 
 

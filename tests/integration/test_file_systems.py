@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.errors import HostError
+from lora_trainer.errors import SystemSetupError
 from lora_trainer.storage import atomic_files
 
 Train = Callable[..., Path]
@@ -129,7 +129,7 @@ def test_without_flock_another_lock_holds_the_folder(
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(HostError, match=f"pid {holder.pid}"), atomic_files.sole_writer(tmp_path, print):
+        with pytest.raises(SystemSetupError, match=f"pid {holder.pid}"), atomic_files.sole_writer(tmp_path, print):
             pass
     finally:
         holder.kill()

@@ -23,16 +23,16 @@ from lora_trainer.experiments.lr_finder.analysis import Found, ShortRun
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
 from lora_trainer.experiments.lr_finder.run import find_lr, run_short
 from lora_trainer.models.stable_diffusion import StableDiffusion
-from lora_trainer.planning.run_plan import lay_groups
+from lora_trainer.planning.run_plan import resolve_param_groups
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.runtime.runtime import joined_processes
 from lora_trainer.schedules.schedule import Horizon
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.group import TrialGroup
 
 HELD_OUT = "validation={fraction: 0.3, batch_size: 32}"  # a probe of two images is one forward
-SMALL = FinderOptions(num_updates=30, start_lr=1e-4, end_lr=0.1, num_images=2)
+SMALL = FinderOptions(num_steps=30, start_lr=1e-4, end_lr=0.1, num_images=2)
 LRS = np.geomspace(1e-4, 0.1, 30)
 OF_A_LOG = {"config.yaml", "environment.json", "metrics.jsonl", "plan.json", "validation.json"}
 """All that a group leaves that only logs."""
@@ -47,12 +47,12 @@ def finder_of(config: Path, *overrides: str, options: FinderOptions = SMALL) -> 
 
 
 def found_by(finder: PreparedFinder) -> Found:
-    return find_lr(finder, screen=Screen(silent=True))
+    return find_lr(finder, console=MainConsole(silent=True))
 
 
-def short_runs(group: TrialGroup, screen: Screen | None = None) -> list[ShortRun]:
+def short_runs(group: TrialGroup, console: MainConsole | None = None) -> list[ShortRun]:
     with joined_processes(Launch()) as joined:
-        return run_short(group, screen=screen or Screen(silent=True), should_stop=lambda: False, joined=joined)
+        return run_short(group, console=console or MainConsole(silent=True), should_stop=lambda: False, joined=joined)
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ def stop_at(poll: int) -> Callable[[], bool]:
 def test_a_stop_leaves_no_answer_and_the_next_start_begins_anew(toy_config: Path) -> None:
     finder = finder_of(toy_config)
     with pytest.raises(StoppedBySignal, match="there is no answer yet"):
-        find_lr(finder, screen=Screen(silent=True), should_stop=stop_at(5))
+        find_lr(finder, console=MainConsole(silent=True), should_stop=stop_at(5))
     assert [row["step"] for row in step_rows(finder.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     again = found_by(finder_of(toy_config))
     assert len(again.measured) == 30
@@ -154,7 +154,7 @@ def test_numbers_that_are_not_finite_end_the_ramp_as_a_divergence(
 
 
 def test_a_ramp_ends_where_the_probe_has_diverged(toy_config: Path) -> None:
-    options = FinderOptions(num_updates=30, start_lr=1e-2, end_lr=1.0, num_images=2)
+    options = FinderOptions(num_steps=30, start_lr=1e-2, end_lr=1.0, num_images=2)
     hot = ("adapter.alpha=400", "adapter.targets=transformer+resnet")
     finder = finder_of(toy_config, *hot, options=options)
     found = found_by(finder)
@@ -177,7 +177,7 @@ def test_an_fp16_overflow_leaves_its_point_out(toy_config: Path, monkeypatch: py
 
 class TestVerification:
     LRS = (1e-4, 1e-3, 1e-2)
-    OPTIONS = FinderOptions(num_updates=30, num_images=2, verify=True, num_verify_updates=5)
+    OPTIONS = FinderOptions(num_steps=30, num_images=2, verify=True, num_verify_steps=5)
 
     @pytest.fixture
     def finder(self, toy_config: Path) -> PreparedFinder:
@@ -187,14 +187,18 @@ class TestVerification:
         groups = "optimizer.groups=[{name: values, match: [to_v], lr: 7e-5}, {name: keys, match: [to_k]}]"
         finder = finder_of(toy_config, groups, "optimizer.lr=0.0007", options=self.OPTIONS)
         for member, lr in zip(finder.verification_group(self.LRS).members, self.LRS, strict=True):
-            rates = [group.lr(k) for k in (0, 4) for group in lay_groups(member.prepared.config, Horizon(5, 3), "unet")]
+            rates = [
+                group.lr(k)
+                for k in (0, 4)
+                for group in resolve_param_groups(member.prepared.config, Horizon(5, 3), "unet")
+            ]
             assert rates == pytest.approx([lr, lr / 10, lr] * 2, rel=1e-12)
             assert rates[0] == lr
 
     def test_it_trains_its_rates_packed_and_equals_solo_runs(
         self, finder: PreparedFinder, train_toy: Callable[..., Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        packed = short_runs(finder.verification_group(self.LRS), Screen())
+        packed = short_runs(finder.verification_group(self.LRS), MainConsole())
         assert "trials per forward: 3" in capsys.readouterr().out
         assert [run.lr for run in packed] == pytest.approx(self.LRS, rel=1e-12)
         watched = "validation={fraction: 0.3, every_steps: 5, max_cost: 1.0}"
@@ -275,7 +279,7 @@ def test_the_program_end_to_end(
 @pytest.mark.process
 def test_two_processes_find_what_one_does(toy_config: Path, tmp_path: Path) -> None:
     """Both groups train in one world: processes that joined once do not join a second time."""
-    options = FinderOptions(num_updates=30, start_lr=1e-4, end_lr=0.1, num_images=2, verify=True, num_verify_updates=2)
+    options = FinderOptions(num_steps=30, start_lr=1e-4, end_lr=0.1, num_images=2, verify=True, num_verify_steps=2)
     alone, shared = ([f"name={name}", HELD_OUT, f"train.batch_size={size}"] for name, size in (("one", 2), ("two", 1)))
     find_lr_command(toy_config, alone, options)
     assert run_in_world(2, lambda: find_lr_command(toy_config, shared, options)) == [0, 0]
@@ -312,7 +316,7 @@ def test_without_validation_it_refuses_with_the_fix(toy_config: Path) -> None:
 def test_all_that_is_wrong_is_told_at_once(toy_config: Path) -> None:
     config = load_config(toy_config, ["optimizer={type: prodigy}"])
     with pytest.raises(ConfigError) as refused:
-        prepare_finder(config, Launch(), FinderOptions(num_updates=5, start_lr=1e-2, end_lr=1e-3), silent)
+        prepare_finder(config, Launch(), FinderOptions(num_steps=5, start_lr=1e-2, end_lr=1e-3), silent)
     said = [problem.what for problem in refused.value.problems]
     assert len(said) == 4
     assert any("prodigy" in what for what in said)
@@ -326,7 +330,7 @@ def gains(runs: Iterable[ShortRun], start_NS: np.ndarray) -> Sequence[float]:
 
 def test_the_suggestion_serves_nearly_as_well_as_the_best_of_a_grid(toy_config: Path) -> None:
     """The short form of benchmarks/evaluation/evaluate_find_lr.py."""
-    options = FinderOptions(num_updates=32, start_lr=1e-4, end_lr=1.0, num_images=2, num_verify_updates=30)
+    options = FinderOptions(num_steps=32, start_lr=1e-4, end_lr=1.0, num_images=2, num_verify_steps=30)
     finder = finder_of(toy_config, options=options)
     found = found_by(finder)
     assert found.reading.verdict == "found"

@@ -61,7 +61,7 @@ def trained(name: str, work: Path, *words: str) -> dict[str, torch.Tensor]:
         files = sorted((work / "runs" / name / "trials").glob("*/*-seed7.safetensors"))
         assert len(files) == 4
         return {f"{file.stem}/{key}": tensor for file in files for key, tensor in load_file(file).items()}
-    find_lr(config, [*words, HELD_OUT], FinderOptions(num_updates=30, verify=True))
+    find_lr(config, [*words, HELD_OUT], FinderOptions(num_steps=30, verify=True))
     found = json.loads((work / "runs" / f"{name}-find-lr" / "find_lr.json").read_text())
     return {key: torch.tensor(numbers_in(found[key]), dtype=torch.float64) for key in ("points", "forks", "lr")}
 

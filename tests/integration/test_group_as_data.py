@@ -15,7 +15,7 @@ from lora_trainer.config.trials import load_sweep
 from lora_trainer.experiments.sweep.prepare import prepare_sweep
 from lora_trainer.planning.prepare import prepare
 from lora_trainer.runtime.launch import Launch
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.fit import fit
 from lora_trainer.training.group import TrialGroup, solo_group
 
@@ -29,10 +29,10 @@ GROUPS = "optimizer.groups=[{name: up, match: ['up_blocks.*.to_q'], lr: 5e-4, lr
 TRAIN = """
 import sys
 from pathlib import Path
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.fit import fit
 from lora_trainer.training.group import TrialGroup
-fit(TrialGroup.from_json(Path(sys.argv[1]).read_bytes()), screen=Screen(silent=True))
+fit(TrialGroup.from_json(Path(sys.argv[1]).read_bytes()), console=MainConsole(silent=True))
 """
 
 
@@ -70,5 +70,5 @@ def test_another_process_trains_a_written_group_to_the_same_bytes(
     written = loras(run_dir)
     assert len(written) >= 4
     run_dir.rename(run_dir.with_name("written"))
-    fit(group, screen=Screen(silent=True))
+    fit(group, console=MainConsole(silent=True))
     assert loras(run_dir) == written

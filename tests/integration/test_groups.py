@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_trainer.errors import ConfigError
-from lora_trainer.models.adapters.targets import assign_groups
+from lora_trainer.models.adapters.targets import assign_param_groups
 from lora_trainer.tracking.metrics import step_rows
 
 GROUPS = (
@@ -42,12 +42,12 @@ def test_each_group_has_its_own_curve_and_the_optimizer_uses_it(
 
 def test_groups_take_the_first_match_and_none_is_left_empty() -> None:
     weights = [f"{layer}.lora_{kind}.weight" for layer in ("a.to_q", "a.to_k") for kind in "AB"]
-    assigned = assign_groups(weights, {"q": ["to_q"], "b": ["lora_B.weight"]}, "rest")
+    assigned = assign_param_groups(weights, {"q": ["to_q"], "b": ["lora_B.weight"]}, "rest")
     assert assigned == {"rest": ["a.to_k.lora_A.weight"], "q": weights[:2], "b": ["a.to_k.lora_B.weight"]}
     with pytest.raises(ConfigError, match="no weight is left for the group `b`"):
-        assign_groups(weights, {"all": ["lora_B.weight"], "b": ["lora_B.weight"]}, "rest")
+        assign_param_groups(weights, {"all": ["lora_B.weight"], "b": ["lora_B.weight"]}, "rest")
     with pytest.raises(ConfigError, match="no weight is left for the group `rest`"):
-        assign_groups(weights, {"all": ["*"]}, "rest")
+        assign_param_groups(weights, {"all": ["*"]}, "rest")
 
 
 def test_a_schedule_that_does_not_fit_its_group_names_it(train_toy: Callable[..., Path]) -> None:

@@ -21,7 +21,7 @@ from lora_trainer.models.stable_diffusion import StableDiffusion
 from lora_trainer.planning.prepare import prepare, prepare_like
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.runtime.runtime import start_runtime
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.group import Member, TrialGroup
 from lora_trainer.training.setup import Setup, set_up
 from lora_trainer.training.trial import passes_of
@@ -67,22 +67,22 @@ def train(toy_config: Path) -> Train:
         trials: dict[str, Sequence[str]],
         *overrides: str,
         trials_per_pass: int = 1,
-        num_updates: int = 5,
+        num_steps: int = 5,
         exact: bool = False,
         before: Callable[[int, Setup], None] = lambda *_: None,
         precision: str = "fp32",
     ) -> tuple[Setup, dict[str, Tensors]]:
-        shared = (f"train.max_steps={num_updates}", f"train.precision={precision}", *overrides)
+        shared = (f"train.max_steps={num_steps}", f"train.precision={precision}", *overrides)
         configs = [load_config(toy_config, [f"name={name}", *shared, *own]) for name, own in trials.items()]
         first = prepare(configs[0], Launch(), lambda items, *_: items)
         members = [Member(TrialConfig(each.name, each.name, {}, each), prepare_like(first, each)) for each in configs]
         group = TrialGroup("group", first.run_dir, tuple(members), trials_per_pass)
         with start_runtime(Launch(), precision, 1) as runtime:
-            setup = set_up(group, runtime, Screen(silent=True), trials_per_pass=trials_per_pass)
+            setup = set_up(group, runtime, MainConsole(silent=True), trials_per_pass=trials_per_pass)
             if exact:
                 in_float64(setup)
             setup.optimizer_step.settle_scales()
-            for k in range(num_updates):
+            for k in range(num_steps):
                 before(k, setup)
                 setup.optimizer_step.run(k, stop_asked=False)
         adapters = {trial.name: setup.denoiser.bank.parameters(trial.adapter) for trial in setup.trials}
@@ -154,10 +154,10 @@ def test_the_packed_forward_equals_pefts(targets: str) -> None:
 def test_six_packed_trials_equal_six_separate_runs(train: Train) -> None:
     """Six LRs, ranks, schedules, weight decays and clips; 15 clipped AdamW updates in float64."""
     shared = ("train.gradient_accumulation_steps=2", "train.ema_decay=0.9")
-    setup, packed = train(SIX, *shared, trials_per_pass=6, num_updates=15, exact=True)
+    setup, packed = train(SIX, *shared, trials_per_pass=6, num_steps=15, exact=True)
     assert passes(setup) == [list(SIX)]
     for name, own in SIX.items():
-        solo, alone = train({name: own}, *shared, num_updates=15, exact=True)
+        solo, alone = train({name: own}, *shared, num_steps=15, exact=True)
         assert largest_difference(packed[name], alone[name]) < 1e-10
         assert largest_difference(setup.trials[int(name[-1])].weights(), solo.trials[0].weights()) < 1e-10
 
@@ -170,8 +170,8 @@ def test_one_trial_per_pass_is_the_solo_run_to_the_bit(train: Train) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing_in_a_packed_pass(train: Train) -> None:
-    _, plain = train(SIX, trials_per_pass=6, num_updates=2)
-    _, saved = train(SIX, "train.gradient_checkpointing=true", trials_per_pass=6, num_updates=2)
+    _, plain = train(SIX, trials_per_pass=6, num_steps=2)
+    _, saved = train(SIX, "train.gradient_checkpointing=true", trials_per_pass=6, num_steps=2)
     for name in SIX:
         assert all(torch.equal(plain[name][key], saved[name][key]) for key in plain[name])
 
@@ -197,10 +197,10 @@ def test_dora_and_dropout_run_alone(train: Train) -> None:
         "dropout": ("adapter.dropout=0.1",),
         "wide": ("adapter.rank=8",),
     }
-    setup, group = train(trials, trials_per_pass=4, num_updates=3)
+    setup, group = train(trials, trials_per_pass=4, num_steps=3)
     assert passes(setup) == [["plain", "wide"], ["dora"], ["dropout"]]
     for name in ("dora", "dropout"):
-        _, alone = train({name: trials[name]}, num_updates=3)
+        _, alone = train({name: trials[name]}, num_steps=3)
         assert all(torch.equal(group[name][key], alone[name][key]) for key in group[name])
 
 
@@ -212,8 +212,8 @@ def test_a_failing_trial_is_dropped_and_the_others_are_untouched(train: Train, t
         if k == 2:
             next(iter(setup.trials[1].parameters.values())).data.view(-1)[0] = float("inf")
 
-    _, healthy = train(three, trials_per_pass=trials_per_pass, num_updates=7)
-    setup, rest = train(three, trials_per_pass=trials_per_pass, num_updates=7, before=poison)
+    _, healthy = train(three, trials_per_pass=trials_per_pass, num_steps=7)
+    setup, rest = train(three, trials_per_pass=trials_per_pass, num_steps=7, before=poison)
     ending = setup.trials[1].ending
     assert ending is not None
     assert (ending.step, ending.status) == (5, "failed")

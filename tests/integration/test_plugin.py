@@ -20,7 +20,7 @@ from lora_trainer.config import optimizers
 from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import OptimizerOptions, OptimizerRow
-from lora_trainer.errors import ConfigError, HostError
+from lora_trainer.errors import ConfigError, SystemSetupError
 from lora_trainer.lora_files.files import read_lora, read_recipe
 from lora_trainer.planning.prepare import plan_rows
 from lora_trainer.testing import OptimizerContract, ScheduleContract
@@ -214,5 +214,5 @@ def test_a_package_that_gives_no_row_is_told_of(
 
 def test_a_builder_that_is_not_there_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, "careless", lambda: OptimizerRow(CarelessOptions, f"{__name__}:Absent", (1e-5, 1e-3)))
-    with pytest.raises(HostError, match="Absent"):
+    with pytest.raises(SystemSetupError, match="Absent"):
         build_optimizer(CarelessOptions(), [], optimizers.Horizon(1, 1))

@@ -112,7 +112,7 @@ def test_curves_that_do_not_shrink_with_the_run_are_refused(toy_config: Path) ->
         short(toy_config, text % "20", "train.max_steps=100")
     assert len(caught.value.problems) == 1
     planned = short(toy_config, text % "20%", "train.max_steps=100")
-    assert (planned.num_updates, planned.seed, planned.keep, planned.folder.name) == (20, 42, 2, "toy-short")
+    assert (planned.num_steps, planned.seed, planned.keep, planned.folder.name) == (20, 42, 2, "toy-short")
     with pytest.raises(ConfigError, match="a share of one length for all"):
         short(toy_config, text % "20%", "train={epochs: 3, threads: 1}")
 
@@ -125,7 +125,7 @@ def test_every_schedule_written_in_shares_shrinks(toy_config: Path, name: str) -
         "inverse_sqrt": {"timescale": "10%"},
     }.get(name, SCHEDULES[name].example)
     section = json.dumps({"trials": {"a": {"lr_scheduler": {"type": name, **options}}}, "prune": {"short_runs": {}}})
-    assert short(toy_config, section, "train.max_steps=400").num_updates == 100
+    assert short(toy_config, section, "train.max_steps=400").num_steps == 100
 
 
 def test_each_setting_keeps_its_best_lrs_of_the_short_runs(toy_config: Path) -> None:

@@ -12,7 +12,7 @@ from faults import stop_after
 
 from lora_trainer.cli import train as train_command
 from lora_trainer.config.optimizers import OPTIMIZERS, AdamW
-from lora_trainer.errors import ConfigError, ExitCode, HostError, StoppedBySignal
+from lora_trainer.errors import ConfigError, ExitCode, StoppedBySignal, SystemSetupError
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows
 
@@ -195,5 +195,5 @@ def test_no_silent_fresh_start_when_every_checkpoint_is_damaged(train_toy: Calla
     for checkpoint in (run_dir / "checkpoints").iterdir():
         (checkpoint / "manifest.json").unlink()
     (run_dir / "toy.safetensors").unlink()
-    with pytest.raises(HostError, match="no checkpoint of this run can be read"):
+    with pytest.raises(SystemSetupError, match="no checkpoint of this run can be read"):
         train_toy("checkpoint.every_steps=3")

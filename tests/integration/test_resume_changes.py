@@ -10,7 +10,7 @@ from test_resume import rows, stop_after
 
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import ConfigError, StoppedBySignal
-from lora_trainer.planning.run_plan import lay_groups
+from lora_trainer.planning.run_plan import resolve_param_groups
 from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.tracking.metrics import step_rows
 
@@ -27,7 +27,7 @@ def stopped(train_toy: Train, monkeypatch: pytest.MonkeyPatch, step: int, *overr
 
 def curve(config: Path, length: int, *overrides: str) -> list[float]:
     """The LRs of a run of `length` updates, by the schedule alone."""
-    (group,) = lay_groups(load_config(config, overrides), Horizon(length, 3), "unet")
+    (group,) = resolve_param_groups(load_config(config, overrides), Horizon(length, 3), "unet")
     return [group.lr(k) for k in range(length)]
 
 
@@ -58,7 +58,7 @@ def test_keep_holds_the_last_value_over_several_resumes(
     stopped(train_toy, monkeypatch, 1, linear, *LONGER)
     run_dir = train_toy(linear, "train.max_steps=8")  # accepted once, it need not be said again
     used = [row["lr"] for row in step_rows(run_dir / "metrics.jsonl")]
-    (group,) = lay_groups(load_config(toy_config, [linear]), Horizon(6, 3), "unet")
+    (group,) = resolve_param_groups(load_config(toy_config, [linear]), Horizon(6, 3), "unet")
     assert used == [*curve(toy_config, 6, linear), group.lr(6), group.lr(6)]
 
 

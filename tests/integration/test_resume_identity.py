@@ -18,7 +18,7 @@ from stored_state import rewrite_state
 from toys import build_toy_base, write_images
 from worlds import run_in_world
 
-from lora_trainer.errors import ConfigError, ExitCode, HostError, StoppedBySignal
+from lora_trainer.errors import ConfigError, ExitCode, StoppedBySignal, SystemSetupError
 from lora_trainer.evidence.diagnosis.diagnose import diagnose
 from lora_trainer.evidence.diagnosis.log import read_run
 from lora_trainer.planning import prepare as planning
@@ -339,7 +339,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_untouched(
     checkpoint = newest(tmp_path)
     rewrite_state(checkpoint, lambda state: state.update(format=3, novelty={}), manifest_format=3)
     before = tree(checkpoint.parent)
-    with pytest.raises(HostError, match="format 3, and this version reads up to 2"):
+    with pytest.raises(SystemSetupError, match="format 3, and this version reads up to 2"):
         train_toy("checkpoint.every_steps=1")
     assert tree(checkpoint.parent) == before
 
@@ -360,7 +360,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", fails)
-        with pytest.raises(HostError, match="a checkpoint cannot be read now") as caught:
+        with pytest.raises(SystemSetupError, match="a checkpoint cannot be read now") as caught:
             train_toy("checkpoint.every_steps=1")
     assert str(checkpoint / unreadable) in str(caught.value)
     assert os.strerror(code) in str(caught.value)

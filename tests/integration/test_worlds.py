@@ -14,7 +14,7 @@ from faults import spoil_losses
 from safetensors.torch import load_file
 from worlds import run_in_world
 
-from lora_trainer.errors import ExitCode, HostError
+from lora_trainer.errors import ExitCode, SystemSetupError
 from lora_trainer.schedules.registry import SCHEDULES
 from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.tracking.metrics import read_rows, step_rows
@@ -90,5 +90,5 @@ def test_a_world_whose_processes_do_not_meet_is_refused(
 ) -> None:
     """As on a cluster that exports WORLD_SIZE, where a plain start would silently train on half of the images."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(HostError, match="2 processes are announced, and 1 found each other"):
+    with pytest.raises(SystemSetupError, match="2 processes are announced, and 1 found each other"):
         train_toy()

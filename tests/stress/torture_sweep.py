@@ -24,7 +24,7 @@ from typing import Any
 from lora_trainer.errors import ExitCode
 from lora_trainer.report.page import write_report
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    screen = Screen()
+    console = MainConsole()
     make_world()
-    screen.say("the straight sweep ...")
+    console.print("the straight sweep ...")
     straight, killed = finish("straight"), WORK / "runs" / "killed"
-    kills = torment(killed, options.kills, screen)
+    kills = torment(killed, options.kills, console)
     content = {
         "command": "python tests/stress/torture_sweep.py",
         "environment": json.loads(next(straight.glob("trials/*/environment.json")).read_text()),
@@ -60,7 +60,7 @@ def main() -> None:
         "report_from_records_and_logs_alone_is_the_same": report_alone(straight),
     }
     atomic_files.write_json(options.output, content)
-    screen.table("sweep", [(key, str(value)) for key, value in content.items() if key != "environment"])
+    console.table("sweep", [(key, str(value)) for key, value in content.items() if key != "environment"])
 
 
 def make_world() -> None:
@@ -101,11 +101,11 @@ def finish(name: str) -> Path:
     return WORK / "runs" / name
 
 
-def torment(sweep_dir: Path, count: int, screen: Screen) -> list[dict[str, int]]:
+def torment(sweep_dir: Path, count: int, console: MainConsole) -> list[dict[str, int]]:
     """Kill the sweep `count` times at random, then let it finish; what each kill left and what starts touched."""
     record = WORK / "kills.jsonl"
     kills = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    for index in screen.track(range(len(kills), count), "kills", count - len(kills)):
+    for index in console.track(range(len(kills), count), "kills", count - len(kills)):
         before = finished_files(sweep_dir)
         enough = num_rows(sweep_dir) + random.Random(f"sweep {index}").randint(-MOST_ROWS // 5, MOST_ROWS)
         process = start(sweep_dir.name)

@@ -39,7 +39,7 @@ def test_the_order_is_the_permutation_of_the_samples_written_out() -> None:
     batches = source(batch_size=4)
     written_out = [index for index, repeats in enumerate(REPEATS) for _ in range(repeats)]
     for epoch in range(3):
-        updates = range(epoch * batches.updates_per_epoch, (epoch + 1) * batches.updates_per_epoch)
+        updates = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
         slots = [slot for k in updates for slot in batches.slots_of(k, 0, 0)]
         order = random_streams.stream(SEED, "order", epoch).permutation(len(written_out)).tolist()
         assert batches.at(slots).files == tuple(f"{written_out[sample]}.png" for sample in order)

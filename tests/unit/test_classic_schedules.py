@@ -9,7 +9,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
-from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, check_duration, to_updates
+from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, check_duration, to_steps
 
 GOLDEN = {
     "linear": ({"warmup_steps": 2}, [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
@@ -26,8 +26,8 @@ GOLDEN = {
 }
 
 
-def laid(name: str, num_updates: int, **options: object) -> LRSchedule:
-    return SCHEDULES[name](**options).resolve(Horizon(num_updates, 10))
+def laid(name: str, num_steps: int, **options: object) -> LRSchedule:
+    return SCHEDULES[name](**options).resolve(Horizon(num_steps, 10))
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -65,12 +65,12 @@ def test_lr_end_is_the_same_absolute_rate_for_every_base() -> None:
     assert [schedule.lr(100, base) for base in (1e-4, 5e-5, 1e-3)] == pytest.approx([1e-7] * 3)
 
 
-@pytest.mark.parametrize("num_updates", [1, 2, 7, 100, 1000])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 100, 1000])
 @pytest.mark.parametrize("warmup", ["0", "1", "N//10", "N-1"])
 @pytest.mark.parametrize("name", CLASSIC)
-def test_equals_diffusers_at_every_update(name: str, warmup: str, num_updates: int) -> None:
-    num_warmup = eval(warmup, {"N": num_updates})
-    if num_warmup >= num_updates:
+def test_equals_diffusers_at_every_update(name: str, warmup: str, num_steps: int) -> None:
+    num_warmup = eval(warmup, {"N": num_steps})
+    if num_warmup >= num_steps:
         pytest.skip("a warm-up as long as the run is refused")
     options: dict[str, object] = {}
     if name != "constant":
@@ -79,13 +79,13 @@ def test_equals_diffusers_at_every_update(name: str, warmup: str, num_updates: i
         options["num_cycles"] = 3
     if name == "polynomial":
         options["power"] = 2.0
-    ours = laid(name, num_updates, **options)
+    ours = laid(name, num_steps, **options)
     for base_lr in (1e-4, 3e-3):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base_lr)
         theirs = get_scheduler(
-            name, optimizer, num_warmup_steps=num_warmup, num_training_steps=num_updates, num_cycles=3, power=2.0
+            name, optimizer, num_warmup_steps=num_warmup, num_training_steps=num_steps, num_cycles=3, power=2.0
         )
-        for k in range(num_updates):
+        for k in range(num_steps):
             assert abs(ours.lr(k, base_lr) - optimizer.param_groups[0]["lr"]) < 1e-12, (k, base_lr)
             optimizer.step()
             theirs.step()
@@ -126,7 +126,7 @@ def test_polynomial_refuses_an_end_above_the_base() -> None:
     [(0, 0), (7, 7), ("2ep", 50), ("0.5ep", 13), ("5%", 2), ("50%", 15), ("0.1%", 1), ("1%", 1), ("0%", 0)],
 )
 def test_durations(written: object, updates: int) -> None:
-    assert to_updates(check_duration(written), Horizon(30, 25)) == updates
+    assert to_steps(check_duration(written), Horizon(30, 25)) == updates
 
 
 @pytest.mark.parametrize("wrong", ["5", "5 percent", "ep", "-5%", "101%", "1.5", -1])

@@ -110,7 +110,7 @@ def test_what_was_not_recorded_is_not_measured() -> None:
 
 def test_too_few_probes_are_not_judged() -> None:
     log, run = climbing_log(levels=[0.2, 0.19, 0.18], steps=20)
-    diagnosis = diagnose(log, replace(run, num_updates=1000))
+    diagnosis = diagnose(log, replace(run, num_steps=1000))
     assert diagnosis.of(State.NEVER_STARTED).status == "not measured"
     assert diagnosis.of(State.STAGNANT).status == "not measured"
     assert diagnosis.of(State.OSCILLATING).status == "not measured"
@@ -123,7 +123,7 @@ def test_a_cooldown_that_does_not_help_rules_oscillation_out() -> None:
             continue
         assert "no cooldown was measured" in diagnose(log, run).of(State.OSCILLATING).evidence
         worse = (log.held_out.rows[-1] * 1.01).tolist()
-        log.add({"event": "cooldown", "step": run.num_updates, "trial": TRIAL, "updates": 5, "items": worse})
+        log.add({"event": "cooldown", "step": run.num_steps, "trial": TRIAL, "updates": 5, "items": worse})
         assert diagnose(log, run).of(State.OSCILLATING).status == "not found"
         return
     pytest.fail("no seed without a cooldown")
@@ -170,7 +170,7 @@ def test_every_advised_setting_can_be_run(settings: dict[str, Any], tmp_path: Pa
 def test_advice_is_the_settings_own_multiple() -> None:
     def advised(state: State, **settings: Any) -> dict[str | None, Any]:
         log, run = synthetic_log(state, 5003)
-        finding = diagnose(log, run_facts(run.num_updates, **settings)).of(state)
+        finding = diagnose(log, run_facts(run.num_steps, **settings)).of(state)
         assert finding.status == "found"
         return {advice.key: advice.value for advice in finding.advice}
 
@@ -245,7 +245,7 @@ def test_the_early_report_comes_after_an_epoch_and_a_tenth() -> None:
     assert first.gain_per_update == pytest.approx(0.05 / 10)
     assert first.train_gain == pytest.approx(0.05)
     assert first.instability is None
-    later = early_report(log, replace(run, updates_per_epoch=45))
+    later = early_report(log, replace(run, steps_per_epoch=45))
     assert later is not None and later.step == 50
     assert later.instability == pytest.approx(0, abs=1e-9)
     assert "validation gains 100% of what training gains" in later.sentences[-1]
@@ -253,7 +253,7 @@ def test_the_early_report_comes_after_an_epoch_and_a_tenth() -> None:
 
 def test_what_moves_by_rounding_alone_has_no_instability_and_no_correlation() -> None:
     log, run = climbing_log(levels=[0.2 - 1e-9 * step for step in (0, 2, 1, 3, 3, 4)], steps=50)
-    report = early_report(log, replace(run, updates_per_epoch=45))
+    report = early_report(log, replace(run, steps_per_epoch=45))
     assert report is not None and report.step == 50
     assert (report.instability, report.correlation) == (None, None)
     assert report.sentences[-1].startswith("the training images gained nothing yet")
@@ -285,8 +285,8 @@ def write_live(folder: Path, rows: list[dict[str, Any]], run: RunFacts, *, kill_
 
 @pytest.mark.parametrize("state", [State.OVERFIT, State.DIVERGED, State.STAGNANT], ids=str)
 def test_live_events_are_the_same_after_a_kill(state: State, tmp_path: Path) -> None:
-    rows, num_updates = synthetic_rows(state, 5003)
-    run = run_facts(num_updates)
+    rows, num_steps = synthetic_rows(state, 5003)
+    run = run_facts(num_steps)
     straight = write_live(tmp_path, rows, run)
     events = [json.loads(line) for line in straight.splitlines() if b'"event": "diagnosis"' in line]
     assert str(state) in {found["state"] for found in events[-1]["findings"]}
@@ -301,8 +301,8 @@ def test_live_events_are_the_same_after_a_kill(state: State, tmp_path: Path) -> 
 
 def store(folder: Path, state: State, seed: int = 5003) -> Path:
     """A run directory as `train` leaves it, of a synthetic log."""
-    rows, num_updates = synthetic_rows(state, seed)
-    run = run_facts(num_updates)
+    rows, num_steps = synthetic_rows(state, seed)
+    run = run_facts(num_steps)
     plan = plan_run(
         run.config, denoiser="unet", num_images=20, bucket_sizes=[20], num_processes=1, target_shapes={"x": [8, 8]}
     )

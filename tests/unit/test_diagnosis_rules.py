@@ -32,8 +32,8 @@ def log_of(**probes: Losses) -> TrialLog:
     return log
 
 
-def answer(state: State, log: TrialLog, num_updates: int | None = None, final_multiplier: float = 1.0) -> Finding:
-    run = replace(run_facts(num_updates or log.step), final_multiplier=final_multiplier)
+def answer(state: State, log: TrialLog, num_steps: int | None = None, final_multiplier: float = 1.0) -> Finding:
+    run = replace(run_facts(num_steps or log.step), final_multiplier=final_multiplier)
     return RULES[state](log, run, Thresholds())
 
 
@@ -46,7 +46,7 @@ def test_a_small_gain_that_will_be_a_large_one_by_the_end_has_started() -> None:
     unclear = [[1, 1], [0.998, 1.001], [0.992, 1.002]]  # 0.3 % on the mean, not two SE
     log = log_of(held_out=unclear, train=unclear)
     assert answer(State.NEVER_STARTED, log).status == "found"
-    assert answer(State.NEVER_STARTED, log, num_updates=100).status == "not found"
+    assert answer(State.NEVER_STARTED, log, num_steps=100).status == "not found"
 
 
 @pytest.mark.parametrize("rounding", [-1e-9, 0.0, 1e-9])
@@ -77,8 +77,8 @@ def test_what_rises_or_jumps_is_not_stagnant() -> None:
 def test_what_is_flat_before_its_decay_is_not_stagnant() -> None:
     levels = evenly([1, 0.8, 0.7, 0.701, 0.7, 0.699, 0.7])
     log = log_of(held_out=levels, train=levels)
-    assert answer(State.STAGNANT, log, num_updates=200).status == "found"
-    decaying = answer(State.STAGNANT, log, num_updates=200, final_multiplier=0.01)
+    assert answer(State.STAGNANT, log, num_steps=200).status == "found"
+    decaying = answer(State.STAGNANT, log, num_steps=200, final_multiplier=0.01)
     assert decaying.status == "not found"
     assert "it will end at 0.01" in decaying.evidence
 

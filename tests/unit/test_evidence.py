@@ -12,7 +12,7 @@ import pytest
 
 from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.optimizers import OPTIMIZERS, AdamW
-from lora_trainer.planning.run_plan import updates_per_epoch
+from lora_trainer.planning.run_plan import steps_per_epoch
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -103,7 +103,7 @@ def test_the_usual_ranges_are_those_of_the_notes() -> None:
 def test_the_arithmetic_of_the_page_is_the_plans() -> None:
     for row in table(ADVICE, "## The arithmetic of steps"):
         images, repeats, processes, batch, accumulation, updates = map(int, row)
-        assert updates_per_epoch([images * repeats], processes * batch * accumulation) == updates
+        assert steps_per_epoch([images * repeats], processes * batch * accumulation) == updates
 
 
 def test_the_numbers_of_the_traps() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_trainer.errors import ExitCode, HostError
+from lora_trainer.errors import ExitCode, SystemSetupError
 from lora_trainer.storage import atomic_files, safetensors_io
 
 
@@ -81,7 +81,10 @@ def test_one_writer_per_folder_and_a_killed_one_does_not_block(tmp_path: Path) -
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(HostError, match=f"pid {holder.pid}") as caught, atomic_files.sole_writer(tmp_path, print):
+        with (
+            pytest.raises(SystemSetupError, match=f"pid {holder.pid}") as caught,
+            atomic_files.sole_writer(tmp_path, print),
+        ):
             pass
         assert caught.value.exit_code == ExitCode.ENVIRONMENT
     finally:

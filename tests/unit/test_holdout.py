@@ -78,9 +78,9 @@ def test_as_many_trained_and_prior_images_are_watched() -> None:
     assert all(r.sha256 in trained for r in split.probes["train"])
 
 
-def planned(num_updates: int, batch: int, items: int, **options: object) -> tuple[int, int, int]:
+def planned(num_steps: int, batch: int, items: int, **options: object) -> tuple[int, int, int]:
     config = ValidationConfig.model_validate({"fraction": 0.1, **options})
-    plan = plan_validation(config, Horizon(num_updates, 10), batch, num_held_out=items, num_probes=2)
+    plan = plan_validation(config, Horizon(num_steps, 10), batch, num_held_out=items, num_probes=2)
     assert plan.cost <= config.max_cost or any("over the cap" in note for note in plan.notes)
     return plan.num_items, plan.every, plan.num_measurements
 

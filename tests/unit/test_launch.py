@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.errors import ExitCode, HostError
+from lora_trainer.errors import ExitCode, SystemSetupError
 from lora_trainer.runtime import launch as launch_module
 from lora_trainer.runtime.launch import Launch, default_threads, read_launch
 
@@ -59,7 +59,7 @@ def test_settings_that_would_not_be_honoured(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(HostError, match=said) as caught:
+    with pytest.raises(SystemSetupError, match=said) as caught:
         read_launch(config(precision="bf16", gradient_accumulation_steps=2))
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
 
@@ -83,7 +83,7 @@ def test_two_processes_asked_for_and_one_started(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     command = ["accelerate", "launch", "--num_processes", "2"]
     monkeypatch.setattr(launch_module, "_launcher", lambda: (command, {"PATH": ""}))
-    with pytest.raises(HostError, match="asked for 2 processes") as caught:
+    with pytest.raises(SystemSetupError, match="asked for 2 processes") as caught:
         read_launch(config())
     assert "torchrun --nproc_per_node 2 train.py" in str(caught.value)
 

@@ -14,7 +14,7 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.schema import LoraConfig, RunConfig
 from lora_trainer.errors import ConfigError
 from lora_trainer.models.adapters.bank import peft_config
-from lora_trainer.planning.run_plan import RunPlan, lora_parameters, plan_run, updates_per_epoch
+from lora_trainer.planning.run_plan import RunPlan, lora_parameters, plan_run, steps_per_epoch
 
 
 def config(**sections: object) -> RunConfig:
@@ -40,12 +40,12 @@ def planned(run: RunConfig, samples: int = 100, processes: int = 1) -> RunPlan:
 def test_updates_per_epoch(samples: int, processes: int, batch: int, accumulation: int, updates: int) -> None:
     train = {"epochs": 3, "batch_size": batch, "gradient_accumulation_steps": accumulation}
     plan = planned(config(train=train), samples, processes)
-    assert plan.updates_per_epoch == updates
-    assert plan.num_updates == 3 * updates
+    assert plan.steps_per_epoch == updates
+    assert plan.num_steps == 3 * updates
 
 
 def test_buckets_round_up_one_by_one() -> None:
-    assert updates_per_epoch([5, 3, 9], 4) == 2 + 1 + 3
+    assert steps_per_epoch([5, 3, 9], 4) == 2 + 1 + 3
 
 
 def test_the_split_of_the_global_batch_does_not_matter() -> None:
@@ -54,7 +54,7 @@ def test_the_split_of_the_global_batch_does_not_matter() -> None:
         planned(config(train={"epochs": 2, "batch_size": b, "gradient_accumulation_steps": a}), 101, p)
         for p, b, a in splits
     ]
-    assert len({(plan.updates_per_epoch, plan.num_updates, plan.lr_groups[0].lr_end) for plan in plans}) == 1
+    assert len({(plan.steps_per_epoch, plan.num_steps, plan.param_groups[0].lr_end) for plan in plans}) == 1
 
 
 def test_learning_rates_and_periods() -> None:
@@ -67,8 +67,8 @@ def test_learning_rates_and_periods() -> None:
         checkpoint={"every_steps": None},
     )
     plan = planned(run)
-    (group,) = plan.lr_groups
-    assert (group.name, group.warmup_updates, group.lr_start, group.lr_peak) == ("unet", 10, 0.0, 1e-3)
+    (group,) = plan.param_groups
+    assert (group.name, group.num_warmup_steps, group.lr_start, group.lr_peak) == ("unet", 10, 0.0, 1e-3)
     assert group.lr_end == pytest.approx(1e-3 / 30)
     assert (plan.periods.sample, plan.periods.export, plan.periods.checkpoint) == (10, 10, None)
 

@@ -24,7 +24,7 @@ from lora_trainer.cli.schedules import (
 from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.load import check_source, load_config
 from lora_trainer.config.source import Source
-from lora_trainer.errors import ConfigError, HostError
+from lora_trainer.errors import ConfigError, SystemSetupError
 from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.schedules.schedule import Mark
@@ -56,8 +56,8 @@ def test_the_default_preview_is_the_classic_six_over_one_run() -> None:
 
 def test_options_go_to_those_that_have_them() -> None:
     shown = {each.label: each for each in previews(["linear", "constant", "warmup_steps=10%"], None, 100, None)}
-    assert shown["linear"].schedule.warmup.num_updates == 10
-    assert shown["constant"].schedule.warmup.num_updates == 0
+    assert shown["linear"].schedule.warmup.num_steps == 10
+    assert shown["constant"].schedule.warmup.num_steps == 0
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def two_steps(num_updates: int, updates_per_epoch: int, low: float = 0.5) -> Cal
 
 
 def test_a_function_by_dotted_path_is_previewed_like_any_other() -> None:
-    (shown,) = previews([f"{__name__}:two_steps", "args={low: 0.25}"], None, 8, 1.0, updates_per_epoch=3)
+    (shown,) = previews([f"{__name__}:two_steps", "args={low: 0.25}"], None, 8, 1.0, steps_per_epoch=3)
     assert shown.facts.lrs == (1.0,) * 3 + (0.25,) * 5
     assert "purpose" in dict(explain([f"{__name__}:two_steps"], example_horizon(10, None), 1e-4))
 
@@ -111,7 +111,7 @@ def test_an_installed_package_adds_a_schedule_by_entry_point(tmp_path: Path, mon
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert "sawtooth" in dict(list_schedules())
-    (shown,) = previews(["sawtooth", "args={low: 0.5}"], None, 8, 1.0, updates_per_epoch=4)
+    (shown,) = previews(["sawtooth", "args={low: 0.5}"], None, 8, 1.0, steps_per_epoch=4)
     assert shown.facts.lrs == (1.0, 0.875, 0.75, 0.625) * 2
     assert dict(show_options("sawtooth"))["args"]
     with pytest.raises(ConfigError, match="no_such_name"):
@@ -119,7 +119,7 @@ def test_an_installed_package_adds_a_schedule_by_entry_point(tmp_path: Path, mon
 
 
 def test_the_epochs_of_a_preview_can_be_said() -> None:
-    (shown,) = previews(["exponential", "gamma=0.5"], None, 100, 1.0, updates_per_epoch=25)
+    (shown,) = previews(["exponential", "gamma=0.5"], None, 100, 1.0, steps_per_epoch=25)
     assert [shown.facts.lrs[k] for k in (0, 24, 25, 50, 99)] == pytest.approx([1, 1, 0.5, 0.25, 0.125])
 
 
@@ -140,7 +140,7 @@ def test_a_preview_is_what_the_plan_of_the_run_says(toy_config: Path) -> None:
         "optimizer.groups=[{name: up, match: [lora_B.weight], lr: 5e-4}]",
     ]
     (first, up) = previews(overrides, toy_config, None, None)
-    groups = prepare_plan(load_config(toy_config, overrides)).plan.lr_groups
+    groups = prepare_plan(load_config(toy_config, overrides)).plan.param_groups
     assert [g.lr_peak for g in groups] == [first.facts.peak, up.facts.peak] == [1e-3, 5e-4]
     assert [g.lr_end for g in groups] == [first.facts.last, up.facts.last]
     assert [g.lr_budget for g in groups] == [first.facts.budget, up.facts.budget]
@@ -151,7 +151,7 @@ def test_a_picture_that_cannot_be_written_is_a_plain_refusal(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"end its name in \.png"):
         plot(["linear"], None, 10, None, every=False, output=tmp_path / "x.jpg", terminal=False)
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(HostError, match="cannot be written"):
+    with pytest.raises(SystemSetupError, match="cannot be written"):
         plot(["linear"], None, 10, None, every=False, output=tmp_path / "folder.png", terminal=False)
 
 
@@ -196,7 +196,7 @@ def test_marks_lie_where_the_curve_turns() -> None:
 def test_a_picture_of_five_thousand_steps_with_each_label_once(tmp_path: Path) -> None:
     marks = [Mark(500, "End of warmup"), Mark(1000, "Restart"), Mark(2000, "Restart")]
     curves = [Curve("one", [1e-4] * 5000, marks), Curve("two", [5e-5] * 5000, marks)]
-    draw_schedules(curves, tmp_path / "two.png", title="x", updates_per_epoch=100)
+    draw_schedules(curves, tmp_path / "two.png", title="x", steps_per_epoch=100)
     with Image.open(tmp_path / "two.png") as picture:
         assert picture.size == (1200, 600)
         assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 50
@@ -286,7 +286,7 @@ def test_the_recommended_learning_rates() -> None:
 
 def test_the_bert_preset_warms_up_over_epochs_and_falls_straight() -> None:
     (setting,) = PRESETS["bert"].settings.values()
-    (shown,) = previews(["linear", f"warmup_steps={setting['warmup_steps']}"], None, 60, 1.0, updates_per_epoch=20)
+    (shown,) = previews(["linear", f"warmup_steps={setting['warmup_steps']}"], None, 60, 1.0, steps_per_epoch=20)
     assert setting["type"] == "linear"
     assert shown.schedule.marks == (Mark(20, "End of warmup"),)
     assert [shown.facts.lrs[k] for k in (0, 10, 20, 40)] == pytest.approx([0, 0.5, 1, 0.5])

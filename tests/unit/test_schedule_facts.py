@@ -12,9 +12,9 @@ from lora_trainer.schedules.registry import SCHEDULES
 from lora_trainer.schedules.schedule import Horizon
 
 
-def facts(name: str, num_updates: int = 1000, **options: Any) -> ScheduleFacts:
+def facts(name: str, num_steps: int = 1000, **options: Any) -> ScheduleFacts:
     chosen = SCHEDULES[name](**options)
-    return facts_of(chosen, chosen.resolve(Horizon(num_updates, 25)), 1e-4)
+    return facts_of(chosen, chosen.resolve(Horizon(num_steps, 25)), 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_warnings_fire(name: str, options: dict[str, Any], said: str) -> None:
     assert said in warnings[0]
 
 
-@pytest.mark.parametrize("num_updates", [30, 1000, 5000])
+@pytest.mark.parametrize("num_steps", [30, 1000, 5000])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_warnings_stay_silent_on_defaults(name: str, num_updates: int) -> None:
+def test_warnings_stay_silent_on_defaults(name: str, num_steps: int) -> None:
     options = dict(EXAMPLES.get(name, {}))
     if name == "torch":
         options = {"target": "CosineAnnealingLR", "args": {"T_max": "num_updates"}}
@@ -74,4 +74,4 @@ def test_warnings_stay_silent_on_defaults(name: str, num_updates: int) -> None:
         options = {"t_max": "100%"}
     if name == "cyclic":
         options = {"step_size_up": "50%", "base_ratio": 0.1}
-    assert facts(name, num_updates, **options).warnings == ()
+    assert facts(name, num_steps, **options).warnings == ()

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lora_trainer.schedules.registry import SCHEDULES
-from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, to_updates
+from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, to_steps
 
 BASE_LR = 1e-3
 ROUNDING = 1e-12
@@ -82,7 +82,7 @@ def laid(draw: st.DrawFn, names: list[str]) -> LRSchedule:
 
 
 def table(schedule: LRSchedule) -> list[float]:
-    return [schedule.multiplier(k, BASE_LR) for k in range(schedule.horizon.num_updates + 1)]
+    return [schedule.multiplier(k, BASE_LR) for k in range(schedule.horizon.num_steps + 1)]
 
 
 def test_every_schedule_of_ours_is_looked_at() -> None:
@@ -94,7 +94,7 @@ def test_every_schedule_of_ours_is_looked_at() -> None:
 def test_finite_between_nothing_and_the_base_and_clamped(schedule: LRSchedule) -> None:
     values = table(schedule)
     assert all(math.isfinite(value) and 0 <= value <= 1 + ROUNDING for value in values)
-    beyond = schedule.horizon.num_updates
+    beyond = schedule.horizon.num_steps
     assert [schedule.multiplier(beyond + more, BASE_LR) for more in (1, 7, 10_000)] == [values[-1]] * 3
     assert schedule.lr(3, BASE_LR) == BASE_LR * values[3]
 
@@ -102,17 +102,17 @@ def test_finite_between_nothing_and_the_base_and_clamped(schedule: LRSchedule) -
 @settings(max_examples=200, deadline=None)
 @given(schedule=laid(sorted(FALLING)))
 def test_what_falls_never_rises_after_the_warmup(schedule: LRSchedule) -> None:
-    values = table(schedule)[schedule.warmup.num_updates :]
+    values = table(schedule)[schedule.warmup.num_steps :]
     assert all(second <= first + ROUNDING for first, second in itertools.pairwise(values))
 
 
 @settings(max_examples=200, deadline=None)
 @given(schedule=laid(WARMED))
 def test_the_warmup_rises_to_the_top_without_a_jump(schedule: LRSchedule) -> None:
-    num_updates = schedule.warmup.num_updates
-    assume(num_updates > 1 and num_updates + schedule.cooldown_updates < schedule.horizon.num_updates)
-    values = table(schedule)[: num_updates + 1]
-    steepest = (1 if schedule.warmup.shape == "linear" else math.pi / 2) / num_updates
+    num_steps = schedule.warmup.num_steps
+    assume(num_steps > 1 and num_steps + schedule.num_cooldown_steps < schedule.horizon.num_steps)
+    values = table(schedule)[: num_steps + 1]
+    steepest = (1 if schedule.warmup.shape == "linear" else math.pi / 2) / num_steps
     start = {"one": None, 0.0: 0.0, 0.3: 0.3}[schedule.warmup.start]
     assert start is None or values[0] == start
     assert all(0 <= second - first <= steepest + ROUNDING for first, second in itertools.pairwise(values[:-1]))
@@ -122,19 +122,19 @@ def test_the_warmup_rises_to_the_top_without_a_jump(schedule: LRSchedule) -> Non
 
 
 @settings(max_examples=200, deadline=None)
-@given(floor=ratio, end=st.sampled_from(["exclusive", "inclusive"]), num_updates=st.integers(3, 300), data=st.data())
+@given(floor=ratio, end=st.sampled_from(["exclusive", "inclusive"]), num_steps=st.integers(3, 300), data=st.data())
 def test_a_floor_is_kept_and_reached_where_the_curve_ends(
-    floor: float, end: str, num_updates: int, data: st.DataObject
+    floor: float, end: str, num_steps: int, data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from(["linear", "cosine", "cosine_with_restarts", "rex"]))
-    warmup = data.draw(st.integers(0, num_updates - 2))
+    warmup = data.draw(st.integers(0, num_steps - 2))
     options = {"min_ratio": floor, "end": end, "warmup_steps": warmup}
-    schedule = SCHEDULES[name](**options).resolve(Horizon(num_updates, 10))
+    schedule = SCHEDULES[name](**options).resolve(Horizon(num_steps, 10))
     values = table(schedule)
     assert min(values[warmup:]) >= floor - ROUNDING
-    assert values[num_updates] == pytest.approx(floor, abs=ROUNDING)
+    assert values[num_steps] == pytest.approx(floor, abs=ROUNDING)
     if end == "inclusive":
-        assert values[num_updates - 1] == pytest.approx(floor, abs=ROUNDING)
+        assert values[num_steps - 1] == pytest.approx(floor, abs=ROUNDING)
 
 
 STEEPEST = {"linear": 1.0, "cosine": math.pi / 2, "rex": 10.0}
@@ -142,24 +142,22 @@ STEEPEST = {"linear": 1.0, "cosine": math.pi / 2, "rex": 10.0}
 
 
 @settings(max_examples=150, deadline=None)
-@given(name=st.sampled_from(sorted(STEEPEST)), num_updates=st.integers(5, 300), data=st.data())
-def test_smooth_curves_have_no_jump(name: str, num_updates: int, data: st.DataObject) -> None:
-    warmup = data.draw(st.integers(0, num_updates - 2))
-    values = table(SCHEDULES[name](warmup_steps=warmup).resolve(Horizon(num_updates, 10)))[warmup:]
-    steepest = STEEPEST[name] / (num_updates - warmup)
+@given(name=st.sampled_from(sorted(STEEPEST)), num_steps=st.integers(5, 300), data=st.data())
+def test_smooth_curves_have_no_jump(name: str, num_steps: int, data: st.DataObject) -> None:
+    warmup = data.draw(st.integers(0, num_steps - 2))
+    values = table(SCHEDULES[name](warmup_steps=warmup).resolve(Horizon(num_steps, 10)))[warmup:]
+    steepest = STEEPEST[name] / (num_steps - warmup)
     assert all(abs(second - first) <= steepest + ROUNDING for first, second in itertools.pairwise(values))
 
 
 @settings(max_examples=150, deadline=None)
-@given(cycles=st.integers(1, 8), num_updates=st.integers(40, 400), warmup=st.integers(0, 10))
+@given(cycles=st.integers(1, 8), num_steps=st.integers(40, 400), warmup=st.integers(0, 10))
 def test_restarts_jump_up_once_less_than_cycles_and_where_they_are_marked(
-    cycles: int, num_updates: int, warmup: int
+    cycles: int, num_steps: int, warmup: int
 ) -> None:
-    schedule = SCHEDULES["cosine_with_restarts"](num_cycles=cycles, warmup_steps=warmup).resolve(
-        Horizon(num_updates, 10)
-    )
+    schedule = SCHEDULES["cosine_with_restarts"](num_cycles=cycles, warmup_steps=warmup).resolve(Horizon(num_steps, 10))
     values = table(schedule)
-    jumps = [k for k in range(warmup + 1, num_updates) if values[k] > values[k - 1]]
+    jumps = [k for k in range(warmup + 1, num_steps) if values[k] > values[k - 1]]
     marked = [mark.update for mark in schedule.marks if mark.label == "Restart"]
     assert len(jumps) == cycles - 1
     assert jumps == marked
@@ -174,31 +172,29 @@ def test_updates_epochs_and_percent_say_the_same(name: str, per_epoch: int, epoc
     spellings: list[Any] = [warmup * per_epoch, f"{warmup}ep"]
     if 100 * warmup % epochs == 0:
         spellings.append(f"{100 * warmup // epochs}%")
-    assert len({to_updates(spelling, horizon) for spelling in spellings}) == 1
+    assert len({to_steps(spelling, horizon) for spelling in spellings}) == 1
     own = {**SCHEDULES[name].example} | ({"decay_steps": 1} if name == "warmup_stable_decay" else {})
     curves = {tuple(table(SCHEDULES[name](**own | {"warmup_steps": s}).resolve(horizon))) for s in spellings}
     assert len(curves) == 1
 
 
-@given(num_updates=st.integers(1, 100_000), share=st.integers(0, 10_000))
-def test_a_percentage_is_rounded_half_up_and_is_at_least_one(num_updates: int, share: int) -> None:
-    horizon = Horizon(num_updates, 1)
-    exact = num_updates * share / 10_000
-    updates = to_updates(f"{share / 100:.2f}%", horizon)
+@given(num_steps=st.integers(1, 100_000), share=st.integers(0, 10_000))
+def test_a_percentage_is_rounded_half_up_and_is_at_least_one(num_steps: int, share: int) -> None:
+    horizon = Horizon(num_steps, 1)
+    exact = num_steps * share / 10_000
+    updates = to_steps(f"{share / 100:.2f}%", horizon)
     assert updates == 0 if share == 0 else updates >= 1
     assert updates == 1 or abs(updates - exact) <= 0.5 + 1e-6
-    assert to_updates("5%", Horizon(30, 1)) == 2
+    assert to_steps("5%", Horizon(30, 1)) == 2
 
 
 @settings(max_examples=150, deadline=None)
 @given(schedule=laid(list(OPTIONS)), data=st.data())
 def test_a_cooldown_only_lowers_and_ends_at_zero(schedule: LRSchedule, data: st.DataObject) -> None:
-    assume(schedule.cooldown_updates)
+    assume(schedule.num_cooldown_steps)
     values = table(schedule)
-    start = schedule.horizon.num_updates - schedule.cooldown_updates
-    bare = [
-        schedule.core(k, BASE_LR) for k in range(max(start, schedule.warmup.num_updates), schedule.horizon.num_updates)
-    ]
-    cooled = values[schedule.horizon.num_updates - len(bare) : -1]
+    start = schedule.horizon.num_steps - schedule.num_cooldown_steps
+    bare = [schedule.core(k, BASE_LR) for k in range(max(start, schedule.warmup.num_steps), schedule.horizon.num_steps)]
+    cooled = values[schedule.horizon.num_steps - len(bare) : -1]
     assert values[-1] == 0
     assert all(low <= high + ROUNDING for low, high in zip(cooled, bare, strict=True))

@@ -25,20 +25,20 @@ BASE = {"name": "x", "model": {"path": "b"}, "data": {"dir": "d"}, "train": {"ma
 EXAMPLES: dict[str, dict[str, Any]] = {name: options.example for name, options in SCHEDULES.items()}
 
 
-def laid(name: str, num_updates: int, updates_per_epoch: int = 10, **options: Any) -> LRSchedule:
+def laid(name: str, num_steps: int, steps_per_epoch: int = 10, **options: Any) -> LRSchedule:
     kinds = {row.name: row.options for row in ROWS}
-    return kinds[name](**options).resolve(Horizon(num_updates, updates_per_epoch))
+    return kinds[name](**options).resolve(Horizon(num_steps, steps_per_epoch))
 
 
-def curve(schedule: LRSchedule, num_updates: int, base_lr: float = 1.0) -> list[float]:
-    return [schedule.lr(k, base_lr) for k in range(num_updates)]
+def curve(schedule: LRSchedule, num_steps: int, base_lr: float = 1.0) -> list[float]:
+    return [schedule.lr(k, base_lr) for k in range(num_steps)]
 
 
-def stepped(build: Callable[[torch.optim.Optimizer], Any], num_updates: int, base_lr: float) -> list[float]:
+def stepped(build: Callable[[torch.optim.Optimizer], Any], num_steps: int, base_lr: float) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base_lr)
     scheduler = build(optimizer)
     lrs = []
-    for _ in range(num_updates):
+    for _ in range(num_steps):
         lrs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
@@ -134,37 +134,37 @@ TORCH = [
 ]
 
 
-@pytest.mark.parametrize("num_updates", [7, 100, 1000])
+@pytest.mark.parametrize("num_steps", [7, 100, 1000])
 @pytest.mark.parametrize(("name", "options", "build"), TORCH)
-def test_equals_torch_at_every_update(name: str, options: dict[str, Any], build: Any, num_updates: int) -> None:
+def test_equals_torch_at_every_update(name: str, options: dict[str, Any], build: Any, num_steps: int) -> None:
     for base_lr in (1e-4, 3e-3):
-        ours = curve(laid(name, num_updates, **options), num_updates, base_lr)
-        expected = stepped(lambda optimizer: build(optimizer, num_updates), num_updates, base_lr)
+        ours = curve(laid(name, num_steps, **options), num_steps, base_lr)
+        expected = stepped(lambda optimizer: build(optimizer, num_steps), num_steps, base_lr)
         assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 1e-12
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 10])
-@pytest.mark.parametrize("num_updates", [50, 1000])
-def test_equals_transformers_at_every_update(num_updates: int, warmup: int) -> None:
-    decay = num_updates // 5
+@pytest.mark.parametrize("num_steps", [50, 1000])
+def test_equals_transformers_at_every_update(num_steps: int, warmup: int) -> None:
+    decay = num_steps // 5
     pairs = [
         (
-            laid("inverse_sqrt", num_updates, warmup_steps=warmup),
+            laid("inverse_sqrt", num_steps, warmup_steps=warmup),
             lambda o: transformers.get_inverse_sqrt_schedule(o, warmup),
         ),
         *(
             (
-                laid("warmup_stable_decay", num_updates, warmup_steps=warmup, decay_steps=decay, decay_shape=shape),
+                laid("warmup_stable_decay", num_steps, warmup_steps=warmup, decay_steps=decay, decay_shape=shape),
                 lambda o, shape=shape: transformers.get_wsd_schedule(
-                    o, warmup, decay, num_stable_steps=num_updates - warmup - decay, decay_type=shape
+                    o, warmup, decay, num_stable_steps=num_steps - warmup - decay, decay_type=shape
                 ),
             )
             for shape in ("linear", "cosine", "1-sqrt")
         ),
     ]
     for ours, build in pairs:
-        expected = stepped(build, num_updates, 1e-3)
-        assert max(abs(a - b) for a, b in zip(curve(ours, num_updates, 1e-3), expected, strict=True)) < 1e-12
+        expected = stepped(build, num_steps, 1e-3)
+        assert max(abs(a - b) for a, b in zip(curve(ours, num_steps, 1e-3), expected, strict=True)) < 1e-12
 
 
 def test_phases_join_end_to_end_and_scale() -> None:
@@ -247,7 +247,7 @@ def test_a_ramp_takes_the_same_factor_at_every_update() -> None:
     assert laid("ramp", 1, start_ratio=0.5, end_ratio=8).multiplier(0, 1e-4) == pytest.approx(0.5)
     cooled = laid("ramp", 10, start_ratio=0.1, end_ratio=1, cooldown_steps=4)
     assert cooled.multiplier(9, 1) == pytest.approx(0.25)
-    assert cooled.warmup.num_updates == 0
+    assert cooled.warmup.num_steps == 0
 
 
 @pytest.mark.parametrize(

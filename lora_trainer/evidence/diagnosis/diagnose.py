@@ -164,7 +164,7 @@ def _against_overfitting(best_step: int, log: TrialLog, run: RunFacts) -> Iterat
     config, total_lr = run.config, math.fsum(log.lrs)
     yield from _best_before(log)
     if best_step > 0:
-        epochs = max(1, round(best_step / run.updates_per_epoch))
+        epochs = max(1, round(best_step / run.steps_per_epoch))
         length = ("max_steps", best_step) if config.train.epochs is None else ("epochs", epochs)
         yield Advice(f"stop where it was best, after {best_step} updates", f"train.{length[0]}", length[1])
     yield _scaled_lr(config, 0.5, "or half the LR")
@@ -266,7 +266,7 @@ class EarlyReport:
 def early_report(log: TrialLog, run: RunFacts) -> EarlyReport | None:
     """What the probes say up to the first one after both an epoch and a tenth of the run; None before that."""
     probe, train = log.held_out, log.train
-    late = probe.at_or_after(max(run.updates_per_epoch, math.ceil(EARLY_SHARE * run.num_updates)))
+    late = probe.at_or_after(max(run.steps_per_epoch, math.ceil(EARLY_SHARE * run.num_steps)))
     if not late or late[0] == 0:
         return None
     last = late[0]

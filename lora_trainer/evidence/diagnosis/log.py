@@ -28,16 +28,16 @@ so that the last steps towards 0 count as none; and by so many times the change 
 class RunFacts:
     """Length and settings of one trial's run."""
 
-    num_updates: int
-    updates_per_epoch: int
+    num_steps: int
+    steps_per_epoch: int
     final_multiplier: float  # LR of the last update as a share of the highest: what the schedule has in store
     config: RunConfig
 
     @classmethod
     def of(cls, plan: RunPlan, config: RunConfig) -> RunFacts:
         """Those of a planned run; its first group of weights stands for all."""
-        final = share_of_peak(plan.lr_groups[0].lr_end, plan.lr_groups[0].lr_peak)
-        return cls(plan.num_updates, plan.updates_per_epoch, final, config)
+        final = share_of_peak(plan.param_groups[0].lr_end, plan.param_groups[0].lr_peak)
+        return cls(plan.num_steps, plan.steps_per_epoch, final, config)
 
 
 def share_of_peak(lr: float, peak: float) -> float:

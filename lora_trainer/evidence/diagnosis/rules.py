@@ -81,7 +81,7 @@ def clipping(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         return State.CLIPPING.not_measured("train.max_grad_norm is null, nothing is clipped")
     if len(log.clipped) < LEAST_UPDATES:
         return State.CLIPPING.not_measured(f"only {len(log.clipped)} updates were applied")
-    window = min(log.step, max(CLIP_WINDOW, run.num_updates // 10))
+    window = min(log.step, max(CLIP_WINDOW, run.num_steps // 10))
     share, median = float(np.mean(log.clipped[-window:])), float(np.median(log.grad_norms[-window:]))
     updates = f"updates {log.step - window + 1}-{log.step}"
     evidence = f"{share:.0%} of {updates} were clipped to {limit:g}; median gradient norm {median:.3g}"
@@ -135,12 +135,12 @@ def never_started(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     probe, history = log.held_out, log.lr_history()
     if len(probe) < 2:
         return State.NEVER_STARTED.not_measured(NO_PROBES if not len(probe) else "one probe so far")
-    if log.step < limits.started_share * run.num_updates or history.is_warming_up:
-        return State.NEVER_STARTED.not_measured(f"step {log.step} of {run.num_updates} is too early to tell")
+    if log.step < limits.started_share * run.num_steps or history.is_warming_up:
+        return State.NEVER_STARTED.not_measured(f"step {log.step} of {run.num_steps} is too early to tell")
     gains = [learned.change(0, int(np.argmin(learned.means))) for learned in log.learned_probes]
-    by = f"by step {probe.steps[-1]} of {run.num_updates}"
+    by = f"by step {probe.steps[-1]} of {run.num_steps}"
     evidence = f"best held-out gain over the base {probe.gain:z.4f} ({-gains[0].z:z.1f} SE) {by}"
-    to_come = run.num_updates / probe.steps[-1]
+    to_come = run.num_steps / probe.steps[-1]
     small = all(-gain.mean * to_come < limits.doubtful_gain for gain in gains)
     unclear = all(-gain.mean < limits.started_gain or -gain.z < 2 for gain in gains)
     risen = any(learned.means[-1] > 1 + limits.doubtful_gain for learned in log.learned_probes)
@@ -193,7 +193,7 @@ def restart_shock(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
         return State.RESTART_SHOCK.not_measured(NO_PROBES)
     if not history.restarts:
         return State.RESTART_SHOCK.not_found("the LR never restarted")
-    cycles = pairwise([*history.restarts, run.num_updates])
+    cycles = pairwise([*history.restarts, run.num_steps])
     judged = [span for start, end in cycles if (span := _around(probe, start, end, run)) is not None]
     if not judged:
         missing = "no probe shortly after a restart and one at its cycle's end; set a smaller validation.every_steps"
@@ -234,7 +234,7 @@ def _around(probe: ProbeLog, start: int, end: int, run: RunFacts) -> tuple[int, 
     if not before or not after or probe.steps[-1] < end:
         return None
     period = max(b - a for a, b in pairwise(probe.steps))
-    soon = probe.steps[after[0]] - start <= max(SHOCK_WINDOW * run.num_updates, period)
+    soon = probe.steps[after[0]] - start <= max(SHOCK_WINDOW * run.num_steps, period)
     return (before[-1], after[:SHOCK_PROBES], after[-1]) if soon else None
 
 
@@ -313,7 +313,7 @@ def _flat(log: TrialLog, run: RunFacts, limits: Thresholds, state: State) -> Fin
     probe, history = log.held_out, log.lr_history()
     if not len(probe):
         return state.not_measured(NO_PROBES)
-    window = _flat_window(probe, history.smooth_since, run.num_updates)
+    window = _flat_window(probe, history.smooth_since, run.num_steps)
     if len(window) < FLAT_PROBES:
         missing = f"{len(window)} probes since the warm-up or the last jump of the LR, {FLAT_PROBES} needed"
         return state.not_measured(missing)
@@ -333,10 +333,10 @@ def _flat(log: TrialLog, run: RunFacts, limits: Thresholds, state: State) -> Fin
     return state.found("medium" if len(window) < 2 * FLAT_PROBES else "high", evidence, **numbers)
 
 
-def _flat_window(probe: ProbeLog, since: int, num_updates: int) -> list[int]:
+def _flat_window(probe: ProbeLog, since: int, num_steps: int) -> list[int]:
     """The newest five probes, or those of the last quarter of the run where they are more."""
     usable = probe.at_or_after(since)
-    recent = [index for index in usable if probe.steps[index] >= probe.steps[-1] - FLAT_WINDOW * num_updates]
+    recent = [index for index in usable if probe.steps[index] >= probe.steps[-1] - FLAT_WINDOW * num_steps]
     return recent if len(recent) >= FLAT_PROBES else usable[-FLAT_PROBES:]
 
 

@@ -31,13 +31,13 @@ HIGHEST_LR = 1.0
 class FinderOptions:
     """What the command line says; None is the default that belongs to the optimizer."""
 
-    num_updates: int = 100
+    num_steps: int = 100
     start_lr: float | None = None
     end_lr: float | None = None
     num_images: int = 4
     """Held-out images that are probed, each at 16 timesteps."""
     verify: bool = False
-    num_verify_updates: int = 50
+    num_verify_steps: int = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class PreparedFinder:
 
     def lr(self, k: int) -> float:
         """The learning rate of the ramp's update k."""
-        return self.prepared.lr_groups()[0].lr(k)
+        return self.prepared.param_groups()[0].lr(k)
 
     def ramp_group(self) -> TrialGroup:
         """The ramp as a group of one."""
@@ -69,7 +69,7 @@ class PreparedFinder:
         return TrialGroup("verify", self.folder / "verify", members, "auto", max_skips=1, log_only=True)
 
     def _short_run(self, lr: float) -> Prepared:
-        config, length = self.prepared.config, self.options.num_verify_updates
+        config, length = self.prepared.config, self.options.num_verify_steps
         ratio = lr / config.optimizer.lr
         groups = tuple(
             group if group.lr is None else group.model_copy(update={"lr": group.lr * ratio})
@@ -92,7 +92,7 @@ def prepare_finder(config: RunConfig, launch: Launch, options: FinderOptions, pr
 
     Raises:
         ConfigError: there is no validation section, the optimizer finds its own LR, or the ramp is no ramp.
-        DataError, ModelError, HostError: as `prepare`.
+        DataError, ModelError, SystemSetupError: as `prepare`.
     """
     usual = _usual_lr(config)
     start = options.start_lr if options.start_lr is not None else usual / BELOW_USUAL
@@ -117,7 +117,7 @@ def _validated_every(prepared: Prepared, every: int) -> Prepared:
 def _finder_config(config: RunConfig, ramp: Ramp, options: FinderOptions) -> RunConfig:
     """The same training but for what would hide the LR's effect or cost time: schedule, average, samples, saves."""
     groups = tuple(group.model_copy(update={"lr_scheduler": None}) for group in config.optimizer.groups)
-    train = {"max_steps": options.num_updates, "epochs": None, "ema_decay": None}
+    train = {"max_steps": options.num_steps, "epochs": None, "ema_decay": None}
     return config.model_copy(
         update={
             "name": f"{config.name}-find-lr",
@@ -138,17 +138,17 @@ def finder_rows(finder: PreparedFinder) -> Iterator[tuple[str, str]]:
     prepared, options = finder.prepared, finder.options
     plan, num_images = prepared.plan, len(prepared.split.probes[HELD_OUT])
     yield "images", f"{plan.num_images} to train on, {len(prepared.split.held_out)} held out; batch {plan.global_batch}"
-    ratio = (finder.end_lr / finder.start_lr) ** (1 / (options.num_updates - 1))
+    ratio = (finder.end_lr / finder.start_lr) ** (1 / (options.num_steps - 1))
     lrs = f"from {finder.start_lr:.1e} to {finder.end_lr:.1e}, x {ratio:.3f} each"
-    yield "ramp", f"{options.num_updates} updates {lrs}"
+    yield "ramp", f"{options.num_steps} updates {lrs}"
     short = num_images < options.num_images
     missing = f", of {options.num_images} asked for, as no more are held out" if short else ""
     yield "probe", f"{num_images} images{missing}, x {PROBE_STRATA} timesteps after every update"
-    updates, measurements = options.num_updates, options.num_updates + 1
+    updates, measurements = options.num_steps, options.num_steps + 1
     if options.verify:
-        updates += len(FACTORS) * options.num_verify_updates
+        updates += len(FACTORS) * options.num_verify_steps
         measurements += len(FACTORS)
-        runs = f"{len(FACTORS)} learning rates x {options.num_verify_updates} updates"
+        runs = f"{len(FACTORS)} learning rates x {options.num_verify_steps} updates"
         yield "verify", f"{runs}, packed, from the same start"
     training = round(updates * plan.global_batch * TRAINING_FORWARDS)
     probes = measurements * num_images * PROBE_STRATA
@@ -180,8 +180,8 @@ def _config_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _ramp_problems(start: float, end: float, options: FinderOptions) -> Iterator[Problem]:
-    if options.num_updates < MIN_POINTS:
-        yield Problem(f"a ramp of {options.num_updates} updates is too coarse", "--steps", fix=f"{MIN_POINTS} or more")
+    if options.num_steps < MIN_POINTS:
+        yield Problem(f"a ramp of {options.num_steps} updates is too coarse", "--steps", fix=f"{MIN_POINTS} or more")
     if not 0 < start < end <= HIGHEST_LR:
         yield Problem(
             f"a ramp from {start:g} to {end:g} does not rise within (0, {HIGHEST_LR:g}]",

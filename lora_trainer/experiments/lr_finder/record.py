@@ -51,7 +51,7 @@ def _as_json(finder: PreparedFinder, found: Found) -> dict[str, Any]:
     return {
         "config": prepared.config.model_dump(mode="json"),
         "identity": prepared.identity(),
-        "ramp": {"start_lr": finder.start_lr, "end_lr": finder.end_lr, "num_updates": finder.options.num_updates},
+        "ramp": {"start_lr": finder.start_lr, "end_lr": finder.end_lr, "num_updates": finder.options.num_steps},
         "probe": {
             "images": {record.name: record.sha256 for record in records},
             "start": _rounded(found.start_NS),
@@ -75,7 +75,7 @@ def _point(number: int, measured: Measured) -> dict[str, Any]:
 
 def _verification(finder: PreparedFinder, verification: Verification) -> dict[str, Any]:
     """The choice, and each short run in the form of a `fork` event: `factor` is on the config's own LR."""
-    updates, base_lr = finder.options.num_verify_updates, finder.prepared.config.optimizer.lr
+    updates, base_lr = finder.options.num_verify_steps, finder.prepared.config.optimizer.lr
     events = [
         asdict(reading) | {"event": "fork", "step": 0, "updates": updates, "factor": reading.lr / base_lr}
         for reading in verification.readings
@@ -142,7 +142,7 @@ def answer_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str
         yield "", "or look for the cause: captions, adapter.targets, a longer ramp (--steps), more images (--images)"
     elif reading.verdict == "too few points":
         decades = f"{finder.start_lr:.0e} to {finder.end_lr:.0e}"
-        steps = round(finder.options.num_updates * MIN_POINTS / max(1, reading.num_points) * 1.2)
+        steps = round(finder.options.num_steps * MIN_POINTS / max(1, reading.num_points) * 1.2)
         yield "verdict", f"only {reading.num_points} updates before the probe rose above its start: too few to read"
         yield "", f"ramp {decades} again with --steps {steps}, or a smaller --start-lr"
     else:
@@ -191,5 +191,5 @@ def _run_rows(finder: PreparedFinder, verification: Verification) -> Iterator[tu
     if verification.choice is None:
         yield "verified", f"no: {verification.reason}; the suggestion stands unconfirmed"
     else:
-        updates = finder.options.num_verify_updates
+        updates = finder.options.num_verify_steps
         yield "verified", f"{verification.choice:.1e} after {updates} updates each: {verification.reason}"

@@ -26,7 +26,7 @@ from lora_trainer.experiments.lr_finder.analysis import (
 from lora_trainer.experiments.lr_finder.prepare import HIGHEST_LR, PreparedFinder
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.runtime.runtime import joined_processes
-from lora_trainer.tracking.console import Screen
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.tracking.metrics import step_rows
 from lora_trainer.training.fit import fit
 from lora_trainer.training.group import TrialGroup
@@ -34,7 +34,7 @@ from lora_trainer.training.trial import Ending
 from lora_trainer.training.validation import Measurement
 
 
-def find_lr(finder: PreparedFinder, *, screen: Screen, should_stop: Callable[[], bool] = lambda: False) -> Found:
+def find_lr(finder: PreparedFinder, *, console: MainConsole, should_stop: Callable[[], bool] = lambda: False) -> Found:
     """Measure the ramp, read it, and verify the reading where that was asked for.
 
     Args:
@@ -45,15 +45,15 @@ def find_lr(finder: PreparedFinder, *, screen: Screen, should_stop: Callable[[],
         TrainerError: the data, base or host is at fault.
     """
     started, verification = time.perf_counter(), None
-    ramp = RampObserver(finder, screen)
+    ramp = RampObserver(finder, console)
     try:
         with joined_processes(read_launch(finder.prepared.config)) as joined:
-            fit(finder.ramp_group(), screen=screen, should_stop=should_stop, on_measure=ramp.observe, joined=joined)
+            fit(finder.ramp_group(), console=console, should_stop=should_stop, on_measure=ramp.observe, joined=joined)
             measured = ramp.with_log()
             reading = analyse([update.point for update in measured], finder.fallback_lr)
             if finder.options.verify and reading.verdict == "found":
                 group = finder.verification_group(lrs_around(reading.suggestion, HIGHEST_LR))
-                runs = run_short(group, screen=screen, should_stop=should_stop, joined=joined)
+                runs = run_short(group, console=console, should_stop=should_stop, joined=joined)
                 verification = judge(runs, ramp.start_NS)
     except StoppedBySignal as error:
         raise StoppedBySignal(Problem("stopped as asked; there is no answer yet", fix="start it again")) from error
@@ -61,17 +61,17 @@ def find_lr(finder: PreparedFinder, *, screen: Screen, should_stop: Callable[[],
 
 
 def run_short(
-    group: TrialGroup, *, screen: Screen, should_stop: Callable[[], bool], joined: PartialState
+    group: TrialGroup, *, console: MainConsole, should_stop: Callable[[], bool], joined: PartialState
 ) -> list[ShortRun]:
     """Train a verification group, all its learning rates in one forward, and measure each at its end."""
     relative: dict[str, np.ndarray] = {}
 
     def observe(step: int, measurements: Sequence[Measurement]) -> None:
-        if step == group.num_updates:
+        if step == group.num_steps:
             relative.update({measurement.trial.name: _relative(measurement) for measurement in measurements})
 
-    fit(group, screen=screen, should_stop=should_stop, on_measure=observe, joined=joined)
-    lrs = {member.name: member.prepared.lr_groups()[0].lr(0) for member in group.members}
+    fit(group, console=console, should_stop=should_stop, on_measure=observe, joined=joined)
+    lrs = {member.name: member.prepared.param_groups()[0].lr(0) for member in group.members}
     return [ShortRun(lr, relative.get(name)) for name, lr in lrs.items()]
 
 
@@ -80,7 +80,7 @@ class RampObserver:
     """Collects a point per update, and ends the ramp where the probe has diverged."""
 
     finder: PreparedFinder
-    screen: Screen
+    console: MainConsole
     measured: dict[int, Measured] = field(default_factory=dict)
     """By step."""
     start_NS: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
@@ -106,8 +106,8 @@ class RampObserver:
         gain, se = (np.nan, np.nan) if relative_NS is None else paired_gain(relative_NS, self.start_NS)
         point = Point(self.finder.lr(step - 1), gain, se, np.nan)
         self.measured[step] = Measured(point, relative_NS if point.is_finite else None)
-        if step % max(1, self.finder.options.num_updates // 10) == 0:
-            self.screen.say(f"  lr {point.lr:.2e}  gain {point.gain:+.4%} +- {point.se:.4%}")
+        if step % max(1, self.finder.options.num_steps // 10) == 0:
+            self.console.print(f"  lr {point.lr:.2e}  gain {point.gain:+.4%} +- {point.se:.4%}")
 
     def with_log(self) -> tuple[Measured, ...]:
         """What was measured, with what the log says of the updates."""

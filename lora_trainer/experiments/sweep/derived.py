@@ -25,8 +25,8 @@ from lora_trainer.config.trials import TrialConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.verdict import by_setting, leaders, ranked
 from lora_trainer.experiments.sweep.record import Json, arms_of, read_sweep, unfinished_trials
-from lora_trainer.planning.run_plan import lay_groups
-from lora_trainer.schedules.schedule import Horizon, to_updates
+from lora_trainer.planning.run_plan import resolve_param_groups
+from lora_trainer.schedules.schedule import Horizon, to_steps
 
 SHORT_RUNS = "sweep.prune.short_runs"
 LENGTHS = ("train", "train.max_steps", "train.epochs")
@@ -52,7 +52,7 @@ class ShortRuns:
     """The sweep that comes first."""
 
     folder: Path
-    num_updates: int
+    num_steps: int
     seed: int
     keep: int
     overrides: tuple[str, ...]
@@ -67,7 +67,7 @@ class ShortRuns:
                 if arm not in chosen:
                     got = f"held-out loss {arm.mean_loss:.4f}" if arm.losses else "no result"
                     reasons[arm.name] = (
-                        f"{SHORT_RUNS}: {got} after a complete run of {self.num_updates} updates on seed {self.seed}, "
+                        f"{SHORT_RUNS}: {got} after a complete run of {self.num_steps} updates on seed {self.seed}, "
                         f"{best.mean_loss:.4f} at LR {best.peak_lr:.3g}"
                     )
         return reasons
@@ -91,7 +91,7 @@ def plan_short_runs(config: RunConfig, trials: Sequence[TrialConfig]) -> ShortRu
         raise ConfigError(
             Problem(f"short runs are a share of one length for all, not of the {what}", SHORT_RUNS, fix=fix)
         )
-    length, seed = to_updates(rule.length, Horizon(whole, 1)), trials[0].seed
+    length, seed = to_steps(rule.length, Horizon(whole, 1)), trials[0].seed
     first = [trial for trial in trials if trial.seed == seed]
     _check_shrinking(first, whole, length)
     folder = run_directory(config).with_name(f"{config.name}-short")
@@ -126,12 +126,12 @@ def _gap(config: RunConfig, whole: int, length: int) -> float:
 
 def _areas(config: RunConfig, horizon: Horizon) -> np.ndarray:
     """Area under each LR group's curve up to moments of the run [groups, moments]; none where one waits for probes."""
-    groups = lay_groups(config, horizon, "denoiser")
+    groups = resolve_param_groups(config, horizon, "denoiser")
     if any(group.schedule.feedback is not None for group in groups):
         return np.empty(0)
-    moments, ends = np.linspace(0, 1, 101), np.linspace(0, 1, horizon.num_updates + 1)
-    multipliers = [[0.0, *(group.lr(k) / group.base_lr for k in range(horizon.num_updates))] for group in groups]
-    return np.array([np.interp(moments, ends, np.cumsum(row) / horizon.num_updates) for row in multipliers])
+    moments, ends = np.linspace(0, 1, 101), np.linspace(0, 1, horizon.num_steps + 1)
+    multipliers = [[0.0, *(group.lr(k) / group.base_lr for k in range(horizon.num_steps))] for group in groups]
+    return np.array([np.interp(moments, ends, np.cumsum(row) / horizon.num_steps) for row in multipliers])
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def prepare_sweep(
     """Check base, data, every trial's plan, the room on the disk and what an earlier start left.
 
     Raises:
-        ConfigError, DataError, ModelError, HostError: each with all problems of its kind.
+        ConfigError, DataError, ModelError, SystemSetupError: each with all problems of its kind.
     """
     assert config.sweep is not None
     sweep_dir = run_directory(config)
@@ -206,10 +206,10 @@ def _with_prefixes(members: Sequence[Member]) -> tuple[Member, ...]:
 
 def _rates(prepared: Prepared) -> list[tuple[float, ...]]:
     """The learning rates of each update by LR group; empty where they are not known beforehand."""
-    groups = prepared.lr_groups()
+    groups = prepared.param_groups()
     if any(group.schedule.feedback is not None for group in groups):
         return []
-    return [tuple(group.lr(k) for group in groups) for k in range(prepared.plan.num_updates)]
+    return [tuple(group.lr(k) for group in groups) for k in range(prepared.plan.num_steps)]
 
 
 def _other_settings(config: RunConfig) -> tuple[dict[str, Any], list[Any]]:
@@ -252,11 +252,11 @@ def sweep_rows(sweep: PreparedSweep) -> Iterator[tuple[str, str]]:
                 yield name, value
         states = disk_space.mib(sum(m.prepared.plan.num_parameters * BYTES_PER_PARAMETER for m in group.members))
         yield "memory", f"adapters, gradients and moments of a group: {states}, beside base and activations"
-    total = sum(group.num_updates * len(group.members) for group in sweep.groups)
+    total = sum(group.num_steps * len(group.members) for group in sweep.groups)
     shared = sum(member.prefix.step for member in members if member.prefix is not None)
     yield "work", f"{total - shared:,} updates of one trial" + (f"; {shared:,} more are shared" if shared else "")
     for member in members:
-        lrs = member.prepared.plan.lr_groups[0]
+        lrs = member.prepared.plan.param_groups[0]
         yield member.name, f"{lrs.schedule}: peak {lrs.lr_peak:.3e}, budget {lrs.lr_budget:.2f}"
         yield from (("", f"warning: {warning}") for warning in lrs.warnings)
 
@@ -266,7 +266,7 @@ def _group_in_words(group: TrialGroup) -> str:
     per_pass = group.trials_per_pass
     how = "as many per pass as memory allows" if per_pass == "auto" else f"{per_pass} per pass"
     one_by_one = f", {alone} of them alone (DoRA or dropout)" if alone else ""
-    return f"{_counted(len(group.members), 'trial')} x {group.num_updates} updates, {how}{one_by_one}"
+    return f"{_counted(len(group.members), 'trial')} x {group.num_steps} updates, {how}{one_by_one}"
 
 
 def _counted(number: int, what: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_trainer.config.identity import compare, difference, refusal
 from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
-from lora_trainer.errors import ConfigError, HostError, Problem
+from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Rules
 from lora_trainer.evidence.statistics.verdict import compare as compare_arms
 from lora_trainer.planning.prepare import Prepared
@@ -39,7 +39,7 @@ def read_sweep(sweep_dir: Path) -> Json | None:
     """What an earlier start wrote; None where there is nothing.
 
     Raises:
-        HostError: the file is no JSON of ours.
+        SystemSetupError: the file is no JSON of ours.
     """
     file = sweep_dir / FILE
     if not file.exists():
@@ -51,7 +51,9 @@ def read_sweep(sweep_dir: Path) -> Json | None:
         fault = f"its format is {content['format']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         fault = str(error)
-    raise HostError(Problem("the record of this sweep cannot be read", str(file), fault, "restore it, or use --fresh"))
+    raise SystemSetupError(
+        Problem("the record of this sweep cannot be read", str(file), fault, "restore it, or use --fresh")
+    )
 
 
 def started_groups(before: Json, sweep_dir: Path) -> dict[str, list[str]]:
@@ -65,7 +67,7 @@ def started_groups(before: Json, sweep_dir: Path) -> dict[str, list[str]]:
 
 def settled_groups(before: Json, prepared: Mapping[str, Prepared]) -> set[str]:
     """The finished groups whose trials were not given more updates since."""
-    length = {name: trial.plan.num_updates for name, trial in prepared.items()}
+    length = {name: trial.plan.num_steps for name, trial in prepared.items()}
     return {
         group["name"]
         for group in before["groups"]
@@ -163,7 +165,7 @@ def _group_row(group: TrialGroup) -> Json:
     return {
         "name": group.name,
         "seed": group.members[0].trial.seed,
-        "num_updates": group.num_updates,
+        "num_updates": group.num_steps,
         "trials": [member.name for member in group.members],
         "trials_per_pass": group.trials_per_pass,
         "why": group.why,
@@ -173,7 +175,7 @@ def _group_row(group: TrialGroup) -> Json:
 
 
 def _trial_row(member: Member, group: TrialGroup) -> Json:
-    trial, lrs = member.trial, member.prepared.plan.lr_groups[0]
+    trial, lrs = member.trial, member.prepared.plan.param_groups[0]
     return {
         "name": trial.name,
         "arm": trial.arm,
@@ -185,7 +187,7 @@ def _trial_row(member: Member, group: TrialGroup) -> Json:
         "schedule": lrs.schedule,
         "peak_lr": lrs.lr_peak,
         "lr_budget": lrs.lr_budget,
-        "num_updates": group.num_updates,
+        "num_updates": group.num_steps,
         "status": "waiting",
         "step": 0,
         "reason": None,

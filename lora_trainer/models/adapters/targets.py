@@ -48,7 +48,7 @@ def select_targets(
     return {name: shapes[name] for name in sorted(set().union(*matched.values()))}
 
 
-def assign_groups(weights: Sequence[str], groups: Mapping[str, Sequence[str]], rest: str) -> dict[str, list[str]]:
+def assign_param_groups(weights: Sequence[str], groups: Mapping[str, Sequence[str]], rest: str) -> dict[str, list[str]]:
     """The weights of each group, those of no group under `rest`; the first group whose pattern matches has a weight.
 
     Args:

@@ -11,7 +11,7 @@ from stress.torture_trials.faults import FREEING, frees, moments, refuse
 from stress.torture_trials.record import Trial
 from stress.torture_trials.world import World
 
-from lora_trainer.errors import ExitCode, HostError
+from lora_trainer.errors import ExitCode, SystemSetupError
 from lora_trainer.storage import safetensors_io
 from lora_trainer.storage.checkpoint import open_checkpoint
 
@@ -80,6 +80,6 @@ def _damage(run_dir: Path) -> str | None:
     for folder in (run_dir / "checkpoints").glob("step-????????"):
         try:
             open_checkpoint(folder.parent, int(folder.name.removeprefix("step-")))
-        except HostError as error:
+        except SystemSetupError as error:
             return str(error)
     return None
