@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -149,3 +153,16 @@ def write_images(folder: Path, num: int = 6, size: tuple[int, int] = (64, 64), c
         if captions:
             (folder / f"{index:02d}.txt").write_text(f"picture {index}\n")
     return folder
+
+
+def write_plain_pictures(patch: Callable[[Any, str, Any], object]) -> None:
+    """Let matplotlib write files of one pixel. `patch` sets an attribute: that of a `monkeypatch`, or `setattr`."""
+
+    def print_png(_: FigureCanvasAgg, file: io.BytesIO, **__: Any) -> None:
+        Image.new("RGB", (1, 1)).save(file, "PNG")
+
+    def print_svg(_: FigureCanvasSVG, file: io.StringIO, **__: Any) -> None:
+        file.write('<svg viewBox="0 0 1 1"></svg>')
+
+    patch(FigureCanvasAgg, "print_png", print_png)
+    patch(FigureCanvasSVG, "print_svg", print_svg)

@@ -32,7 +32,7 @@ def chosen_trials(world: World, seed: int, families: list[str], *, short: bool) 
     if "random" in families:
         yield from kills.at_random(world, seed, 6 if short else 200)
     if "power" in families:
-        yield from power_loss.replayed(world, seed, 600, stride=19 if short else 1)
+        yield from power_loss.replayed(world, seed, 600, stride=31 if short else 1)
     if "sigterm" in families:
         yield from kills.terminated(world, seed, 4 if short else 100)
     if "disk" in families:

@@ -43,22 +43,26 @@ class Control:
 
 def drop_each_part(world: World) -> Iterator[Trial]:
     """One trial per part of the state; it passes where the resume ends differently without that part."""
+    ends: dict[Any, Outputs | int] = {}
     for name, control in CONTROLS.items():
-        yield Trial("part of the state left out: noticed", name, _control(world, name.replace(" ", "-"), control))
+        yield Trial("part of the state left out: noticed", name, _control(world, name.replace(" ", "-"), control, ends))
 
 
-def _control(world: World, name: str, control: Control) -> Callable[[], str | None]:
+def _control(world: World, name: str, control: Control, ends: dict[Any, Outputs | int]) -> Callable[[], str | None]:
+    """`ends`: how straight runs ended, by their settings; also resumes with the whole state end so."""
+
     def run() -> str | None:
-        straight = _end(world, f"{name}-straight", control, [])
-        ends = []
-        for place, forget in ((f"{name}-whole", []), (f"{name}-less", [control.forget])):
-            _end(world, place, control, [_exit_after_save])
-            ends.append(_end(world, place, control, forget))
-            world.forget(place)
-        world.forget(f"{name}-straight")
-        if ends[0] != straight:
-            return "the resume differs even with the whole state"
-        return "nobody noticed" if ends[1] == straight else None
+        settings, saved = (control.overrides, control.skipped), f"{name}-saved"
+        _end(world, saved, control, [_exit_after_save])
+        if settings not in ends:
+            ends[settings] = _end(world, f"{name}-straight", control, [])
+            world.copy(saved, f"{name}-whole")
+            if _end(world, f"{name}-whole", control, []) != ends[settings]:
+                return "the resume differs even with the whole state"
+        without = _end(world, saved, control, [control.forget])
+        for place in ("straight", "whole", "saved"):
+            world.forget(f"{name}-{place}")
+        return "nobody noticed" if without == ends[settings] else None
 
     return run
 

@@ -30,7 +30,7 @@ def _damaged(world: World, seed: int, index: int) -> Callable[[], str | None]:
         draw = random.Random(f"damage {seed} {index}")
         kind, damage = draw.choice(sorted(DAMAGES.items()))
         place = f"damaged-{index}"
-        shutil.copytree(world.folder / "whole", world.folder / place)
+        world.copy("whole", place)
         checkpoints = sorted((world.run_dir(place) / "checkpoints").glob("step-*"))
         damage(checkpoints[-1], draw)
         lost = world.finished_like_reference(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from lora_trainer.errors import ExitCode
 from lora_trainer.storage.atomic_files import sole_writer
 from lora_trainer.tracking.metrics import step_rows
 
-LONG = ("train.max_steps=40", "checkpoint.every_steps=10", "export.every_steps=null")
+LONG = ("train.max_steps=24", "checkpoint.every_steps=6", "export.every_steps=null")
 
 
 def at_every_operation(world: World, stride: int = 1) -> Iterator[Trial]:
@@ -25,26 +26,30 @@ def at_every_operation(world: World, stride: int = 1) -> Iterator[Trial]:
     world.forget("counted")
     for number in range(0, straight, stride):
         yield Trial("kill at every operation", f"{number}", _kill_once(world, number))
-    middle = straight // 2
-    world.attempt("half", prepare=kill_at(middle))
-    resumed = len(moments(lambda: world.train_quietly("half")))
-    world.forget("half")
+    world.attempt("half", prepare=kill_at(straight // 2))
+    world.copy("half", "counted")
+    resumed = len(moments(lambda: world.train_quietly("counted")))
+    world.forget("counted")
     for number in range(0, resumed, stride):
-        yield Trial("kill at every operation of a resume", f"{number}", _kill_twice(world, middle, number))
+        yield Trial("kill at every operation of a resume", f"{number}", _kill_resume(world, "half", number))
 
 
 def _kill_once(world: World, number: int) -> Callable[[], str | None]:
-    return lambda: _killed(world, f"kill-{number}", [number])
+    return lambda: _killed(world, f"kill-{number}", number)
 
 
-def _kill_twice(world: World, first: int, second: int) -> Callable[[], str | None]:
-    return lambda: _killed(world, f"kill-{first}-{second}", [first, second])
+def _kill_resume(world: World, killed: str, number: int) -> Callable[[], str | None]:
+    def run() -> str | None:
+        place = f"kill-resume-{number}"
+        world.copy(killed, place)
+        return _killed(world, place, number)
+
+    return run
 
 
-def _killed(world: World, place: str, numbers: list[int]) -> str | None:
-    for number in numbers:
-        if (code := world.attempt(place, prepare=kill_at(number))) != -SIGKILL:
-            return f"the kill at {number} did not happen: the run ended with {code}"
+def _killed(world: World, place: str, number: int) -> str | None:
+    if (code := world.attempt(place, prepare=kill_at(number))) != -SIGKILL:
+        return f"the kill at {number} did not happen: the run ended with {code}"
     lost = world.finished_like_reference(place)
     world.forget(place)
     return lost
@@ -85,10 +90,7 @@ def _terminate(world: World, seed: int, index: int, usual: float) -> Callable[[]
         place = f"term-{index}"
         pid = world.start(place, LONG)
         log = world.run_dir(place) / "metrics.jsonl"
-        while (
-            not log.exists() or not log.stat().st_size
-        ):  # imports, config and base: a signal there only ends the start
-            time.sleep(0.002)
+        _until(pid, lambda: log.exists() and log.stat().st_size > 0)  # a signal before only ends the start
         time.sleep(random.Random(f"terms {seed} {index}").uniform(0, 0.6 * usual))
         code = kill(pid, SIGTERM)
         if code not in (ExitCode.STOPPED, ExitCode.DONE):
@@ -122,8 +124,8 @@ def _second_writer(world: World, index: int) -> Callable[[], str | None]:
                 time.sleep(60)
 
         holder = world.start(place, prepare=hold)
-        while not (world.run_dir(place) / ".lock").exists() or not (world.run_dir(place) / ".lock").read_text():
-            time.sleep(0.002)
+        lock = world.run_dir(place) / ".lock"
+        _until(holder, lambda: lock.exists() and bool(lock.read_text()))
         code = world.attempt(place)
         said = f"pid {holder}" in world.log(place)
         kill(holder)
@@ -134,6 +136,14 @@ def _second_writer(world: World, index: int) -> Callable[[], str | None]:
         return lost
 
     return run
+
+
+def _until(pid: int, come: Callable[[], bool]) -> None:
+    """Wait for something that a child does; an error where the child ends before."""
+    while not come():
+        time.sleep(0.002)
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None and not come():
+            raise AssertionError(f"the child {pid} ended before it did what was waited for")
 
 
 def _duration(world: World, overrides: tuple[str, ...] = ()) -> float:

@@ -11,14 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-from toys import build_toy_base, tiny_unet, write_images
+from toys import build_toy_base, tiny_unet, write_images, write_plain_pictures
 
 from lora_trainer.cli import train as train_command
 from lora_trainer.cli.session import report_error
 from lora_trainer.errors import TrainerError
-from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows
 
 NUM_UPDATES = 6
@@ -65,7 +63,7 @@ class World:
     @classmethod
     def build(cls, folder: Path) -> World:
         """Make base and images, and do everything once in this process, so that later starts find all imported."""
-        patch.object(train_command, "draw_curves", _draw_nothing).start()
+        write_plain_pictures(setattr)  # drawing takes longer than the whole toy run
         world = cls(folder)
         build_toy_base(folder / "base", unet=tiny_unet)
         write_images(folder / "images", num=4, size=(32, 32))
@@ -155,6 +153,10 @@ class World:
         """What the last starts of a run printed."""
         return (self.folder / f"{place}.log").read_text()
 
+    def copy(self, place: str, to: str) -> None:
+        """Leave at another place what a trial has left at one."""
+        shutil.copytree(self.folder / place, self.folder / to)
+
     def forget(self, place: str) -> None:
         """Remove a trial's files."""
         shutil.rmtree(self.folder / place, ignore_errors=True)
@@ -192,8 +194,3 @@ class _quiet:  # noqa: N801 - reads as a verb
         for number, kept in zip((1, 2), self._kept, strict=True):
             os.dup2(kept, number)
             os.close(kept)
-
-
-def _draw_nothing(_: Path, picture: Path, __: str) -> None:
-    """In place of matplotlib's picture of the curves, which takes longer than the whole toy run."""
-    atomic_files.write_file(picture, b"curves")
