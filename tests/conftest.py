@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).parent.parent
 collect_ignore = ["example_plugin"]  # a package of its own, whose tests run where it is installed
+STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}
+"""Audit events of Python."""
 
 TOY_CONFIG = """
 name: toy
@@ -29,6 +31,40 @@ train: {{max_steps: 6, batch_size: 2, threads: 1}}
 checkpoint: {{every_steps: null}}
 tracking: {{tensorboard: false}}
 """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what is marked `process` or `slow`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("quick"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("process") or item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+_may_start_processes = True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that is not marked `process` can start none: that would raise where it is tried."""
+    global _may_start_processes
+    _may_start_processes = item.get_closest_marker("process") is not None
+    try:
+        return (yield)
+    finally:
+        _may_start_processes = True
+
+
+def _refuse_processes(event: str, _: tuple[object, ...]) -> None:
+    if event in STARTS_A_PROCESS and not _may_start_processes:
+        raise AssertionError("this test starts a process: mark it with pytest.mark.process")
+
+
+sys.addaudithook(_refuse_processes)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +82,16 @@ def toy_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def toy_config(tmp_path: Path, toy_base: Path, toy_images: Path) -> Path:
+def plain_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process write pictures of one pixel, as drawing takes as long as their training; see `pictures`."""
+    from toys import write_plain_pictures
+
+    if request.node.get_closest_marker("pictures") is None:
+        write_plain_pictures(monkeypatch.setattr)
+
+
+@pytest.fixture
+def toy_config(tmp_path: Path, toy_base: Path, toy_images: Path, plain_pictures: None) -> Path:
     """A configuration file for a run of six updates under `tmp_path/runs/toy`."""
     file = tmp_path / "toy.yaml"
     file.write_text(TOY_CONFIG.format(output=tmp_path / "runs", base=toy_base, images=toy_images))

@@ -1,4 +1,4 @@
-"""Numbers made not finite on purpose, in chosen updates of chosen trials."""
+"""What befalls a run on purpose: numbers that are not finite in chosen updates of chosen trials, and a stop."""
 
 from __future__ import annotations
 
@@ -8,8 +8,22 @@ from typing import Any
 import pytest
 import torch
 
+from lora_trainer.cli import train as train_command
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.optimizer_step import OptimizerStep
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, num_updates: int) -> None:
+    """Let the next run be told to stop during update `num_updates`."""
+
+    class Stop(train_command.StopRequest):
+        polls = 0
+
+        def __call__(self) -> bool:
+            self.polls += 1
+            return self.polls >= num_updates
+
+    monkeypatch.setattr(train_command, "StopRequest", Stop)
 
 
 def before_updates(monkeypatch: pytest.MonkeyPatch, change: Callable[[OptimizerStep, int], None]) -> None:

@@ -1,4 +1,4 @@
-"""Several training processes for a test: forked from this one, so that nothing is imported again, joined by gloo."""
+"""Processes forked from that of a test, so that nothing is imported again: one alone, or several joined by gloo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate import PartialState
 from lora_trainer.errors import TrainerError
 
 
-def run_in_world(num_processes: int, work: Callable[[], None]) -> list[int]:
+def run_in_world(num_processes: int, work: Callable[[], object]) -> list[int]:
     """Call `work` in so many processes that find each other as torchrun's would; the exit code of each rank.
 
     0 is a normal end, 1 a bug with its traceback on stderr, any other number the documented code of an error.
@@ -29,11 +29,23 @@ def run_in_world(num_processes: int, work: Callable[[], None]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def _be_rank(rank: int, num_processes: int, port: int, work: Callable[[], None]) -> None:
+def run_in_a_process(work: Callable[[], object]) -> int:
+    """Call `work` in a process of its own; its exit code as that of a rank, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        _work(work)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _be_rank(rank: int, num_processes: int, port: int, work: Callable[[], object]) -> None:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     PartialState._reset_state()  # of the runs in this process before the fork
+    _work(work)
+
+
+def _work(work: Callable[[], object]) -> None:
     code = 1
     try:
         work()

@@ -9,18 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+from faults import stop_after
+from worlds import run_in_world
 
+from lora_trainer.errors import ExitCode
 from lora_trainer.tracking.metrics import step_rows
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["torchrun", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "train.py"]
 Start = Callable[..., "subprocess.Popen[str]"]
-Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
@@ -106,16 +109,25 @@ def test_ctrl_c_under_accelerate_is_one_request(start: Start, tmp_path: Path) ->
     assert_saved_at_the_current_step(tmp_path / "runs" / "toy")
 
 
-def test_two_processes_stop_at_one_update_when_one_is_told(start: Start, program: Program, tmp_path: Path) -> None:
-    overrides = ["train.max_steps=60", "train.batch_size=1"]
-    run_dir, config = tmp_path / "runs" / "toy", str(tmp_path / "toy.yaml")
+def test_two_processes_stop_at_one_update_when_one_is_told(
+    start: Start, train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Told under torchrun; three updates later, two processes have what they have without that stop."""
+    overrides = ["train.max_steps=20000", "train.batch_size=1"]
+    run_dir = tmp_path / "runs" / "toy"
     process = start(TORCHRUN, *overrides)
     ranks = {worker.environ()["RANK"]: worker for worker in children(process) if "RANK" in worker.environ()}
     ranks["1"].send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert_saved_at_the_current_step(run_dir)
-    resumed = program([*TORCHRUN, "--config", config, *overrides])
-    straight = program([*TORCHRUN, "--config", config, *overrides, f"output_dir={tmp_path / 'straight'}"])
-    assert resumed.returncode == straight.returncode == 0, resumed.stdout + resumed.stderr
-    expected = (tmp_path / "straight" / "toy" / "toy.safetensors").read_bytes()
-    assert (run_dir / "toy.safetensors").read_bytes() == expected
+    stopped = step_rows(run_dir / "metrics.jsonl")[-1]["step"]
+    checkpoints = []
+    for output, updates in (("runs", 3), ("straight", stopped + 3)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, updates)
+            train = partial(train_toy, *overrides, f"output_dir={tmp_path / output}")
+            assert run_in_world(2, train) == [ExitCode.STOPPED] * 2
+        checkpoints.append(tmp_path / output / "toy" / "checkpoints" / f"step-{stopped + 3:08d}")
+    for name in ("adapter.safetensors", "optimizer.safetensors"):
+        resumed, straight = (checkpoint / name for checkpoint in checkpoints)
+        assert resumed.read_bytes() == straight.read_bytes()

@@ -171,6 +171,7 @@ def test_the_reserve_takes_its_room_and_gives_it_back(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_a_real_full_disk(program: Callable[..., Any], toy_config: Path, tmp_path: Path) -> None:
     """A file system of 8 MiB that somebody else fills while the run trains: the LoRA is written all the same."""
     mount = tmp_path / "small"

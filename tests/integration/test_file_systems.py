@@ -69,12 +69,14 @@ def refuse_folder_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]
     return patch
 
 
+@pytest.mark.process
 def test_a_run_on_ext2_is_the_run_elsewhere(train_toy: Train, ext2: Path) -> None:
     straight = train_toy("checkpoint.every_steps=2")
     train_toy(f"output_dir={ext2}", "checkpoint.every_steps=2")
     assert (ext2 / "toy" / "toy.safetensors").read_bytes() == (straight / "toy.safetensors").read_bytes()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("has_stand_in", [True, False])
 def test_space_on_ext2_is_taken_or_refused(
     refuse: Callable[[Any, str, int], None], ext2: Path, has_stand_in: bool
@@ -112,6 +114,7 @@ def test_a_full_disk_is_refused_also_when_zeros_are_written(
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+@pytest.mark.process
 def test_without_flock_another_lock_holds_the_folder(
     refuse: Callable[[Any, str, int], None], capsys: pytest.CaptureFixture[str], tmp_path: Path, error: int
 ) -> None:

@@ -272,6 +272,7 @@ def test_the_program_end_to_end(
         assert point["se"] == pytest.approx(falls.std(ddof=1) / math.sqrt(falls.size), abs=1e-8)
 
 
+@pytest.mark.process
 def test_two_processes_find_what_one_does(toy_config: Path, tmp_path: Path) -> None:
     """Both groups train in one world: processes that joined once do not join a second time."""
     options = FinderOptions(num_updates=30, start_lr=1e-4, end_lr=0.1, num_images=2, verify=True, num_verify_updates=2)

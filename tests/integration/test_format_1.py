@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from faults import stop_after
 from safetensors.torch import load_file
-from test_resume import stop_after
 
 from lora_trainer.cli import train as train_command
 from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.storage.checkpoint import open_checkpoint
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.resume import stored_trial
+
+pytestmark = pytest.mark.usefixtures("plain_pictures")
 
 STORED = Path(__file__).parent.parent / "format_1"
 TOLERANCE = 1e-3

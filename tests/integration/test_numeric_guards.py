@@ -296,7 +296,7 @@ def test_one_trials_overflow_in_fp16_leaves_the_others_bytes_untouched(
 def test_a_resume_in_fp16_restores_each_trials_scale(
     sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_resume import stop_after
+    from faults import stop_after
 
     from lora_trainer.cli import sweep as sweep_command
     from lora_trainer.cli import train as train_command

@@ -55,7 +55,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
         del sys.modules[name]
 
 
-@pytest.mark.e2e
+@pytest.mark.process
 def test_the_plugins_own_tests_pass(installed: list[Path], program: Callable[..., Any]) -> None:
     path = ":".join(map(str, [Path(__file__).parents[2], *installed]))
     command = [

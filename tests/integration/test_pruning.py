@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_resume import stop_after
+from faults import stop_after
 from toys import WATCHED
 
 from lora_trainer.cli import sweep as sweep_command

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import stop_after
 
 from lora_trainer.cli import train as train_command
 from lora_trainer.config.optimizers import OPTIMIZERS, AdamW
@@ -18,19 +19,6 @@ from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows
 SHOWN = ("sample={prompts: [x], num_inference_steps: 1, every_steps: 2}", "export.every_steps=2")
 WATCHED = ("validation={fraction: 0.3, every_steps: 1, max_cost: 1.0}", "data.crop=random")
 RICH = ("data.flip=true", "data.captions.dropout=0.3", "train.ema_decay=0.9", "train.gradient_accumulation_steps=2")
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, num_updates: int) -> None:
-    """Let the next run be told to stop during update `num_updates`."""
-
-    class Stop(train_command.StopRequest):
-        polls = 0
-
-        def __call__(self) -> bool:
-            self.polls += 1
-            return self.polls >= num_updates
-
-    monkeypatch.setattr(train_command, "StopRequest", Stop)
 
 
 def outputs(run_dir: Path) -> dict[str, bytes]:

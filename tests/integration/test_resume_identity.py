@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from faults import stop_after
 from PIL import Image
 from safetensors.torch import load_file
 from stored_state import rewrite_state
-from test_resume import stop_after
 from toys import build_toy_base, write_images
 from worlds import run_in_world
 
@@ -260,6 +260,7 @@ class TestTheBatch:
         assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-5)
         assert close(weights(run_dir), weights(straight, "straight"))
 
+    @pytest.mark.process
     def test_may_be_split_over_processes(
         self, train_toy: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -278,6 +279,7 @@ class TestTheBatch:
         with pytest.raises(ConfigError, match=r"global batch: 2 -> [14]"):
             train_toy(override)
 
+    @pytest.mark.process
     def test_keeps_its_size_over_processes(self, train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
         stopped(train_toy, monkeypatch)
         assert run_in_world(2, lambda: train_toy() and None) == [ExitCode.CONFIG] * 2

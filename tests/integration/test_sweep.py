@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_resume import stop_after
+from faults import stop_after
 from toys import WATCHED
+from worlds import run_in_a_process, run_in_world
 
 from lora_trainer.cli import sweep as sweep_command
 from lora_trainer.cli import sweep_status
@@ -22,6 +24,7 @@ from lora_trainer.cli import train as train_command
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
 from lora_trainer.experiments.sweep.confirmation import plan_confirmation
+from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows, step_rows
 from lora_trainer.training import fit as fit_module
 from lora_trainer.training.trial import Trial
@@ -366,34 +369,26 @@ def test_train_runs_a_sweep_where_the_config_has_one(toy_config: Path, tmp_path:
     assert (tmp_path / "runs" / "toy" / "trials" / "base-seed3" / "base-seed3.safetensors").is_file()
 
 
-KILLED_AT = """
-import os, signal, sys
-from lora_trainer.storage import atomic_files
-from lora_trainer.cli.program import main
-
-def kill(phase, operation, path):
-    if (phase, operation) == ("{phase}", "rename") and str(path).endswith("{path}"):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-with atomic_files.observe_operations(kill):
-    main(sys.argv[1:])
-"""
-
-
-def test_a_killed_sweep_resumes_to_the_byte_and_trains_no_finished_group_again(
-    sweep: Sweep, toy_config: Path, program: Callable[..., Any], tmp_path: Path
-) -> None:
+@pytest.mark.process
+def test_a_killed_sweep_resumes_to_the_byte_and_trains_no_finished_group_again(sweep: Sweep, tmp_path: Path) -> None:
     section = "{grid: {optimizer.lr: [1e-3, 2e-3]}, seeds: [1, 2], trials_per_pass: 2}"
     straight = sweep(section, "checkpoint.every_steps=2", name="straight")
-    words = ["sweep", "-c", str(toy_config), "name=toy", WATCHED, f"sweep={section}", "checkpoint.every_steps=2"]
     killed, finished = tmp_path / "runs" / "toy", dict[Path, int]()
-    for phase, path in (
-        ("after", "trials/lr1e-3-seed1/lr1e-3-seed1.safetensors"),  # between the exports of two trials
-        ("after", "groups/seed2/checkpoints/step-00000002"),
+
+    def killed_after_renaming_to(end: str) -> None:
+        def kill(phase: str, operation: str, path: Path) -> None:
+            if (phase, operation) == ("after", "rename") and str(path).endswith(end):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with atomic_files.observe_operations(kill):
+            sweep(section, "checkpoint.every_steps=2")
+
+    for end in (
+        "trials/lr1e-3-seed1/lr1e-3-seed1.safetensors",  # between the exports of two trials
+        "groups/seed2/checkpoints/step-00000002",
     ):
-        run = program([sys.executable, "-c", KILLED_AT.format(phase=phase, path=path), *words])
-        assert run.returncode == -signal.SIGKILL, run.stdout + run.stderr
-        if "seed2" in path:
+        assert run_in_a_process(partial(killed_after_renaming_to, end)) == -signal.SIGKILL
+        if "seed2" in end:
             finished = {file: file.stat().st_mtime_ns for file in killed.glob("trials/*-seed1/**/*.safetensors")}
     resumed = sweep(section, "checkpoint.every_steps=2")
     assert len(finished) == 6
@@ -405,18 +400,16 @@ def test_a_killed_sweep_resumes_to_the_byte_and_trains_no_finished_group_again(
     assert results(resumed) == results(straight)
 
 
+@pytest.mark.process
 def test_two_processes_train_group_after_group_as_one_does(
-    sweep: Sweep, toy_config: Path, program: Callable[..., Any], tmp_path: Path
+    sweep: Sweep,
 ) -> None:
     """Short runs first, then the sweep: the processes join once, and agree on what is left out."""
     short_runs = "prune: {short_runs: {length: 50%, keep: 2}}"
     section = f"{{grid: {{optimizer.lr: [1e-3, 2e-3, 3e-3]}}, seeds: [1, 2], trials_per_pass: 2, {short_runs}}}"
     one = sweep(section, "train.batch_size=2")
-    start = ["torchrun", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d"]
-    words = [WATCHED, f"sweep={section}", "train.batch_size=1", "name=toy", f"output_dir={tmp_path / 'two'}"]
-    run = program([*start, "--rdzv-endpoint", "localhost:0", "train.py", "--config", str(toy_config), *words])
-    assert run.returncode == 0, run.stdout + run.stderr
-    two = results(tmp_path / "two" / "toy")
+    assert run_in_world(2, lambda: sweep(section, "train.batch_size=1", name="two")) == [0, 0]
+    two = results(one.with_name("two"))
     assert {name: trial["status"] for name, trial in two.items()} == {
         name: trial["status"] for name, trial in results(one).items()
     }

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from lora_trainer.diffusion import random_streams
 from lora_trainer.tracking.metrics import step_rows
 
+pytestmark = pytest.mark.usefixtures("plain_pictures")
+
 STEPS, BATCH, SEED, LR = 6, 2, 42, 1e-3
 
 

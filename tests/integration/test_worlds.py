@@ -49,6 +49,7 @@ def train_world(train_toy: Callable[..., Path], toy_images: Path, tmp_path: Path
     return run
 
 
+@pytest.mark.process
 def test_worlds_and_accumulation_change_neither_lr_nor_gradients(train_world: Callable[[int, int], Path]) -> None:
     whole = train_world(1, 1)
     rows, weights = step_rows(whole / "metrics.jsonl"), load_file(whole / f"{whole.name}.safetensors")
@@ -65,6 +66,7 @@ def test_worlds_and_accumulation_change_neither_lr_nor_gradients(train_world: Ca
             assert torch.allclose(tensor, weights[key], atol=1e-4), (split.name, key)
 
 
+@pytest.mark.process
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_in_the_same_update(
     train_toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

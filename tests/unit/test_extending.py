@@ -152,7 +152,7 @@ print("torch" in sys.modules)
 """
 
 
-@pytest.mark.e2e
+@pytest.mark.process
 def test_the_recipes_add_a_schedule_an_optimizer_and_a_setting(
     tmp_path: Path, toy_config: Path, program: Callable[..., Any]
 ) -> None:

@@ -71,6 +71,7 @@ def test_json_is_canonical_and_refuses_nan() -> None:
         atomic_files.to_json({"a": float("nan")})
 
 
+@pytest.mark.process
 def test_one_writer_per_folder_and_a_killed_one_does_not_block(tmp_path: Path) -> None:
     hold = (
         "import sys, time; from pathlib import Path; from lora_trainer.storage import atomic_files\n"

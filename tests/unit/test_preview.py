@@ -253,6 +253,7 @@ def test_the_terminal_shows_the_curve() -> None:
     assert len(drawn.splitlines()) >= 20
 
 
+@pytest.mark.process
 def test_previews_never_load_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from lora_trainer.cli.program import main\n"
