@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 collect_ignore = ["example_plugin"]  # a package of its own, whose tests run where it is installed
 STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}
 """Audit events of Python."""
+COLLECTED = pytest.StashKey[set[str]]()
+"""Node ids, also of tests that are deselected."""
 
 TOY_CONFIG = """
 name: toy
@@ -31,6 +33,14 @@ train: {{max_steps: 6, batch_size: 2, threads: 1}}
 checkpoint: {{every_steps: null}}
 tracking: {{tensorboard: false}}
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[COLLECTED] = set()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.config.stash[COLLECTED].add(item.nodeid)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
