@@ -150,7 +150,7 @@ def program() -> Callable[..., object]:
     """Start a command in a process of its own, with this interpreter's packages and without network."""
     import subprocess
 
-    def start(command: Sequence[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def start(command: Sequence[str], timeout: float = 900, **environment: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_", "RANK", "WORLD"))}
         paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}", "PYTHONPATH": str(ROOT)}
         return subprocess.run(

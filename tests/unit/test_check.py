@@ -48,6 +48,7 @@ def test_config_only_leaves_base_and_images_alone(toy_config: Path) -> None:
     assert check("-c", str(toy_config), "--config-only", "model.path=nowhere", "data.dir=nowhere") == 0
 
 
+@pytest.mark.process
 def test_torch_stays_unloaded(toy_config: Path, program: object) -> None:
     code = (
         "import sys; from lora_trainer.cli.check import check; from pathlib import Path;"
