@@ -21,6 +21,8 @@ from lora_trainer.models.registry import inspect_base, open_family
 from lora_trainer.storage.checkpoint import open_checkpoint
 from lora_trainer.training.resume import stored_trial
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 VARIANTS = {
     "plain": {},

@@ -21,6 +21,8 @@ from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.optimizer_step import OptimizerStep
 from lora_trainer.training.trial import Trial
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., Path]
 SAVED = ("train.ema_decay=0.9", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
 WATCHED = "validation={fraction: 0.3, every_steps: 1, max_cost: 1.0}"

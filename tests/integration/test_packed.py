@@ -25,6 +25,8 @@ from lora_trainer.training.group import Member, TrialGroup
 from lora_trainer.training.setup import Setup, set_up
 from lora_trainer.training.trial import passes_of
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, torch.Tensor]
 Train = Callable[..., tuple[Setup, dict[str, Tensors]]]
 

@@ -26,6 +26,8 @@ from lora_trainer.report.run_record import read_run as read_record
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.tracking.metrics import step_rows
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., Path]
 Text = pytest.CaptureFixture[str]
 CHANGED = "changed since the last start"

@@ -11,6 +11,8 @@ from lora_trainer.evidence.statistics.verdict import Rules
 from lora_trainer.report.page import build_page
 from lora_trainer.report.run_record import read_run, read_runs
 
+pytestmark = pytest.mark.slow
+
 SEEDS = (1, 2, 3)
 
 
