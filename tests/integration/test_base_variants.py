@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from lora_trainer.cli.sample import SampleRequest, sample
 from lora_trainer.models.registry import inspect_base, open_family
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., Path]
 HALVES = {"whole": {}, "sharded": {"max_shard_size": "20KB"}}
 REQUEST = SampleRequest(("a cat",), "", 0, 1, 2, 7.5, 1.0, 64)

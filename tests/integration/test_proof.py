@@ -12,6 +12,8 @@ from test_resume import RICH, assert_same_run_twice
 from lora_trainer.models.adapters.bank import AdapterBank
 from lora_trainer.tracking.metrics import read_rows
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., Path]
 NUM_LAYERS = 32
 
