@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from config_page import describe
 from make_gallery import page
 
-from lora_trainer.config.describe import describe
 from lora_trainer.config.optimizers import OPTIMIZERS
 
 DOCS = Path(__file__).resolve().parent

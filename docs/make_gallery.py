@@ -13,12 +13,12 @@ from pathlib import Path
 from PIL import Image
 
 from lora_trainer.cli.schedules import Preview, example_horizon, fact_rows, named_previews
-from lora_trainer.config.describe import option_rows
-from lora_trainer.report.schedule_plot import Curve, draw_schedules
+from lora_trainer.config.structure import option_rows
+from lora_trainer.report.pictures import Curve, draw_schedules
 from lora_trainer.schedules.external import TorchSchedule
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.schedules.schedule import DecayOptions, ScheduleOptions
-from lora_trainer.strict_model import Section
+from lora_trainer.strict_model import StrictModel
 
 DOCS = Path(__file__).resolve().parent
 PICTURES = DOCS / "schedules"
@@ -99,7 +99,7 @@ def _section(name: str, kind: type[ScheduleOptions]) -> Iterator[str]:
     yield f"![{name}](schedules/{name}.png)\n"
 
 
-def _table(model: type[Section], only: tuple[str, ...] = (), leave_out: tuple[str, ...] = ()) -> str:
+def _table(model: type[StrictModel], only: tuple[str, ...] = (), leave_out: tuple[str, ...] = ()) -> str:
     rows = [
         f"| `{key}` | {values} | {default} | {text} |"
         for key, values, default, text in option_rows(model)

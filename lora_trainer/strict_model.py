@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-class Section(BaseModel):
+class StrictModel(BaseModel):
     """Unknown keys are refused, values never change after load, infinities and NaN are no numbers."""
 
     model_config = ConfigDict(

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ("train.max_steps=40", "sample.prompts=[]", "tracking.tensorboard=false")
+SHORT = ("train.max_steps=40", "sample={}", "tracking.tensorboard=false")
 SWEEP = (
     "sweep={grid: {lr_scheduler: [{type: cosine}, {type: constant}], optimizer.lr: [1e-3, 3e-3]}, trials_per_pass: %s}"
 )
@@ -132,7 +132,7 @@ def compare(before: Tree, after: Tree, work: Path) -> Iterator[tuple[str, str, b
         yield equal(name, (straight, folder))
 
     answers = []
-    for folder in both("find-lr", "find-lr", sweep, "validation.max_cost=9"):
+    for folder in both("find-lr", "find-lr", sweep):
         (file,) = folder.rglob("find_lr.json")
         answers.append(json.loads(file.read_text())["lr"])
     yield "find-lr", f"{answers[0]:.3e} and {answers[1]:.3e}", answers[0] == answers[1]
@@ -153,13 +153,14 @@ def main() -> int:
             )
             trees.append(tree)
         try:
-            rows = list(compare(*trees, work))
+            all_good = True
+            for name, what, good in compare(*trees, work):
+                print(f"{'as it must be' if good else 'WRONG':14} {name:34} {what}", flush=True)
+                all_good &= good
         finally:
             for tree in trees:
                 subprocess.run(["git", "worktree", "remove", "--force", str(tree.path)], cwd=ROOT, check=True)
-    for name, what, good in rows:
-        print(f"{'as it must be' if good else 'WRONG':14} {name:34} {what}")
-    return 0 if all(good for _, _, good in rows) else 1
+    return int(not all_good)
 
 
 if __name__ == "__main__":

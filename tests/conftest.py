@@ -45,15 +45,23 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="leave out what is marked `process` or `slow`")
+    parser.addoption(
+        "--quick", action="store_true", help="unit tests and golden runs, without any that starts a process"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("quick"):
         return
-    left_out = [item for item in items if item.get_closest_marker("process") or item.get_closest_marker("slow")]
+    left_out = [item for item in items if not is_quick(item)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    items[:] = [item for item in items if is_quick(item)]
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Whether it belongs to `--quick`: every unit test, and of the others what says so, but no test of processes."""
+    chosen = item.get_closest_marker("quick") or item.path.is_relative_to(ROOT / "tests" / "unit")
+    return bool(chosen) and item.get_closest_marker("process") is None
 
 
 _may_start_processes = True

@@ -14,11 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.evidence.statistics.arms import Question, confirming, questions
 from lora_trainer.evidence.statistics.paired import paired
-from lora_trainer.evidence.statistics.verdict import Verdict, judge
-from lora_trainer.report.comparison import ArmRuns, arms
-from lora_trainer.report.run_record import RunRecord, read_runs
+from lora_trainer.evidence.statistics.verdict import Question, Verdict, confirming, judge, questions
+from lora_trainer.report.runs import ArmRuns, RunRecord, arms, read_runs
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.console import Screen
 

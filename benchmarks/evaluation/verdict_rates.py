@@ -14,9 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_trainer.evidence.statistics.arms import Arm, tuned
 from lora_trainer.evidence.statistics.paired import paired
-from lora_trainer.evidence.statistics.verdict import Outcome, Rules, compare
+from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Rules, compare, tuned
 
 SEED_SD, NOISE_SD, GAIN = 4e-3, 1e-3, 0.05
 Noise = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]

@@ -10,9 +10,7 @@ from lora_trainer.cli.sample import find_base
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import CHECKPOINTS, CONFIG_FILE, PLAN_FILE
 from lora_trainer.errors import ConfigError, ModelError, Problem
-from lora_trainer.lora_files.files import Layout, base_facts, is_kohya, read_lora, write_lora
-from lora_trainer.lora_files.layouts import from_kohya
-from lora_trainer.lora_files.recipe import read_recipe
+from lora_trainer.lora_files.files import Layout, base_facts, from_kohya, is_kohya, read_lora, read_recipe, write_lora
 from lora_trainer.models.family import joined_layers
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan

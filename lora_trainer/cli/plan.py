@@ -10,10 +10,9 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from lora_trainer.config.learning_rates import PRESETS, small_set_note
 from lora_trainer.config.load import load_config
-from lora_trainer.config.lr_notes import small_set_note
 from lora_trainer.config.optimizers import optimizer_row
-from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.planning.prepare import Prepared, plan_rows, prepare

@@ -15,13 +15,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from lora_trainer.cli.plan import prepare_plan
-from lora_trainer.config.describe import option_rows
 from lora_trainer.config.load import check_source, load_config
 from lora_trainer.config.source import Source
+from lora_trainer.config.structure import option_rows
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.planning.run_plan import lay_groups
-from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
+from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
 from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
 from lora_trainer.schedules.facts import ScheduleFacts, facts_of
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES

@@ -22,7 +22,7 @@ from lora_trainer.experiments.sweep.placement import Local
 from lora_trainer.experiments.sweep.prepare import PreparedSweep, prepare_sweep, sweep_rows
 from lora_trainer.experiments.sweep.record import Json, describe_sweep, refreshed, without_dropped, write_sweep
 from lora_trainer.report.page import write_report
-from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
+from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import Screen

@@ -12,7 +12,7 @@ from lora_trainer.config.places import CURVES_FILE, METRICS_FILE, report_file, r
 from lora_trainer.errors import ExitCode, NumericStop, Problem, TrainerError
 from lora_trainer.planning.prepare import Prepared, files_to_come, plan_rows, prepare
 from lora_trainer.report.page import write_report
-from lora_trainer.report.plots import draw_curves
+from lora_trainer.report.pictures import draw_curves
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import Screen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,55 @@ from ruamel.yaml import YAML
 
 from lora_trainer.config.conflicts import conflicts
 from lora_trainer.config.optimizers import AdamW
-from lora_trainer.config.peer_names import PEER_NAMES
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import KeyPath, Source, read_source
 from lora_trainer.config.structure import all_keys, models_by_type, section_models, type_name
 from lora_trainer.errors import ConfigError, Problem
+
+_PEERS = {
+    "model.path": "pretrained_model_name_or_path base_model_name name_or_path",
+    "model.prediction_type: v_prediction": "v_parameterization is_v_pred",
+    "data.dir": "train_data_dir instance_data_dir folder_path",
+    "data.sources[].repeats": "num_repeats",
+    "data.captions.extension": "caption_extension caption_ext",
+    "data.captions.dropout": "caption_dropout_rate",
+    "data.crop: random": "random_crop",
+    "data.crop: center": "center_crop",
+    "data.flip": "flip_aug random_flip",
+    "name": "output_name",
+    "adapter.rank": "network_dim linear lora_rank",
+    "adapter.alpha": "network_alpha linear_alpha lora_alpha",
+    "adapter.dropout": "network_dropout lora_dropout",
+    "adapter.use_dora": "use_dora",
+    "optimizer.type": "optimizer_type",
+    "optimizer.lr": "learning_rate unet_lr lr",
+    "optimizer.betas": "adam_beta1 adam_beta2",
+    "optimizer.weight_decay": "adam_weight_decay",
+    "optimizer.lr: 1e-2, with scale_parameter: true and a constant schedule": "relative_step",
+    "lr_scheduler.warmup_steps": "warmup_init lr_warmup_steps learning_rate_warmup_steps",
+    "lr_scheduler.type": "lr_scheduler_type",
+    "lr_scheduler.num_cycles": "lr_scheduler_num_cycles lr_num_cycles",
+    "lr_scheduler.power": "lr_scheduler_power lr_power",
+    "lr_scheduler.min_ratio": "lr_scheduler_min_lr_ratio",
+    "train.max_steps": "max_train_steps steps",
+    "train.epochs": "max_train_epochs num_train_epochs",
+    "train.batch_size": "train_batch_size",
+    "train.gradient_accumulation_steps": "gradient_accumulation",
+    "train.precision": "mixed_precision",
+    "train.ema_decay": "use_ema",
+    "export.every_steps": "save_every_n_steps save_every",
+    "export.dtype": "save_precision",
+    "checkpoint.every_steps": "checkpointing_steps",
+    "checkpoint.keep_last": "checkpoints_total_limit",
+    "sample.prompts": "sample_prompts validation_prompt",
+    "sample.every_steps": "sample_every_n_steps sample_every",
+    "objective.min_snr_gamma": "min_snr_gamma snr_gamma",
+}
+PEER_NAMES = {peer: ours for ours, peers in _PEERS.items() for peer in peers.split()}
+"""What other trainers call our settings: people type these names from memory, so an unknown key points here first.
+
+Names as in kohya sd-scripts, the diffusers example scripts, OneTrainer and ai-toolkit.
+"""
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -40,9 +85,8 @@ def check_source(source: Source) -> RunConfig:
         config = RunConfig.model_validate(source.data)
     except ValidationError as error:
         raise ConfigError(*_problems(error, source)) from None
-    found = [Problem(c.what, source.place(c.key), c.why, c.fix) for c in conflicts(config, source.data)]
-    if found:
-        raise ConfigError(*found)
+    if problems := [replace(problem, where=source.place(key)) for key, problem in conflicts(config)]:
+        raise ConfigError(*problems)
     return config
 
 

@@ -17,14 +17,14 @@ from pydantic import Discriminator, Field, SerializeAsAny, Tag, WrapValidator
 
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.schedules.schedule import Duration, Horizon, to_updates
-from lora_trainer.strict_model import NotBool, NotNegative, Positive, Ratio, Section
+from lora_trainer.strict_model import NotBool, NotNegative, Positive, Ratio, StrictModel
 
 ENTRY_POINTS = "lora_trainer.optimizers"
 LearningRate = Annotated[float, Field(gt=0, lt=1), NotBool]
 Beta = Annotated[float, Field(ge=0, lt=1), NotBool]
 
 
-class GroupConfig(Section):
+class GroupConfig(StrictModel):
     """Some of the adapter's weights with a learning rate, or a whole schedule, of their own."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
@@ -37,7 +37,7 @@ class GroupConfig(Section):
     """Schedule; default that of the run."""
 
 
-class OptimizerOptions(Section):
+class OptimizerOptions(StrictModel):
     """What every optimizer has."""
 
     type: str

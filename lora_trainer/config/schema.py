@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from lora_trainer.config.optimizers import AdamW, AnyOptimizerOptions
-from lora_trainer.config.sweep import SweepConfig
 from lora_trainer.schedules.curves import Constant
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.schedules.schedule import Duration, check_period
-from lora_trainer.strict_model import Count, NotBool, Ratio, Section
+from lora_trainer.strict_model import Count, NotBool, Positive, Ratio, StrictModel
 
 
 def _check_name(value: str) -> str:
@@ -33,9 +32,10 @@ def _adamw_unless_said(value: Any) -> Any:
 
 
 Period = Annotated[Duration | None, AfterValidator(check_period)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), NotBool]
 
 
-class ModelConfig(Section):
+class ModelConfig(StrictModel):
     """The base checkpoint, which stays frozen."""
 
     path: Annotated[str, Field(min_length=1)]
@@ -48,7 +48,7 @@ class ModelConfig(Section):
     """What the denoiser predicts; `auto` takes it from the base's noise scheduler."""
 
 
-class SourceConfig(Section):
+class SourceConfig(StrictModel):
     """One folder of images."""
 
     dir: Annotated[str, Field(min_length=1)]
@@ -57,7 +57,7 @@ class SourceConfig(Section):
     """How often each image is seen per epoch, on top of the N of a folder `N_name` (N up to 100; more is a name)."""
 
 
-class CaptionConfig(Section):
+class CaptionConfig(StrictModel):
     """Text beside each image."""
 
     extension: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9]+$")] = ".txt"
@@ -72,7 +72,7 @@ class CaptionConfig(Section):
     """Probability of training a sample on the empty prompt (0.05-0.1 keeps classifier-free guidance strong)."""
 
 
-class DataConfig(Section):
+class DataConfig(StrictModel):
     """The images and how they are framed. They are only ever read."""
 
     dir: Annotated[str | None, Field(min_length=1)] = None
@@ -92,13 +92,13 @@ class DataConfig(Section):
     """Where latents and prompt embeddings are kept; default `<output_dir>/.cache`."""
 
 
-class LoraConfig(Section):
+class LoraConfig(StrictModel):
     """Low-rank adapters on the denoiser, injected by peft."""
 
     type: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1, le=1024), NotBool] = 16
     """Rank of each adapter."""
-    alpha: Annotated[float, Field(gt=0), NotBool] = 16
+    alpha: Positive = 16
     """The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with `use_rslora`)."""
     targets: str | Annotated[tuple[str, ...], Field(min_length=1)] = "attention"
     """A named list of layers (docs/targets.md), or a list of patterns for the end of a layer's name (`attn2.to_k`)."""
@@ -110,14 +110,14 @@ class LoraConfig(Section):
     """Weight-decomposed adapters with a learned magnitude per output (Liu et al. 2024)."""
 
 
-class ObjectiveConfig(Section):
+class ObjectiveConfig(StrictModel):
     """What is minimised: the squared error of the predicted noise (or v), averaged over each image."""
 
-    min_snr_gamma: Annotated[float, Field(gt=0), NotBool] | None = None
+    min_snr_gamma: Positive | None = None
     """Weight timesteps by min(SNR, gamma) / SNR (Hang et al. 2023); 5 is the paper's value, null is off."""
 
 
-class TrainConfig(Section):
+class TrainConfig(StrictModel):
     """The loop."""
 
     max_steps: Annotated[int, Field(ge=1, le=10_000_000), NotBool] | None = None
@@ -130,7 +130,7 @@ class TrainConfig(Section):
     """Forwards per update; global batch = processes x batch_size x this."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
-    max_grad_norm: Annotated[float, Field(gt=0), NotBool] | None = 1.0
+    max_grad_norm: Positive | None = 1.0
     """Gradients are scaled down to this norm; null does not clip."""
     ema_decay: Annotated[float, Field(gt=0, lt=1), NotBool] | None = None
     """Keep an exponential moving average of the adapter (0.999, say) and export that; null is off."""
@@ -140,7 +140,7 @@ class TrainConfig(Section):
     """CPU threads per process; `auto` is physical cores / local processes, stored with the run."""
 
 
-class ValidationConfig(Section):
+class ValidationConfig(StrictModel):
     """A probe: fixed images, timesteps and noise on which the loss is measured again and again. Off unless present."""
 
     dir: Annotated[str | None, Field(min_length=1)] = None
@@ -149,7 +149,7 @@ class ValidationConfig(Section):
     """Share of the training images to hold out (at least 2), chosen by content, so that adding files moves none."""
     prior_dir: Annotated[str | None, Field(min_length=1)] = None
     """Folder of images with captions that the LoRA should leave alone: shows forgetting."""
-    seed: Annotated[int, Field(ge=0, lt=2**63), NotBool] = 0
+    seed: Seed = 0
     """Of the choice and of the probe's noise; its own, so that runs with other training seeds can be compared."""
     every_steps: Annotated[Duration, AfterValidator(check_period)] = "10%"
     """Period between probes; one more is made after the last update."""
@@ -161,14 +161,14 @@ class ValidationConfig(Section):
     """Keep `<name>-best.safetensors`, the LoRA of the probe with the smallest held-out loss."""
 
 
-class PromptConfig(Section):
+class PromptConfig(StrictModel):
     """One sample image."""
 
     prompt: str
     """What to draw."""
     negative_prompt: str = ""
     """What to steer away from."""
-    seed: Annotated[int, Field(ge=0, lt=2**63), NotBool] = 0
+    seed: Seed = 0
     """Of the image's initial noise; the same at every step, so that samples can be compared."""
 
 
@@ -176,7 +176,7 @@ def _prompt(value: Any) -> Any:
     return {"prompt": value} if isinstance(value, str) else value
 
 
-class SampleConfig(Section):
+class SampleConfig(StrictModel):
     """Images drawn before, during and after training. They never touch the training's randomness."""
 
     prompts: Annotated[
@@ -191,7 +191,7 @@ class SampleConfig(Section):
     """Classifier-free guidance; 1 is none."""
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(StrictModel):
     """What a resume needs. The last update always saves."""
 
     every_steps: Period = 250
@@ -202,7 +202,7 @@ class CheckpointConfig(Section):
     """When the disk takes no checkpoint: train on and try again at the next one, or stop (exit 5) with a LoRA file."""
 
 
-class ResumeConfig(Section):
+class ResumeConfig(StrictModel):
     """What may differ when a stopped run is continued. Without these keys a changed setting stops the resume."""
 
     allow_changes: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = ()
@@ -211,7 +211,7 @@ class ResumeConfig(Section):
     """LR of a longer run: `keep` the curve of the first length, then its last value, or `stretch` it over the new."""
 
 
-class ExportConfig(Section):
+class ExportConfig(StrictModel):
     """The LoRA files. The last update always exports."""
 
     every_steps: Period = None
@@ -220,23 +220,101 @@ class ExportConfig(Section):
     """Of the tensors in the files."""
 
 
-class TrackingConfig(Section):
+class TrackingConfig(StrictModel):
     """Where the numbers of each step go beside metrics.jsonl."""
 
     tensorboard: bool = True
     """Write TensorBoard events under `tensorboard/` in the run directory."""
-    base_loss_every: Annotated[int, Field(ge=1), NotBool] | None = 10
+    base_loss_every: Count | None = 10
     """Every so many updates run the frozen base on the same noised batch and log the ratio; null is off."""
 
 
-class RunConfig(Section):
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("each seed once")
+    return seeds
+
+
+def _gathered(value: Any) -> Any:
+    """`{num, seed, <key path>: <draw>, ...}` as written, with the key paths in a mapping of their own."""
+    if not isinstance(value, dict) or "draws" in value:
+        return value
+    own = {key: value[key] for key in ("num", "seed") if key in value}
+    return {**own, "draws": {key: entry for key, entry in value.items() if key not in own}}
+
+
+def _share(value: str) -> str:
+    if not str(check_period(value)).endswith("%"):
+        raise ValueError('a share of the run is expected, as "25%"')
+    return value
+
+
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class RandomConfig(StrictModel):
+    """Arms drawn at random. A larger `num` keeps the earlier draws."""
+
+    num: Count
+    """Number of arms. Required."""
+    seed: Seed = 0
+    """Of the draws."""
+    draws: Annotated[dict[str, dict[str, tuple[Any, ...]]], Field(min_length=1)]
+    """Written beside `num`, by key path: {log_uniform: [low, high]}, {uniform: [low, high]} or {choice: [...]}."""
+
+
+class ShortRunsConfig(StrictModel):
+    """Complete short runs of all arms on the first seed, which choose the learning rates of each setting."""
+
+    length: Annotated[str, AfterValidator(_share)] = "25%"
+    """Of the updates; schedules are laid over it whole, so write their lengths as shares too."""
+    keep: Count = 2
+    """Learning rates of each setting that are then trained in full."""
+
+
+class PruneConfig(StrictModel):
+    """Trials that end early or are not begun. Everything is off unless set; what was stopped and why is reported."""
+
+    diverged: Annotated[float, Field(gt=1), NotBool] | None = None
+    """Stop a trial whose held-out loss is this many times the frozen base's; null is off."""
+    short_runs: ShortRunsConfig | None = None
+    worse_after_seeds: Annotated[int, Field(ge=3), NotBool] | None = None
+    """From this many finished seeds on, an arm that another is shown to be better than gets no further seeds."""
+
+
+class ConfirmConfig(StrictModel):
+    """What `lora-trainer sweep --confirm` trains after the sweep: its leaders, on seeds that took no part in it."""
+
+    num_leaders: Annotated[int, Field(ge=2), NotBool] = 3
+    """The best arms, each setting at its best LR."""
+    seeds: Seeds | None = None
+    """Fresh training seeds; default the five after the largest of the sweep."""
+
+
+class SweepConfig(StrictModel):
+    """Many trials on one frozen base: see docs/sweeps.md. Each arm is trained with each seed."""
+
+    trials_per_pass: Literal["auto"] | Count = "auto"
+    """Adapters that share a forward (LoRA and rsLoRA without dropout); `auto` as many as memory allows."""
+    trials: dict[str, list[str] | dict[str, Any]] = {}
+    """Arms by name: a list of `key.path=value`, or a mapping of key path and value."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    """Values by key path; every combination is an arm."""
+    random: Annotated[RandomConfig | None, BeforeValidator(_gathered)] = None
+    seeds: Seeds | None = None
+    """Training seeds, each with all arms; default the config's own `seed`."""
+    confirm: ConfirmConfig = ConfirmConfig()
+    prune: PruneConfig = PruneConfig()
+
+
+class RunConfig(StrictModel):
     """One training run."""
 
     name: Annotated[str, AfterValidator(_check_name)]
     """Name of the run directory and of the LoRA file."""
     output_dir: Annotated[str, Field(min_length=1)] = "runs"
     """The run directory is `<output_dir>/<name>`."""
-    seed: Annotated[int, Field(ge=0, lt=2**63), NotBool] = 42
+    seed: Seed = 42
     """Of everything random: adapter init, order, crops, flips, captions, timesteps, noise."""
     model: ModelConfig
     data: DataConfig
@@ -257,75 +335,7 @@ class RunConfig(Section):
 Level = Literal["refuse", "say", "free"]
 CURVE_LENGTH = "lr curve length"
 """Fact: the number of updates that the LR curves are laid over."""
-FACTS = (
-    "base content",
-    "data content",
-    "data order",
-    "validation content",
-    "global batch",
-    CURVE_LENGTH,
-    "num_processes",
-    "device",
-    "torch",
-    "diffusers",
-    "peft",
-    "accelerate",
-)
-"""What a run's identity holds beside its settings. Files count by content: their names and places are free."""
-
-LEVELS: dict[str, Level] = {
-    "name": "free",
-    "output_dir": "free",
-    "seed": "refuse",
-    "model.path": "free",
-    "model.family": "free",
-    "model.revision": "free",
-    "model.prediction_type": "refuse",
-    "data.dir": "free",
-    "data.sources": "free",
-    "data.resolution": "refuse",
-    "data.crop": "refuse",
-    "data.crops_per_image": "refuse",
-    "data.flip": "refuse",
-    "data.captions.extension": "free",
-    "data.captions.missing": "free",
-    "data.captions.lines": "free",
-    "data.captions.too_long": "free",
-    "data.captions.dropout": "refuse",
-    "data.cache_dir": "free",
-    "adapter.type": "refuse",
-    "adapter.rank": "refuse",
-    "adapter.alpha": "refuse",
-    "adapter.targets": "refuse",
-    "adapter.dropout": "refuse",
-    "adapter.use_rslora": "refuse",
-    "adapter.use_dora": "refuse",
-    "objective.min_snr_gamma": "refuse",
-    "optimizer.*": "refuse",
-    "lr_scheduler.*": "refuse",
-    "train.max_steps": "refuse",
-    "train.epochs": "refuse",
-    "train.batch_size": "say",
-    "train.gradient_accumulation_steps": "say",
-    "train.gradient_checkpointing": "say",
-    "train.max_grad_norm": "refuse",
-    "train.ema_decay": "refuse",
-    "train.precision": "refuse",
-    "train.threads": "say",
-    "validation.dir": "free",
-    "validation.fraction": "refuse",
-    "validation.prior_dir": "free",
-    "validation.seed": "refuse",
-    "validation.every_steps": "refuse",
-    "validation.batch_size": "say",
-    "validation.max_cost": "refuse",
-    "validation.keep_best": "free",
-    "sample.*": "free",
-    "checkpoint.*": "free",
-    "resume.*": "free",
-    "export.*": "free",
-    "tracking.*": "free",
-    "sweep.*": "free",
+FACTS: dict[str, Level] = {
     "base content": "refuse",
     "data content": "refuse",
     "data order": "refuse",
@@ -339,6 +349,29 @@ LEVELS: dict[str, Level] = {
     "peft": "say",
     "accelerate": "say",
 }
+"""What a run's identity holds beside its settings. Files count by content: their names and places are free."""
+
+_SETTINGS: dict[Level, str] = {
+    "refuse": """
+        seed model.prediction_type objective.min_snr_gamma optimizer.* lr_scheduler.*
+        data.resolution data.crop data.crops_per_image data.flip data.captions.dropout
+        adapter.type adapter.rank adapter.alpha adapter.targets adapter.dropout adapter.use_rslora adapter.use_dora
+        train.max_steps train.epochs train.max_grad_norm train.ema_decay train.precision
+        validation.fraction validation.seed validation.every_steps validation.max_cost
+    """,
+    "say": """
+        train.batch_size train.gradient_accumulation_steps train.gradient_checkpointing train.threads
+        validation.batch_size
+    """,
+    "free": """
+        name output_dir model.path model.family model.revision
+        data.dir data.sources data.cache_dir
+        data.captions.extension data.captions.missing data.captions.lines data.captions.too_long
+        validation.dir validation.prior_dir validation.keep_best
+        sample.* checkpoint.* resume.* export.* tracking.* sweep.*
+    """,
+}
+LEVELS: dict[str, Level] = {key: level for level, keys in _SETTINGS.items() for key in keys.split()} | FACTS
 """How a resume takes another value of a setting or fact; `section.*` stands for all keys of a section.
 
 `refuse`: it decides what is learned, so another value is refused unless `resume.allow_changes` names it. `say`: it may

@@ -42,7 +42,13 @@ def read_source(file: FilePath, overrides: Sequence[str] = ()) -> Source:
         ConfigError: the file is missing, is no YAML mapping, or an override has no `key=value` form.
     """
     source = Source(*_read_file(file))
-    problems = [problem for text in overrides if (problem := set_value(source, text, f"command line, {text}"))]
+    problems: list[Problem] = []
+    for text in overrides:
+        place = f"command line, {text}"
+        try:
+            set_value(source, *split_override(text, place), place)
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(*problems)
     return source
@@ -108,41 +114,45 @@ def _plain(node: Any, path: KeyPath, where: str, places: dict[KeyPath, str]) -> 
         for index in range(len(node)):
             places[(*path, index)] = f"{where}:{node.lc.item(index)[0] + 1}"
         return [_plain(value, (*path, index), where, places) for index, value in enumerate(node)]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return node
+    return next((kind(node) for kind in (bool, int, float, str) if isinstance(node, kind)), node)
 
 
-_READ = object()
+def split_override(text: str, place: str | None) -> tuple[str, Any]:
+    """The key path of a `key.path=value`, and its value, which is YAML.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise _no_override(text, place)
+    return key, _plain(_parse(value, f"{place}, {text}"), (), "", {})
 
 
-def set_value(source: Source, text: str, place: str | None, value: Any = _READ) -> Problem | None:
-    """Apply one `key.path=value`; the value is YAML, and a mapping replaces the whole section.
+def set_value(source: Source, key: str, value: Any, place: str | None) -> None:
+    """Set the value at a key path; a mapping replaces the whole section.
 
     Args:
-        text: the key path alone, where the value is given as plain data.
         place: where it was written.
 
-    Returns:
-        What is wrong with it; nothing was changed then.
+    Raises:
+        ConfigError: there is no such place; nothing was changed then.
     """
-    key, equals, value_text = text.partition("=")
     path = tuple(key.split("."))
-    if (not equals and value is _READ) or not all(path):
-        return Problem(f"`{text}` is no override", place, fix="write key.path=value, as in optimizer.lr=3e-4")
-    if value is _READ:
-        value = _plain(_parse(value_text, f"{place}, {text}"), (), "", {})
+    if not all(path):
+        raise _no_override(key, place)
     node: Any = source.data
     for part in path[:-1]:
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            return Problem(f"`{part}` is no section, so `{key}` cannot be set", place)
+            raise ConfigError(Problem(f"`{part}` is no section, so `{key}` cannot be set", place))
     node[path[-1]] = copy.deepcopy(value)
-    for known in [known for known in source.places if known[: len(path)] == path]:
-        del source.places[known]
+    source.places = {known: where for known, where in source.places.items() if known[: len(path)] != path}
     if place is not None:
         source.places[path] = place
-    return None
+
+
+def _no_override(text: str, place: str | None) -> ConfigError:
+    return ConfigError(Problem(f"`{text}` is no override", place, fix="write key.path=value, as in optimizer.lr=3e-4"))

@@ -1,7 +1,8 @@
-"""The sections and keys that a configuration may have, read off the schema."""
+"""The sections and keys that a configuration may have and the values that they take, read off the schema."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -14,6 +15,14 @@ from lora_trainer.schedules.external import PluginSchedule, plugin_names
 from lora_trainer.schedules.registry import HIDDEN
 
 SectionPath = tuple[str, ...]
+_JSON_TYPES = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "true / false",
+    "null": "null",
+}
+_LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 UNTOLD = HIDDEN | {OptimizerOptions}
 """Models that stand in no list: hidden rows, and what an outside optimizer's own options stand for."""
 
@@ -65,3 +74,40 @@ def type_name(model: type[BaseModel]) -> str:
     """What `type` says to choose this model."""
     default = model.model_fields["type"].default
     return default if isinstance(default, str) else "package.module:function"
+
+
+def option_rows(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Key, values, default and meaning of each field of a section, in Markdown."""
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+    if "$ref" in schema:  # a section that may stand inside itself
+        schema = definitions[schema["$ref"].rpartition("/")[2]]
+    for name, field in model.model_fields.items():
+        entry = schema["properties"][name]
+        default = "**required**" if field.is_required() else f"`{json.dumps(entry.get('default'), ensure_ascii=False)}`"
+        text = " ".join((field.description or "").split())
+        yield name, _type(entry, definitions), default, text
+
+
+def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
+    if "$ref" in entry:
+        return _type(definitions[entry["$ref"].rpartition("/")[2]], definitions)
+    if options := entry.get("anyOf") or entry.get("oneOf"):
+        return " or ".join(dict.fromkeys(_type(option, definitions) for option in options))
+    if "enum" in entry:
+        return " / ".join(f"`{value}`" for value in entry["enum"])
+    if "const" in entry:
+        return f"`{entry['const']}`"
+    if entry.get("type") == "array":
+        if "prefixItems" in entry:
+            return f"{len(entry['prefixItems'])} numbers"
+        return f"list of {_type(entry['items'], definitions)}"
+    if entry.get("type") == "object":
+        return "mapping"
+    kind = _JSON_TYPES[entry["type"]]
+    limits = [f"{sign} {_number(entry[key])}" for key, sign in _LIMITS.items() if key in entry]
+    return " ".join([kind, ", ".join(limits)]).strip()
+
+
+def _number(value: float) -> str:
+    return "2^63" if value == 2**63 else f"{value:g}"

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.load import check_source
 from lora_trainer.config.places import cache_folder, run_directory
-from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.source import KeyPath, Source, read_source, set_value
-from lora_trainer.config.sweep import RandomConfig
-from lora_trainer.config.trial_names import LONGEST, arm_name, is_path_safe, setting_name
+from lora_trainer.config.schema import RandomConfig, RunConfig
+from lora_trainer.config.source import KeyPath, Source, read_source, set_value, split_override
 from lora_trainer.errors import ConfigError, Problem
 
 RESERVED = {
@@ -32,10 +33,13 @@ RESERVED = {
     "train.threads": "threads belong to the machine",
 }
 """Keys that a trial cannot override, with the reason."""
+LONGEST_NAME = 60
+LR_KEY = "optimizer.lr"
+_SAFE = re.compile(r"\w[\w.+-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class ArmConfig:
     """What is compared: overrides, and where each was written."""
 
     name: str
@@ -75,70 +79,69 @@ def load_sweep(file: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, li
     trials: list[TrialConfig] = []
     for seed, arm in itertools.product(seeds, arms):
         try:
-            own = check_source(_source_of(arm, seed, config, source))
-            trials.append(TrialConfig(arm.name, setting_name(arm.overrides), arm.overrides, own))
+            trial = check_source(_source_of(arm, seed, config, source))
+            trials.append(TrialConfig(arm.name, setting_name(arm.overrides), arm.overrides, trial))
         except ConfigError as error:
-            problems += [Problem(f"trial `{arm.name}`: {p.what}", p.where, p.why, p.fix) for p in error.problems]
+            problems += [replace(p, what=f"trial `{arm.name}`: {p.what}") for p in error.problems]
     problems += _twins(trials)
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return config, trials
 
 
-def _arms(config: RunConfig, source: Source) -> tuple[list[Arm], list[Problem]]:
+def _arms(config: RunConfig, source: Source) -> tuple[list[ArmConfig], list[Problem]]:
     """The arms of `trials`, `grid` and `random`; the config alone where there is none of them."""
     assert config.sweep is not None
     found = [*_named(config.sweep.trials, source), *_grid(config.sweep.grid, source)]
     if config.sweep.random is not None:
         found += _random(config.sweep.random, source)
-    arms = [each for each in found if isinstance(each, Arm)]
-    problems = [each for each in found if isinstance(each, Problem)]
-    for arm in arms:
-        problems += _reserved(arm)
+    arms = [entry for entry in found if isinstance(entry, ArmConfig)]
+    problems = [entry for entry in found if isinstance(entry, Problem)]
+    problems += [
+        Problem(f"trial `{arm.name}` cannot override `{key}`", arm.places[key], why, "remove it")
+        for arm, (reserved, why) in itertools.product(arms, RESERVED.items())
+        for key in arm.overrides
+        if f"{key}.".startswith(f"{reserved}.")
+    ]
     names = [arm.name for arm in arms]
     problems += [
         Problem(f"two arms would both be called `{name}`", source.place(("sweep",)), fix="rename or remove one")
         for name in dict.fromkeys(names)
         if names.count(name) > 1
     ]
-    return arms or ([] if problems else [Arm(arm_name({}), {}, {})]), problems
+    return arms or ([] if problems else [ArmConfig(arm_name({}), {}, {})]), problems
 
 
-def _named(trials: Mapping[str, list[str] | dict[str, Any]], source: Source) -> Iterator[Arm | Problem]:
+def _named(trials: Mapping[str, list[str] | dict[str, Any]], source: Source) -> Iterator[ArmConfig | Problem]:
     for name, written in trials.items():
         path: KeyPath = ("sweep", "trials", name)
         if not is_path_safe(name):
-            rule = f"letters, digits, `_`, `-`, `.`, `+`, at most {LONGEST}"
+            rule = f"letters, digits, `_`, `-`, `.`, `+`, at most {LONGEST_NAME}"
             yield Problem(f"`{name}` becomes a folder's name: {rule}", source.place(path), fix="rename the trial")
             continue
         if isinstance(written, dict):
-            yield Arm(name, written, {key: source.place((*path, key)) for key in written})
+            yield ArmConfig(name, written, {key: source.place((*path, key)) for key in written})
             continue
         overrides, places = {}, {}
         for index, text in enumerate(written):
             place = source.place((*path, index))
-            aside = Source({})
-            if (problem := set_value(aside, text, place)) is not None:
-                yield problem
-                continue
-            key = text.partition("=")[0]
-            node: Any = aside.data
-            for part in key.split("."):
-                node = node[part]
-            overrides[key], places[key] = node, place
-        yield Arm(name, overrides, places)
+            try:
+                key, value = split_override(text, place)
+                overrides[key], places[key] = value, place
+            except ConfigError as error:
+                yield from error.problems
+        yield ArmConfig(name, overrides, places)
 
 
-def _grid(grid: Mapping[str, Sequence[Any]], source: Source) -> Iterator[Arm]:
-    if not grid:
-        return
-    for chosen in itertools.product(*(range(len(values)) for values in grid.values())):
-        overrides = {key: values[index] for (key, values), index in zip(grid.items(), chosen, strict=True)}
-        places = {key: source.place(("sweep", "grid", key, index)) for key, index in zip(grid, chosen, strict=True)}
-        yield Arm(arm_name(overrides), overrides, places)
+def _grid(grid: Mapping[str, Sequence[Any]], source: Source) -> Iterator[ArmConfig]:
+    columns = [[(key, index, value) for index, value in enumerate(values)] for key, values in grid.items()]
+    for chosen in itertools.product(*columns) if grid else ():
+        overrides = {key: value for key, _, value in chosen}
+        places = {key: source.place(("sweep", "grid", key, index)) for key, index, _ in chosen}
+        yield ArmConfig(arm_name(overrides), overrides, places)
 
 
-def _random(config: RandomConfig, source: Source) -> Iterator[Arm | Problem]:
+def _random(config: RandomConfig, source: Source) -> Iterator[ArmConfig | Problem]:
     """Arm i depends on (seed, i, key) and on the arms drawn before it, each of which differs from the others."""
     places = {key: source.place(("sweep", "random", key)) for key in config.draws}
     for key, spec in config.draws.items():
@@ -154,7 +157,7 @@ def _random(config: RandomConfig, source: Source) -> Iterator[Arm | Problem]:
             return
         drawn |= new
     for index, overrides in enumerate(drawn.values(), start=1):
-        yield Arm(f"random{index}", overrides, places)
+        yield ArmConfig(f"random{index}", overrides, places)
 
 
 def _new_draw(config: RandomConfig, index: int, drawn: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
@@ -195,20 +198,12 @@ def _draw(spec: Mapping[str, Sequence[Any]], stream: random.Random) -> Any:
     return float(f"{drawn:.4g}")
 
 
-def _reserved(arm: Arm) -> Iterator[Problem]:
-    for key in arm.overrides:
-        for reserved, why in RESERVED.items():
-            if key == reserved or key.startswith(f"{reserved}."):
-                yield Problem(f"trial `{arm.name}` cannot override `{key}`", arm.places[key], why, "remove it")
-
-
-def _source_of(arm: Arm, seed: int, config: RunConfig, source: Source) -> Source:
+def _source_of(arm: ArmConfig, seed: int, config: RunConfig, source: Source) -> Source:
     """What the trial's own configuration file would say."""
     own = Source(copy.deepcopy(source.data), dict(source.places))
     del own.data["sweep"]
     for key, value in arm.overrides.items():
-        if (problem := set_value(own, key, arm.places[key], value)) is not None:
-            raise ConfigError(problem)
+        set_value(own, key, value, arm.places[key])
     placed = {
         "seed": seed,
         "name": f"{arm.name}-seed{seed}",
@@ -216,7 +211,7 @@ def _source_of(arm: Arm, seed: int, config: RunConfig, source: Source) -> Source
         "data.cache_dir": str(cache_folder(config)),
     }
     for key, value in placed.items():
-        set_value(own, key, source.place(("sweep",)), value)
+        set_value(own, key, value, source.place(("sweep",)))
     return own
 
 
@@ -228,3 +223,46 @@ def _twins(trials: Sequence[TrialConfig]) -> Iterator[Problem]:
         if said in seen and seen[said] != trial.arm:
             yield Problem(f"`{seen[said]}` and `{trial.arm}` are the same trial", "sweep", fix="remove one of them")
         seen.setdefault(said, trial.arm)
+
+
+def arm_name(overrides: Mapping[str, Any]) -> str:
+    """`cosine-warmup_steps5pct-lr3e-4`: the values in the order of the overrides, the learning rate last.
+
+    A function of what was overridden, so that adding others renames none; safe as a folder's name.
+    """
+    ordered = sorted(overrides.items(), key=lambda entry: entry[0] == LR_KEY)
+    text = "-".join(_entry(key, value) for key, value in ordered) or "base"
+    if is_path_safe(text):
+        return text
+    digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:6]
+    safe = re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII).strip("_.-") or "arm"
+    return f"{safe[: LONGEST_NAME - 7].rstrip('_.-')}-{digest}"
+
+
+def setting_name(overrides: Mapping[str, Any]) -> str:
+    """The name of all that was overridden but the learning rate."""
+    return arm_name({key: value for key, value in overrides.items() if key != LR_KEY})
+
+
+def is_path_safe(name: str) -> bool:
+    return _SAFE.fullmatch(name) is not None and len(name) <= LONGEST_NAME
+
+
+def _entry(key: str, value: Any) -> str:
+    if isinstance(value, Mapping) and "type" in value:
+        return "-".join([str(value["type"]), *(f"{k}{_value(v)}" for k, v in value.items() if k != "type")])
+    return f"{key.rpartition('.')[2]}{_value(value)}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return _number(value)
+    return value.replace("%", "pct") if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _number(value: float) -> str:
+    """The shortest text that is this number: 3e-4, 0.05, 16."""
+    exact = Decimal(repr(value)).normalize()
+    return f"{exact:f}" if value == 0 or Decimal("0.01") <= abs(exact) < 10**6 else f"{exact:e}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -44,93 +45,77 @@ class PromptStore:
     ) -> Conditioning:
         """What the denoiser is told of B prompts and, [B, ...] by name, of as many views."""
         rows = [self.rows[prompt] for prompt in prompts]
-        told = {name: values[torch.tensor(rows, device=values.device)] for name, values in self.tensors.items()}
-        return Conditioning({name: own.to(device, non_blocking=True) for name, own in {**told, **view_tensors}.items()})
+        of_prompts = {name: values[torch.tensor(rows, device=values.device)] for name, values in self.tensors.items()}
+        tensors = {**of_prompts, **view_tensors}
+        return Conditioning({name: values.to(device, non_blocking=True) for name, values in tensors.items()})
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What one slot shows."""
-
-    record: int
-    row: int
-    prompt: str
-
-
+@dataclass(frozen=True, kw_only=True)
 class BatchSource:
     """Micro-batches by (update, micro-step, process), read from the caches."""
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        samples: Samples,
-        latents: LatentStore,
-        prompts: PromptStore,
-        *,
-        seed: int,
-        batch_size: int,
-        accumulation: int,
-        num_processes: int,
-        caption_dropout: float,
-        device: torch.device,
-    ) -> None:
-        self._records, self._samples = records, samples
-        self._latents, self._prompts = latents, prompts
-        self._seed, self._dropout, self._device = seed, caption_dropout, device
-        self._batch, self.accumulation, self._processes = batch_size, accumulation, num_processes
-        self._order: tuple[int, np.ndarray] | None = None
+    records: Sequence[Record]
+    samples: Samples
+    latents: LatentStore
+    prompts: PromptStore
+    seed: int
+    batch_size: int
+    accumulation: int
+    num_processes: int
+    caption_dropout: float
+    device: torch.device
 
     @property
     def global_batch(self) -> int:
-        return self._batch * self.accumulation * self._processes
+        return self.batch_size * self.accumulation * self.num_processes
 
     @property
     def updates_per_epoch(self) -> int:
-        return -(-len(self._samples) // self.global_batch)
+        return -(-len(self.samples) // self.global_batch)
 
     def num_samples_of(self, k: int) -> int:
         """Real samples of update k over all processes: the last of an epoch may have fewer than G."""
         position = k % self.updates_per_epoch
-        return min(self.global_batch, len(self._samples) - position * self.global_batch)
+        return min(self.global_batch, len(self.samples) - position * self.global_batch)
 
     def slots_of(self, k: int, micro_step: int, rank: int) -> list[Slot]:
         """The slots of one micro-batch; empty where the epoch's last update has no sample for it."""
         epoch, position = divmod(k, self.updates_per_epoch)
-        first = position * self.global_batch + (micro_step * self._processes + rank) * self._batch
-        return [Slot(epoch, index) for index in range(first, min(first + self._batch, len(self._samples)))]
+        first = position * self.global_batch + (micro_step * self.num_processes + rank) * self.batch_size
+        return [Slot(epoch, index) for index in range(first, min(first + self.batch_size, len(self.samples)))]
 
     def at(self, slots: Sequence[Slot]) -> Batch:
         """The batch of these slots, on the device."""
-        choices = [self._choose(slot) for slot in slots]
-        rows = torch.tensor([choice.row for choice in choices], device=self._latents.mean_NChw.device)
-        mean = self._latents.mean_NChw[rows].to(self._device, non_blocking=True)
-        std = self._latents.std_NChw[rows].to(self._device, non_blocking=True)
-        views = {name: values[rows] for name, values in self._latents.view_tensors.items()}
-        shape = mean.shape[1:]
-        jitter = torch.stack([random_streams.normal(shape, self._seed, "latent", *slot) for slot in slots])
+        records, rows, prompts = zip(*(self._choose(slot) for slot in slots), strict=True)
+        latents, rows_B = self.latents, torch.tensor(rows, device=self.latents.mean_NChw.device)
+        mean = latents.mean_NChw[rows_B].to(self.device, non_blocking=True)
+        std = latents.std_NChw[rows_B].to(self.device, non_blocking=True)
+        views = {name: values[rows_B] for name, values in latents.view_tensors.items()}
+        jitter = torch.stack([random_streams.normal(mean.shape[1:], self.seed, "latent", *slot) for slot in slots])
         return Batch(
-            latents_BChw=mean + std * jitter.to(self._device, non_blocking=True),
-            conditioning=self._prompts.conditioning([choice.prompt for choice in choices], views, self._device),
-            weight_B=torch.ones(len(slots), device=self._device),
+            latents_BChw=mean + std * jitter.to(self.device, non_blocking=True),
+            conditioning=self.prompts.conditioning(prompts, views, self.device),
             slots=tuple(slots),
-            files=tuple(self._records[choice.record].name for choice in choices),
+            files=tuple(record.name for record in records),
         )
 
-    def _choose(self, slot: Slot) -> _Choice:
-        record = self._samples[self._permutation(slot.epoch)[slot.position]]
-        crop = self._integer("crop", slot, self._latents.num_crops)
-        mirrored = self._latents.flips and self._integer("flip", slot, 2) == 1
-        captions = self._records[record].captions
+    def _choose(self, slot: Slot) -> tuple[Record, int, str]:
+        """What one slot shows: the record, the row of its latents and the prompt."""
+        index = self.samples[_order(self.seed, slot.epoch, len(self.samples))[slot.position]]
+        crop = self._integer("crop", slot, self.latents.num_crops)
+        mirrored = self.latents.flips and self._integer("flip", slot, 2) == 1
+        captions = self.records[index].captions
         prompt = captions[self._integer("caption", slot, len(captions))]
-        if self._dropout and random_streams.stream(self._seed, "caption dropout", *slot).random() < self._dropout:
-            prompt = ""
-        return _Choice(record, self._latents.rows[record, crop, mirrored], prompt)
+        if self.caption_dropout:
+            dropped = random_streams.stream(self.seed, "caption dropout", *slot).random() < self.caption_dropout
+            prompt = "" if dropped else prompt
+        return self.records[index], self.latents.rows[index, crop, mirrored], prompt
 
     def _integer(self, purpose: str, slot: Slot, bound: int) -> int:
-        return 0 if bound == 1 else int(random_streams.stream(self._seed, purpose, *slot).integers(bound))
+        return 0 if bound == 1 else int(random_streams.stream(self.seed, purpose, *slot).integers(bound))
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            order = random_streams.stream(self._seed, "order", epoch).permutation(len(self._samples))
-            self._order = (epoch, order)
-        return self._order[1]
+
+@lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """The places of an epoch's samples, shuffled."""
+    return random_streams.stream(seed, "order", epoch).permutation(num_samples)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lora_trainer.config.places import cache_folder
 from lora_trainer.config.schema import DataConfig, RunConfig
 from lora_trainer.data.batches import LatentStore, PromptStore
 from lora_trainer.data.holdout import Split
-from lora_trainer.data.images import Framing, apply_frame, decode
+from lora_trainer.data.images import apply_frame, decode, frame
 from lora_trainer.data.records import Progress, Record
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import ProbeItems
@@ -46,22 +46,18 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
-    """One framing of one image."""
+class _Framed:
+    """One image as it is shown: its part, and whether it is mirrored."""
 
     record: Record
-    mirrored: bool
-    framing: Framing
+    view: View
+    mirrored: bool = False
 
-    def key(self, encoder: str) -> str:
-        """The entry's name, without its ending."""
-        frame = (self.framing.scaled_size, self.framing.left, self.framing.top, self.framing.resolution)
-        return _hash("latent", encoder, self.record.sha256, frame, self.mirrored)
-
-    def told(self, family: Family) -> dict[str, tuple[float, ...]]:
-        """What the denoiser is told of it."""
-        own = self.framing
-        return family.view_conditioning(View(self.record.size, own.scaled_size, own.left, own.top, own.resolution))
+    def file(self, folder: Path, encoder: str) -> Path:
+        """Where its latents are kept."""
+        view = self.view
+        place = (view.scaled_size, view.left, view.top, view.resolution)
+        return _entry_file(folder / "latents", "latent", encoder, self.record.sha256, place, self.mirrored)
 
 
 def build_cache(
@@ -81,28 +77,28 @@ def build_cache(
     Raises:
         DataError: captions are longer than the text encoder reads (policy `error`), or an image has no finite latents.
     """
-    folder = cache_folder(config)
-    watched = [record for records in split.probes.values() for record in records]
-    num_cut = _check_lengths(config.data, family, [*split.training.records, *watched])
-    texts = _texts(config, [*split.training.records, *watched])
+    folder, resolution = cache_folder(config), config.data.resolution
+    records = [*split.training.records, *(record for watched in split.probes.values() for record in watched)]
+    num_cut = _check_lengths(config.data, family, records)
+    texts = _texts(config, records)
     encoders = "".join(base_digests[component] for component in family.prompt_components)
-    text_files = {text: folder / "prompts" / f"{_hash('prompt tensors', encoders, text)}.safetensors" for text in texts}
-    training_views = _training_views(config, split.training.records)
-    probe_views = {name: [_plain_view(config, r) for r in records] for name, records in split.probes.items()}
-    views = dict.fromkeys([*training_views.values(), *(view for row in probe_views.values() for view in row)])
-    view_files = {view: folder / "latents" / f"{view.key(base_digests['vae'])}.safetensors" for view in views}
-    missing_texts = [text for text in _share(texts, runtime) if not _is_whole(text_files[text])]
-    missing_views = [view for view in _share(list(views), runtime) if not _is_whole(view_files[view])]
+    text_files = {text: _entry_file(folder / "prompts", "prompt tensors", encoders, text) for text in texts}
+    training = _training_images(config, split.training.records)
+    probes = {name: [_Framed(r, frame(r.size, resolution)) for r in watched] for name, watched in split.probes.items()}
+    images = dict.fromkeys([*training.values(), *(image for row in probes.values() for image in row)])
+    image_files = {image: image.file(folder, base_digests["vae"]) for image in images}
+    missing_texts, missing_images = _missing(text_files, runtime), _missing(image_files, runtime)
     if missing_texts:
         _encode_texts(family, runtime, missing_texts, text_files, progress)
-    if missing_views:
-        _encode_views(family, runtime, missing_views, view_files, progress)
-    runtime.wait_for_everyone()
+    if missing_images:
+        _encode_views(family, runtime, missing_images, image_files, progress)
+    runtime.state.wait_for_everyone()
+    prompts = {name: runtime.place(values) for name, values in _stacked(text_files.values()).items()}
     return Cache(
-        latents=_read_latents(training_views, view_files, config.data, family, runtime),
-        prompts=_read_prompts(texts, text_files, runtime),
-        probes={name: _read_probe(row, view_files, family, runtime) for name, row in probe_views.items()},
-        num_encoded=len(missing_texts) + len(missing_views),
+        latents=_read_latents(training, image_files, config.data, family, runtime),
+        prompts=PromptStore(prompts, {text: row for row, text in enumerate(texts)}),
+        probes={name: _read_probe(row, image_files, family, runtime) for name, row in probes.items()},
+        num_encoded=len(missing_texts) + len(missing_images),
         num_cut_captions=num_cut,
     )
 
@@ -114,26 +110,21 @@ def _texts(config: RunConfig, records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(["", *captions, *samples]))
 
 
-def _training_views(config: RunConfig, records: Sequence[Record]) -> dict[tuple[int, int, bool], _View]:
+def _training_images(config: RunConfig, records: Sequence[Record]) -> dict[tuple[int, int, bool], _Framed]:
     """Every way in which a sample may be shown, by (record, crop, mirrored)."""
-    data, views = config.data, {}
+    data, images = config.data, {}
     for index, record in enumerate(records):
-        for crop in range(num_crops(data)):
+        for crop in range(_num_crops(data)):
             place = (0.5, 0.5)
             if data.crop == "random":
                 x, y = random_streams.stream(config.seed, "crop place", record.sha256, crop).random(2)
                 place = (float(x), float(y))
             for mirrored in (False, True) if data.flip else (False,):
-                views[index, crop, mirrored] = _View(record, mirrored, record.framing(data.resolution, place))
-    return views
+                images[index, crop, mirrored] = _Framed(record, frame(record.size, data.resolution, place), mirrored)
+    return images
 
 
-def _plain_view(config: RunConfig, record: Record) -> _View:
-    """What a probe looks at: the centre, never mirrored."""
-    return _View(record, False, record.framing(config.data.resolution))
-
-
-def num_crops(data: DataConfig) -> int:
+def _num_crops(data: DataConfig) -> int:
     """Cached places per image."""
     return 1 if data.crop == "center" else data.crops_per_image or DEFAULT_CROPS
 
@@ -142,21 +133,17 @@ def _check_lengths(data: DataConfig, family: Family, records: Sequence[Record]) 
     """Number of captions that are cut; an error for each where the policy says so."""
     limit = family.max_tokens
     counts = [(record, family.count_tokens(caption)) for record in records for caption in record.captions]
-    long = [(record, count) for record, count in counts if count > limit]
+    long = [(f"the caption has {n - 2} tokens, the text encoder reads {limit - 2}", r) for r, n in counts if n > limit]
     if long and data.captions.too_long == "error":
         fix = "shorten it, or set data.captions.too_long: cut"
-        raise DataError(
-            *(
-                Problem(f"the caption has {n - 2} tokens, the text encoder reads {limit - 2}", str(r.path), fix=fix)
-                for r, n in long
-            )
-        )
+        raise DataError(*(Problem(what, str(record.path), fix=fix) for what, record in long))
     return len(long)
 
 
-def _share(items: Sequence[Any], runtime: Runtime) -> list[Any]:
-    """This process's part of the work."""
-    return list(items[runtime.launch.rank :: runtime.launch.num_processes])
+def _missing(files: Mapping[Any, Path], runtime: Runtime) -> list[Any]:
+    """Of this process's share of the work, what has no whole entry in its file."""
+    share = list(files)[runtime.launch.rank :: runtime.launch.num_processes]
+    return [item for item in share if not _is_whole(files[item])]
 
 
 @torch.no_grad()
@@ -165,85 +152,36 @@ def _encode_texts(
 ) -> None:
     encoders = family.load_text_encoders(runtime.device)
     for text in progress(texts, "encoding prompts", len(texts)):
-        tensors = {name: values.cpu() for name, values in family.encode_prompt(encoders, text).items()}
-        if not all(torch.isfinite(values).all() for values in tensors.values()):
-            fix = "check the base's text encoder"
-            raise DataError(Problem("the prompt's embedding is not finite", repr(text), fix=fix))
-        _write_entry(files[text], tensors)
+        fix = "check the base's text encoder"
+        fault = Problem("the prompt's embedding is not finite", repr(text), fix=fix)
+        _write_entry(files[text], family.encode_prompt(encoders, text), fault)
     del encoders
     runtime.free_cached_memory()
 
 
 @torch.no_grad()
 def _encode_views(
-    family: Family, runtime: Runtime, views: Sequence[_View], files: dict[_View, Path], progress: Progress
+    family: Family, runtime: Runtime, images: Sequence[_Framed], files: dict[_Framed, Path], progress: Progress
 ) -> None:
     vae = family.load_vae(runtime.device)
-    for view in progress(views, "encoding images", len(views)):
-        square = apply_frame(_image(view.record), view.framing, mirrored=view.mirrored)
+    for image in progress(images, "encoding images", len(images)):
+        path, data = image.record.path, image.record.path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != image.record.sha256:
+            raise DataError(Problem("the image changed while the run was starting", str(path), fix="start again"))
+        square = apply_frame(decode(data), image.view, mirrored=image.mirrored)
         pixels_HWC = torch.from_numpy(square).to(runtime.device).float() / 127.5 - 1
         mean, std = family.encode_images(vae, pixels_HWC.permute(2, 0, 1)[None])
-        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-            fix = "take the image out, or check the base's VAE"
-            raise DataError(Problem("the image's latents are not finite", str(view.record.path), fix=fix))
-        _write_entry(files[view], {"mean": mean[0].cpu(), "std": std[0].cpu()})
+        fix = "take the image out, or check the base's VAE"
+        fault = Problem("the image's latents are not finite", str(path), fix=fix)
+        _write_entry(files[image], {"mean": mean[0], "std": std[0]}, fault)
     del vae
     runtime.free_cached_memory()
 
 
-def _image(record: Record) -> Any:
-    data = record.path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != record.sha256:
-        raise DataError(Problem("the image changed while the run was starting", str(record.path), fix="start again"))
-    return decode(data)
-
-
-def _read_latents(
-    views: Mapping[tuple[int, int, bool], _View],
-    files: Mapping[_View, Path],
-    data: DataConfig,
-    family: Family,
-    runtime: Runtime,
-) -> LatentStore:
-    distinct = list(dict.fromkeys(views.values()))
-    entries = [safetensors_io.load(files[view])[0] for view in distinct]
-    rows = {view: row for row, view in enumerate(distinct)}
-    both = [torch.stack([entry[name] for entry in entries]) for name in ("mean", "std")]
-    mean_NChw, std_NChw = runtime.place(torch.stack(both))
-    return LatentStore(
-        mean_NChw=mean_NChw,
-        std_NChw=std_NChw,
-        view_tensors=_view_tensors(distinct, family, mean_NChw.device),
-        rows={key: rows[view] for key, view in views.items()},
-        num_crops=num_crops(data),
-        flips=data.flip,
-    )
-
-
-def _read_probe(views: Sequence[_View], files: Mapping[_View, Path], family: Family, runtime: Runtime) -> ProbeItems:
-    means = [safetensors_io.load(files[view])[0]["mean"] for view in views]
-    return ProbeItems(
-        names=tuple(view.record.name for view in views),
-        keys=tuple(view.record.sha256 for view in views),
-        latents_NChw=torch.stack(means).to(runtime.device),
-        view_tensors=_view_tensors(views, family, runtime.device),
-        prompts=tuple(view.record.captions[0] for view in views),
-    )
-
-
-def _view_tensors(views: Sequence[_View], family: Family, device: torch.device) -> dict[str, torch.Tensor]:
-    """What the denoiser is told of N views: [N, ...] by name."""
-    told = [view.told(family) for view in views]
-    return {name: torch.tensor([own[name] for own in told], device=device) for name in told[0]}
-
-
-def _read_prompts(texts: Sequence[str], files: dict[str, Path], runtime: Runtime) -> PromptStore:
-    entries = [safetensors_io.load(files[text])[0] for text in texts]
-    tensors = {name: runtime.place(torch.stack([entry[name] for entry in entries])) for name in entries[0]}
-    return PromptStore(tensors, {text: row for row, text in enumerate(texts)})
-
-
-def _write_entry(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _write_entry(file: Path, tensors: Mapping[str, torch.Tensor], fault: Problem) -> None:
+    """Write an entry; where a value is not finite, the fault is raised as a DataError."""
+    if not all(torch.isfinite(values).all() for values in tensors.values()):
+        raise DataError(fault)
     safetensors_io.save(file, tensors, {"content": safetensors_io.payload_sha256(tensors)})
 
 
@@ -256,5 +194,49 @@ def _is_whole(file: Path) -> bool:
     return metadata.get("content") == safetensors_io.payload_sha256(tensors)
 
 
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps([LAYOUT, *parts]).encode()).hexdigest()
+def _stacked(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    """The tensors of N entries: [N, ...] by name."""
+    entries = [safetensors_io.load(file)[0] for file in files]
+    return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+
+
+def _read_latents(
+    images: Mapping[tuple[int, int, bool], _Framed],
+    files: Mapping[_Framed, Path],
+    data: DataConfig,
+    family: Family,
+    runtime: Runtime,
+) -> LatentStore:
+    rows = {image: row for row, image in enumerate(dict.fromkeys(images.values()))}
+    latents = _stacked(files[image] for image in rows)
+    mean_NChw, std_NChw = runtime.place(torch.stack([latents["mean"], latents["std"]]))
+    return LatentStore(
+        mean_NChw=mean_NChw,
+        std_NChw=std_NChw,
+        view_tensors=_view_tensors(rows, family, mean_NChw.device),
+        rows={key: rows[image] for key, image in images.items()},
+        num_crops=_num_crops(data),
+        flips=data.flip,
+    )
+
+
+def _read_probe(
+    images: Sequence[_Framed], files: Mapping[_Framed, Path], family: Family, runtime: Runtime
+) -> ProbeItems:
+    return ProbeItems(
+        keys=tuple(image.record.sha256 for image in images),
+        latents_NChw=_stacked(files[image] for image in images)["mean"].to(runtime.device),
+        view_tensors=_view_tensors(images, family, runtime.device),
+        prompts=tuple(image.record.captions[0] for image in images),
+    )
+
+
+def _view_tensors(images: Iterable[_Framed], family: Family, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the denoiser is told of N views: [N, ...] by name."""
+    values = [family.view_conditioning(image.view) for image in images]
+    return {name: torch.tensor([row[name] for row in values], device=device) for name in values[0]}
+
+
+def _entry_file(folder: Path, *content: Any) -> Path:
+    """The entry of this content."""
+    return folder / f"{hashlib.sha256(json.dumps([LAYOUT, *content]).encode()).hexdigest()}.safetensors"

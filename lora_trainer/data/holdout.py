@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lora_trainer.data.records import Dataset, Record
 from lora_trainer.errors import DataError, Problem
@@ -21,13 +21,9 @@ class Split:
     """What is trained on, what is not, and the probes' images by the probe's name."""
 
     training: Dataset
-    held_out: tuple[Record, ...]
-    probes: Mapping[str, tuple[Record, ...]]
+    held_out: tuple[Record, ...] = ()
+    probes: Mapping[str, tuple[Record, ...]] = field(default_factory=dict)
     """A part of each set, as large as the cost cap allows."""
-
-
-def no_split(dataset: Dataset) -> Split:
-    return Split(dataset, (), {})
 
 
 def split_by_fraction(dataset: Dataset, fraction: float, seed: int, chosen_before: Sequence[str] | None) -> Split:
@@ -45,16 +41,12 @@ def split_by_fraction(dataset: Dataset, fraction: float, seed: int, chosen_befor
     chosen = set(chosen_before or (below if len(below) >= MIN_ITEMS else least))
     training = tuple(record for record in dataset.records if record.sha256 not in chosen)
     if not training:
-        raise DataError(
-            Problem(
-                f"holding out {len(chosen)} images leaves none of {len(dataset.records)} to train on",
-                "validation.fraction",
-                fix="add images, or remove the validation section",
-            )
-        )
+        what = f"holding out {len(chosen)} images leaves none of {len(dataset.records)} to train on"
+        fix = "add images, or remove the validation section"
+        raise DataError(Problem(what, "validation.fraction", fix=fix))
     held_out = _once(record for record in dataset.records if record.sha256 in chosen)
     note = f"validation: {len(held_out)} of {len(dataset.records)} images are held out"
-    return Split(replace(dataset, records=training, notes=(*dataset.notes, note)), held_out, {})
+    return Split(replace(dataset, records=training, notes=(*dataset.notes, note)), held_out)
 
 
 def split_by_folder(dataset: Dataset, held_out: Dataset) -> Split:
@@ -73,7 +65,7 @@ def split_by_folder(dataset: Dataset, held_out: Dataset) -> Split:
         problems.append(Problem(f"a probe needs {MIN_ITEMS} images at least", "validation.dir"))
     if problems:
         raise DataError(*problems)
-    return Split(dataset, _once(held_out.records), {})
+    return Split(dataset, _once(held_out.records))
 
 
 def with_watched(split: Split, prior: Dataset | None, num_items: int, seed: int) -> Split:
@@ -82,11 +74,9 @@ def with_watched(split: Split, prior: Dataset | None, num_items: int, seed: int)
     if prior is not None:
         probes[PRIOR] = _once(prior.records)
     limit = min(num_items, len(split.held_out))
-    kept = {
-        name: tuple(sorted(records, key=lambda record: _rank(record.sha256, seed))[:limit])
-        for name, records in probes.items()
-    }
-    return replace(split, probes=kept)
+    for name, records in probes.items():
+        probes[name] = tuple(sorted(records, key=lambda record: _rank(record.sha256, seed))[:limit])
+    return replace(split, probes=probes)
 
 
 def _once(records: Iterable[Record]) -> tuple[Record, ...]:

@@ -7,12 +7,15 @@ white, always fully decoded. Framing: the short side is scaled to the resolution
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
-from dataclasses import dataclass
+from contextlib import suppress
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
+
+from lora_trainer.models.family import View
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -20,36 +23,13 @@ MAX_PIXELS = 200_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; ours is an error, checked before decoding
 
 _DECODER_FAULTS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    MemoryError,
-    OverflowError,
-    LookupError,
-    TypeError,
-    AttributeError,
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    *(MemoryError, OverflowError, LookupError, TypeError, AttributeError),
 )
 
 
 class ImageFault(ValueError):
     """A file that cannot be taken as a training image; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Framing:
-    """How an image becomes a square: scaled to `scaled_size`, then cut at `left`, `top`."""
-
-    scaled_size: tuple[int, int]
-    left: int
-    top: int
-    resolution: int
-    lost_share: float
-    """Share of the picture's area that the cut leaves out."""
-    upscale: float
-    """Factor by which the picture is enlarged; 1 or less is no enlargement."""
 
 
 def decode(data: bytes) -> Image.Image:
@@ -66,26 +46,23 @@ def decode(data: bytes) -> Image.Image:
         raise ImageFault(str(error).strip() or type(error).__name__) from error
 
 
-def frame(size: tuple[int, int], resolution: int, place: tuple[float, float] = (0.5, 0.5)) -> Framing:
+def frame(size: tuple[int, int], resolution: int, place: tuple[float, float] = (0.5, 0.5)) -> View:
     """Scale the short side of `size` (width, height) to `resolution` px and cut a square at `place` (0..1, 0..1)."""
-    width, height = size
-    scale = resolution / min(width, height)
-    scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-    return Framing(
-        scaled_size=scaled,
-        left=round((scaled[0] - resolution) * place[0]),
-        top=round((scaled[1] - resolution) * place[1]),
-        resolution=resolution,
-        lost_share=1 - resolution**2 / (scaled[0] * scaled[1]),
-        upscale=scale,
-    )
+    scale = resolution / min(size)
+    width, height = (max(resolution, round(side * scale)) for side in size)
+    left, top = round((width - resolution) * place[0]), round((height - resolution) * place[1])
+    return View(size, (width, height), left, top, resolution)
 
 
-def apply_frame(image: Image.Image, framing: Framing, *, mirrored: bool = False) -> np.ndarray:
+def lost_share(view: View) -> float:
+    """Share of the picture's area that the cut leaves out."""
+    return 1 - view.resolution**2 / math.prod(view.scaled_size)
+
+
+def apply_frame(image: Image.Image, view: View, *, mirrored: bool = False) -> np.ndarray:
     """The framed square as uint8 [resolution, resolution, 3], mirrored left-right where asked."""
-    scaled = image.resize(framing.scaled_size, Image.Resampling.LANCZOS)
-    box = (framing.left, framing.top, framing.left + framing.resolution, framing.top + framing.resolution)
-    square = np.asarray(scaled.crop(box))
+    scaled = image.resize(view.scaled_size, Image.Resampling.LANCZOS)
+    square = np.asarray(scaled.crop((view.left, view.top, view.left + view.resolution, view.top + view.resolution)))
     return np.ascontiguousarray(square[:, ::-1]) if mirrored else square.copy()
 
 
@@ -96,20 +73,17 @@ def _decode(data: bytes) -> Image.Image:
         if opened.width * opened.height > MAX_PIXELS:
             raise ImageFault(f"{opened.width} x {opened.height} px is more than {MAX_PIXELS:,} px")
         if getattr(opened, "is_animated", False) and opened.format in ("PNG", "WEBP"):
-            raise ImageFault(
-                f"it is an animation of {getattr(opened, 'n_frames', 2)} frames; save one frame as an image"
-            )
+            num_frames = getattr(opened, "n_frames", 2)
+            raise ImageFault(f"it is an animation of {num_frames} frames; save one frame as an image")
         opened.load()
         image = ImageOps.exif_transpose(opened)
         profile = opened.info.get("icc_profile")
     image = _eight_bits(image)
-    transparent = image.has_transparency_data
-    alpha = image.convert("RGBA").getchannel("A") if transparent else None
     colour = _to_srgb(image, profile)
-    if alpha is None:
+    if not image.has_transparency_data:
         return colour
     white = Image.new("RGB", image.size, (255, 255, 255))
-    return Image.composite(colour, white, alpha)
+    return Image.composite(colour, white, image.convert("RGBA").getchannel("A"))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -125,11 +99,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode not in ("RGB", "CMYK", "L"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGB")
     if profile:
-        try:
+        with suppress(ImageCms.PyCMSError, OSError):
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            return image.convert("RGB")
-        if converted is not None:
-            return converted
+            return converted or image.convert("RGB")
     return image.convert("RGB")

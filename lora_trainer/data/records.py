@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from lora_trainer.config.schema import DataConfig
-from lora_trainer.data.captions import caption_file, caption_from_name, read_lines
-from lora_trainer.data.images import EXTENSIONS, Framing, ImageFault, decode, frame
+from lora_trainer.config.schema import CaptionConfig, DataConfig
+from lora_trainer.data.images import EXTENSIONS, ImageFault, decode, frame, lost_share
 from lora_trainer.errors import DataError, Problem
 from lora_trainer.storage import atomic_files
 
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
 MAX_FOLDER_REPEATS = 100
 """The largest N that a folder `N_name` asks for; a larger number is part of a name: a year, a date, a size."""
+MAX_CAPTION_BYTES = 100_000
 Progress = Callable[[Iterable, str, int], Iterable]  # (items, what is done, how many) -> the same items
 
 
@@ -37,9 +37,6 @@ class Record:
     repeats: int
     captions: tuple[str, ...]
 
-    def framing(self, resolution: int, place: tuple[float, float] = (0.5, 0.5)) -> Framing:
-        return frame(self.size, resolution, place)
-
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
@@ -52,10 +49,6 @@ class Dataset:
     def num_samples(self) -> int:
         """Images x repeats."""
         return sum(record.repeats for record in self.records)
-
-    def digest(self) -> str:
-        """Identity of the content: image bytes, captions and repeats; names and places do not count."""
-        return content_digest(self.records)
 
     def samples(self) -> Samples:
         """The record index of each sample of an epoch, before shuffling."""
@@ -80,7 +73,7 @@ class Samples:
 
 
 def content_digest(records: Iterable[Record]) -> str:
-    """One hash of image bytes, captions and repeats, in whatever order."""
+    """One hash of image bytes, captions and repeats, in whatever order; names and places do not count."""
     rows = sorted((record.sha256, record.repeats, record.captions) for record in records)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -88,13 +81,6 @@ def content_digest(records: Iterable[Record]) -> str:
 def order_digest(records: Iterable[Record]) -> str:
     """One hash of the images in their order, which decides what each slot draws."""
     return hashlib.sha256(json.dumps([record.sha256 for record in records]).encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    path: Path
-    name: str
-    repeats: int
 
 
 def discover(config: DataConfig, checked_file: Path, progress: Progress) -> Dataset:
@@ -106,73 +92,50 @@ def discover(config: DataConfig, checked_file: Path, progress: Progress) -> Data
     Raises:
         DataError: with every missing folder, broken image and unusable caption.
     """
-    found = [image for root, repeats in _roots(config) for image in _walk(root, repeats)]
+    sources = [(config.dir, 1)] if config.dir is not None else [(s.dir, s.repeats) for s in config.sources or ()]
+    roots = [(_existing(folder), repeats) for folder, repeats in sources]
+    images = [(path, root, repeats) for root, repeats in roots for path in _walk(root)]
     checked = _read_checked(checked_file)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        looked_at = pool.map(lambda image: _look_at(image, config, checked), found)
-        results = list(progress(looked_at, "checking images", len(found)))
+        looked_at = pool.map(lambda image: _look_at(image, config.captions, checked), images)
+        results = list(progress(looked_at, "checking images", len(images)))
     problems = [problem for result in results if isinstance(result, list) for problem in result]
     if problems:
         raise DataError(*problems)
     records = tuple(result for result in results if isinstance(result, Record))
-    _write_checked(checked_file, checked, records)
+    sizes = {record.sha256: record.size for record in records}
+    if not sizes.items() <= checked.items():
+        atomic_files.write_json(checked_file, checked | sizes)
     return Dataset(records, tuple(_notes(records, config)))
-
-
-def _roots(config: DataConfig) -> list[tuple[Path, int]]:
-    if config.dir is not None:
-        return [(_existing(config.dir), 1)]
-    assert config.sources is not None
-    return [(_existing(source.dir), source.repeats) for source in config.sources]
 
 
 def _existing(folder: str) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
-        what = "is a file, not a folder" if path.exists() else "does not exist"
-        raise DataError(
-            Problem(
-                f"the image folder {what}", str(path.absolute()), fix="set data.dir; relative paths start where you are"
-            )
-        )
+        what = f"the image folder {'is a file, not a folder' if path.exists() else 'does not exist'}"
+        fix = "set data.dir; relative paths start where you are"
+        raise DataError(Problem(what, str(path.absolute()), fix=fix))
     return path
 
 
-def _walk(root: Path, source_repeats: int) -> Iterator[_Found]:
-    """The images under a root, sorted by name; hidden folders are left out, links out of the root are refused."""
-    real_root = root.resolve()
-    images: list[_Found] = []
-    others: Counter[str] = Counter()
-    for folder, subfolders, files in os.walk(root, followlinks=False):
+def _walk(root: Path) -> list[Path]:
+    """The images under a root by name; hidden files and folders are left out, links out of the root are refused."""
+    real_root, files = root.resolve(), []
+    for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for file in sorted(files):
-            path = Path(folder) / file
-            if file.startswith("."):
-                continue
-            if path.suffix.lower() not in EXTENSIONS:
-                others[path.suffix.lower() or "(no ending)"] += 1
-                continue
-            if not path.resolve().is_relative_to(real_root):
-                raise DataError(
-                    Problem(
-                        "the image is a link out of its folder",
-                        str(path),
-                        fix="copy it in, or add its folder as a source",
-                    )
-                )
-            name = path.relative_to(root).as_posix()
-            images.append(_Found(path, name, source_repeats * _folder_repeats(path.relative_to(root))))
+        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    images = [file for file in files if file.suffix.lower() in EXTENSIONS]
+    for image in images:
+        if not image.resolve().is_relative_to(real_root):
+            fix = "copy it in, or add its folder as a source"
+            raise DataError(Problem("the image is a link out of its folder", str(image), fix=fix))
     if not images:
+        others = Counter(file.suffix.lower() or "(no ending)" for file in files)
         seen = ", ".join(f"{count} x {ending}" for ending, count in others.most_common(5)) or "nothing"
-        raise DataError(
-            Problem(
-                "no images here",
-                str(root.absolute()),
-                f"looked in it and its subfolders for {', '.join(EXTENSIONS)}; found {seen}",
-                "point data.dir at the folder that holds the images",
-            )
-        )
-    yield from sorted(images, key=lambda image: image.name)
+        why = f"looked in it and its subfolders for {', '.join(EXTENSIONS)}; found {seen}"
+        fix = "point data.dir at the folder that holds the images"
+        raise DataError(Problem("no images here", str(root.absolute()), why, fix))
+    return sorted(images, key=Path.as_posix)
 
 
 def _folder_repeats(relative: Path) -> int:
@@ -187,94 +150,113 @@ def _number_before(folder: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _look_at(image: _Found, config: DataConfig, checked: dict[str, tuple[int, int]]) -> Record | list[Problem]:
-    problems: list[Problem] = []
-    digest, size = "", (0, 0)
+def _look_at(
+    image: tuple[Path, Path, int], config: CaptionConfig, checked: dict[str, tuple[int, int]]
+) -> Record | list[Problem]:
+    """The record of an image, given with its root and the root's repeats, or all that is wrong with it."""
+    path, root, source_repeats = image
+    relative, problems = path.relative_to(root), []
+    repeats = source_repeats * _folder_repeats(relative)
     try:
-        data = image.path.read_bytes()
+        data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
         size = checked.get(digest) or decode(data).size
     except ImageFault as fault:
-        problems.append(Problem("not a usable image", str(image.path), str(fault), "replace the file or take it out"))
+        problems.append(Problem("not a usable image", str(path), str(fault), "replace the file or take it out"))
     except OSError as error:
-        problems.append(Problem("the image cannot be read", str(image.path), error.strerror))
-    if image.repeats < 1:
-        problems.append(
-            Problem("a folder named `0_...` asks for no repeats", str(image.path), fix="rename it to 1_...")
-        )
-    captions = _captions(image.path, config)
+        problems.append(Problem("the image cannot be read", str(path), error.strerror))
+    if repeats < 1:
+        problems.append(Problem("a folder named `0_...` asks for no repeats", str(path), fix="rename it to 1_..."))
+    captions = _captions(path, config)
     if isinstance(captions, Problem):
-        problems.append(captions)
-    if problems or isinstance(captions, Problem):
-        return problems
-    return Record(image.path, image.name, digest, size, image.repeats, captions)
+        return [*problems, captions]
+    return problems or Record(path, relative.as_posix(), digest, size, repeats, captions)
 
 
-def _captions(image: Path, config: DataConfig) -> tuple[str, ...] | Problem:
-    file = caption_file(image, config.captions.extension)
-    lines = read_lines(file) if file.is_file() else ()
+def _captions(image: Path, config: CaptionConfig) -> tuple[str, ...] | Problem:
+    file = image.with_suffix(config.extension)
+    lines = _caption_lines(file) if file.is_file() else ()
     if isinstance(lines, Problem):
         return lines
     if lines:
-        return lines if config.captions.lines == "all" else lines[:1]
-    if config.captions.missing == "filename":
-        return (caption_from_name(image),)
-    if config.captions.missing == "empty":
+        return lines if config.lines == "all" else lines[:1]
+    if config.missing == "filename":
+        return (_caption_from_name(image),)
+    if config.missing == "empty":
         return ("",)
     what = "the caption file is empty" if file.is_file() else "the image has no caption"
-    return Problem(
-        what,
-        str(image),
-        f"looked for {file.name}{_other_caption(image, config.captions.extension)}",
-        "write it, or set data.captions.missing to filename or empty",
-    )
+    usual = (image.with_suffix(ending) for ending in (".txt", ".caption") if ending != config.extension)
+    other = next((f"; {o.name} is there: set data.captions.extension: {o.suffix}" for o in usual if o.is_file()), "")
+    fix = "write it, or set data.captions.missing to filename or empty"
+    return Problem(what, str(image), f"looked for {file.name}{other}", fix)
 
 
-def _other_caption(image: Path, extension: str) -> str:
-    """A hint where a caption lies beside the image under another usual ending."""
-    for other in (".txt", ".caption"):
-        if other != extension and image.with_suffix(other).is_file():
-            return f"; {image.with_suffix(other).name} is there: set data.captions.extension: {other}"
-    return ""
+def _caption_lines(file: Path) -> tuple[str, ...] | Problem:
+    """The non-empty lines of a caption file, trimmed; a problem where it cannot be read as UTF-8 text."""
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        return Problem("the caption cannot be read", str(file), error.strerror, "check the file's permissions")
+    if len(raw) > MAX_CAPTION_BYTES:
+        return Problem(f"a caption of {len(raw):,} bytes", str(file), fix="is this really a caption?")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return Problem("the caption is UTF-16", str(file), fix=f"iconv -f UTF-16 -t UTF-8 '{file.name}'")
+    if b"\0" in raw:
+        return Problem("the caption holds NUL bytes", str(file), f"byte {raw.index(0)}", "save it as plain UTF-8 text")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        why = f"byte {error.start} is 0x{raw[error.start]:02x}"
+        fix = f"iconv -f WINDOWS-1252 -t UTF-8 '{file.name}' (or save it as UTF-8)"
+        return Problem("the caption is not UTF-8", str(file), why, fix)
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _caption_from_name(image: Path) -> str:
+    """The words of the file's name; where that is only a number, of its folder's name without an `N_` before it."""
+    words = _words(image.stem)
+    return words if not words.isdigit() else _words(re.sub(r"^\d+_", "", image.parent.name)) or words
+
+
+def _words(name: str) -> str:
+    """Separators become spaces; a trailing number such as ` 12` or ` (2)` goes."""
+    words = re.sub(r"[\s_\-]+", " ", name).strip()
+    return re.sub(r"\s*\(?\d+\)?$", "", words).strip() or words
 
 
 def _read_checked(file: Path) -> dict[str, tuple[int, int]]:
+    """Size by content hash of the images that were decoded before; empty where the file cannot be read."""
     try:
         rows = json.loads(file.read_text())
-    except (OSError, ValueError):
+        return {digest: (width, height) for digest, (width, height) in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return {digest: (width, height) for digest, (width, height) in rows.items()}
-
-
-def _write_checked(file: Path, before: dict[str, tuple[int, int]], records: Iterable[Record]) -> None:
-    now = before | {record.sha256: record.size for record in records}
-    if now != before:
-        atomic_files.write_json(file, {digest: list(size) for digest, size in now.items()})
 
 
 def _notes(records: tuple[Record, ...], config: DataConfig) -> Iterator[str]:
     """Caption coverage, crops and enlargements: what a user would want to know before training."""
-    total = len(records)
-    captioned = sum(caption_file(r.path, config.captions.extension).is_file() for r in records)
+    total, resolution, extension = len(records), config.resolution, config.captions.extension
+    captioned = sum(r.path.with_suffix(extension).is_file() for r in records)
     rest = "" if captioned == total else f"; {total - captioned} by policy `{config.captions.missing}`"
-    yield f"captions: {captioned} of {total} from {config.captions.extension} files{rest}"
+    yield f"captions: {captioned} of {total} from {extension} files{rest}"
     yield from _numbered_names(records)
-    lost = sorted(((r.framing(config.resolution).lost_share, r.name) for r in records), reverse=True)
+    lost = sorted(((lost_share(frame(r.size, resolution)), r.name) for r in records), reverse=True)
     if lost[0][0] > 0.005:
         worst = ", ".join(f"{name} {share:.0%}" for share, name in lost[:3] if share > 0.005)
         mean = sum(share for share, _ in lost) / total
         yield f"cropping to a square loses {mean:.0%} of the picture on average; most: {worst}"
-    small = [r.name for r in records if r.framing(config.resolution).upscale > 1]
-    if small:
-        yield f"{len(small)} of {total} images are smaller than {config.resolution} px and are enlarged: {_some(small)}"
-    contents = Counter(record.sha256 for record in records)
-    twins = [r.name for r in records if contents[r.sha256] > 1]
-    if twins:
+    if small := [r.name for r in records if min(r.size) < resolution]:
+        yield f"{len(small)} of {total} images are smaller than {resolution} px and are enlarged: {_some(small)}"
+    if twins := _repeated(records, [r.sha256 for r in records]):
         yield f"{len(twins)} files have the same content as another: {_some(twins)}"
-    stems = Counter(r.path.with_suffix("") for r in records)
-    shared = [r.name for r in records if stems[r.path.with_suffix("")] > 1]
-    if shared:
+    if shared := _repeated(records, [r.path.with_suffix("") for r in records]):
         yield f"{len(shared)} files share one caption, as only their endings differ: {_some(shared)}"
+
+
+def _repeated(records: Iterable[Record], keys: list) -> list[str]:
+    """Names of the records whose key others have too."""
+    counts = Counter(keys)
+    return [record.name for record, key in zip(records, keys, strict=True) if counts[key] > 1]
 
 
 def _numbered_names(records: tuple[Record, ...]) -> Iterator[str]:

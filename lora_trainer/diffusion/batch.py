@@ -44,7 +44,6 @@ class Batch:
 
     latents_BChw: torch.Tensor
     conditioning: Conditioning
-    weight_B: torch.Tensor
     slots: tuple[Slot, ...]
     files: tuple[str, ...]
 
@@ -53,7 +52,6 @@ class Batch:
 class ProbeItems:
     """Images on which a loss is measured again and again: their mean latents and captions, fixed for the run."""
 
-    names: tuple[str, ...]
     keys: tuple[str, ...]
     """Content hash of each image: the key of its noise."""
     latents_NChw: torch.Tensor

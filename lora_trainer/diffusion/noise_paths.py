@@ -1,4 +1,4 @@
-"""How an image becomes noise: x_t between latents x and noise eps, the denoiser's target, and how each t counts.
+"""The objective: x_t between latents x and noise eps, the denoiser's target, how each t counts, and the error.
 
 Betas: x_t = sqrt(a_t) x + sqrt(1 - a_t) eps with a_t the cumulative product of the noise schedule (Ho et al. 2020); the
 target is eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x (Salimans and Ho 2022). Flow matching: x_t = (1 - t) x + t eps,
@@ -7,17 +7,17 @@ t in [0, 1), and the target is eps - x (Lipman et al. 2023, Liu et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-from lora_trainer.config.schema import ObjectiveConfig
-
-Weighting = Callable[[torch.Tensor, float, str], torch.Tensor]  # (SNR, the setting's value, prediction type) -> weight
+from lora_trainer.diffusion import random_streams
+from lora_trainer.diffusion.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,51 +34,31 @@ class NoisedLatents:
     """Hash of noise and times: equal for runs that drew the same."""
 
 
-class NoisePath(Protocol):
-    """A time t per image decides where on the way it is."""
-
-    @property
-    def prediction_type(self) -> str: ...
-
-    def draw_time(self, stream: np.random.Generator) -> float:
-        """The time of one training sample; times of one kind all are ints or all are floats."""
-        ...
-
-    def strata(self, num: int) -> list[float]:
-        """The time in the middle of each of so many equal parts of the way."""
-        ...
-
-    def at(self, latents_BChw: torch.Tensor, noise_BChw: torch.Tensor, times_B: torch.Tensor) -> NoisedLatents:
-        """Latents with this noise at these times."""
-        ...
-
-
 class BetaPath:
     """The noise schedule of a scheduler with betas; times are indices of its T steps."""
 
     def __init__(
-        self, schedule: Mapping[str, Any], prediction_type: str, objective: ObjectiveConfig, device: torch.device
+        self, schedule: Mapping[str, Any], prediction_type: str, min_snr_gamma: float | None, device: torch.device
     ) -> None:
         self.prediction_type = prediction_type
         alphas_T = DDPMScheduler.from_config(dict(schedule)).alphas_cumprod
+        self._num_timesteps = len(alphas_T)
         weight_T = torch.ones_like(alphas_T)
-        for key, weighting in WEIGHTINGS.items():
-            if (value := getattr(objective, key)) is not None:
-                weight_T = weighting(alphas_T / (1 - alphas_T), value, prediction_type)
+        if min_snr_gamma is not None:
+            weight_T = _min_snr(alphas_T / (1 - alphas_T), min_snr_gamma, prediction_type)
         self._signal_T, self._noise_T = alphas_T.sqrt().to(device), (1 - alphas_T).sqrt().to(device)
         self._weight_T = weight_T.to(device)
 
-    @property
-    def num_timesteps(self) -> int:
-        return len(self._signal_T)
-
     def draw_time(self, stream: np.random.Generator) -> int:
-        return int(stream.integers(self.num_timesteps))
+        """The time of one training sample."""
+        return int(stream.integers(self._num_timesteps))
 
-    def strata(self, num: int) -> list[float]:
-        return [int((stratum + 0.5) * self.num_timesteps / num) for stratum in range(num)]
+    def strata(self, num: int) -> list[int]:
+        """The times in the middle of `num` equal parts of the way."""
+        return [int((stratum + 0.5) * self._num_timesteps / num) for stratum in range(num)]
 
     def at(self, latents_BChw: torch.Tensor, noise_BChw: torch.Tensor, times_B: torch.Tensor) -> NoisedLatents:
+        """Latents with this noise at these times."""
         signal_B, strength_B = self._signal_T[times_B], self._noise_T[times_B]
         noisy_BChw = _scale(signal_B, latents_BChw) + _scale(strength_B, noise_BChw)
         target_BChw = noise_BChw
@@ -107,13 +87,33 @@ class FlowPath:
         return NoisedLatents(noisy_BChw, noise_BChw - latents_BChw, times_B * self._model_scale, weight_B)
 
 
+NoisePath = BetaPath | FlowPath
+"""A time t per image decides where on the way it is."""
+
+
 def noise_path(
-    schedule: Mapping[str, Any], prediction_type: str, objective: ObjectiveConfig, device: torch.device
+    schedule: Mapping[str, Any], prediction_type: str, min_snr_gamma: float | None, device: torch.device
 ) -> NoisePath:
     """The path that a base's scheduler, with this configuration, is for."""
     if prediction_type == "flow":
         return FlowPath(schedule)
-    return BetaPath(schedule, prediction_type, objective, device)
+    return BetaPath(schedule, prediction_type, min_snr_gamma, device)
+
+
+def draw(path: NoisePath, batch: Batch, seed: int) -> NoisedLatents:
+    """The batch's latents with noise and a time of their own, each sample's by its slot."""
+    shape, device = batch.latents_BChw.shape[1:], batch.latents_BChw.device
+    noise_BChw = torch.stack([random_streams.normal(shape, seed, "noise", *slot) for slot in batch.slots])
+    times_B = torch.tensor([path.draw_time(random_streams.stream(seed, "timestep", *slot)) for slot in batch.slots])
+    digest = hashlib.blake2b(times_B.numpy().tobytes() + noise_BChw.numpy().tobytes(), digest_size=8).hexdigest()
+    noise_BChw, times_B = noise_BChw.to(device, non_blocking=True), times_B.to(device, non_blocking=True)
+    return replace(path.at(batch.latents_BChw, noise_BChw, times_B), digest=digest)
+
+
+def squared_error(prediction_BChw: torch.Tensor, target_BChw: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample [B], in fp32, or fp64 where the prediction is."""
+    exact = torch.promote_types(prediction_BChw.dtype, torch.float32)
+    return (prediction_BChw.to(exact) - target_BChw).square().flatten(1).mean(1)
 
 
 def _min_snr(snr_T: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
@@ -122,10 +122,6 @@ def _min_snr(snr_T: torch.Tensor, gamma: float, prediction_type: str) -> torch.T
     if prediction_type == "v_prediction":
         return capped_T / (snr_T + 1)
     return torch.where(snr_T > 0, capped_T / snr_T, 1.0)
-
-
-WEIGHTINGS: dict[str, Weighting] = {"min_snr_gamma": _min_snr}
-"""Loss weightings on betas by their setting in `objective`; null is off."""
 
 
 def _scale(factor_B: torch.Tensor, values_BChw: torch.Tensor) -> torch.Tensor:

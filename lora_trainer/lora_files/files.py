@@ -1,34 +1,105 @@
-"""Write the LoRA files, read them back and compare; read those of others."""
+"""LoRA files in both layouts: written, read back and compared; those of others read.
+
+An adapter's tensors are named `<component>.<layer>.lora_A.weight`, `... .lora_B.weight` and, with DoRA,
+`... .lora_magnitude_vector`; diffusers' layout has these very names. kohya's, which A1111 and ComfyUI read, carries the
+scale as a tensor: alpha / rank is what a reader multiplies with, so rank stabilisation writes alpha x sqrt(rank) there.
+The headers are a recipe in the words of those who read them: kohya's ss_* fields, ModelSpec, peft's configuration.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from lora_trainer.config.optimizers import AnyOptimizerOptions
+from lora_trainer.config.schema import LoraConfig, ObjectiveConfig
 from lora_trainer.errors import HostError, ModelError, NumericStop, Problem
-from lora_trainer.lora_files.layouts import to_kohya
-from lora_trainer.lora_files.metadata import diffusers_metadata, kohya_metadata
-from lora_trainer.lora_files.recipe import BaseFacts, Recipe
+from lora_trainer.models.adapters.bank import peft_config, plain_number
 from lora_trainer.models.family import Family, joined_layers
+from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.storage import safetensors_io
+from lora_trainer.storage.safetensors_io import Tensors
+from lora_trainer.strict_model import StrictModel
 
+OWN_KEY = "lora_trainer"
 Layout = Literal["kohya", "diffusers"]
-Tensors = dict[str, torch.Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ADAPTER_KEY = "lora_adapter_metadata"  # where diffusers looks for alpha and rank stabilisation
+_PREDICTION_TYPES = {"v_prediction": "v", "flow": "flow_matching"}  # in ModelSpec's words
+
+
+class BaseFacts(StrictModel):
+    """What a LoRA file says of the base it belongs to."""
+
+    kohya_version: str
+    architecture: str
+    prediction_type: str
+
+
+class LoopFacts(StrictModel):
+    """Counts of the run."""
+
+    num_images: int
+    num_samples: int
+    num_updates: int
+    updates_per_epoch: int
+    warmup_updates: int
+    batch_size: int
+    accumulation: int
+    global_batch: int
+    max_grad_norm: float | None
+    ema_decay: float | None
+    gradient_checkpointing: bool
+
+
+class DataFacts(StrictModel):
+    """How images were framed."""
+
+    resolution: int
+    random_crop: bool
+    flip: bool
+    caption_dropout: float
+
+
+class Recipe(StrictModel):
+    """How a LoRA was made, as it travels inside its file: enough to write either layout's metadata again.
+
+    Nothing that names a person, a machine, a path, a prompt or a moment: two equal runs give byte-equal files.
+    """
+
+    version: str
+    name: str
+    step: int
+    seed: int
+    base: BaseFacts
+    adapter: LoraConfig
+    objective: ObjectiveConfig
+    optimizer: AnyOptimizerOptions
+    lr_scheduler: LRSchedulerOptions
+    loop: LoopFacts
+    data: DataFacts
+
+    def to_metadata(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+
+def read_recipe(metadata: Mapping[str, Any]) -> Recipe | None:
+    """The recipe in a LoRA file's metadata; None if the file is not ours or its recipe is not understood."""
+    try:
+        return Recipe.model_validate_json(metadata.get(OWN_KEY, ""))
+    except ValidationError:
+        return None
 
 
 def write_lora(
-    file: Path,
-    adapter: Mapping[str, torch.Tensor],
-    recipe: Recipe,
-    family: Family,
-    *,
-    layout: Layout,
-    dtype: str,
+    file: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe, family: Family, *, layout: Layout, dtype: str
 ) -> None:
     """Write a LoRA file in one of the two layouts, read it back and compare.
 
@@ -41,23 +112,24 @@ def write_lora(
     """
     layers = sorted({key.rpartition(".lora_")[0] for key in adapter})
     if layout == "kohya":
-        options = recipe.adapter
-        names = joined_layers(family.kohya_names(layers))
-        named = to_kohya(adapter, names, alpha=options.alpha, use_rslora=options.use_rslora)
+        named = to_kohya(adapter, joined_layers(family.kohya_names(layers)), recipe.adapter)
         tensors = _converted(named, dtype, file)
         adapts_kernels = any(tensor.dim() == 4 and max(tensor.shape[2:]) > 1 for tensor in adapter.values())
         metadata = kohya_metadata(recipe, safetensors_io.payload_sha256(tensors), adapts_kernels=adapts_kernels)
     else:
         tensors = _converted(adapter, dtype, file)
         metadata = diffusers_metadata(recipe, layers)
-    _write_verified(file, tensors, metadata)
+    safetensors_io.save(file, tensors, metadata)
+    read_back, read_metadata = safetensors_io.load(file)
+    same = read_back.keys() == tensors.keys() and all(torch.equal(read_back[key], tensors[key]) for key in tensors)
+    if not same or read_metadata != metadata:
+        raise HostError(Problem("the LoRA file could not be read back as written", str(file), fix="check the disk"))
 
 
 def base_facts(family: Family, prediction_type: str) -> BaseFacts:
     """What a LoRA file says of its base."""
-    return BaseFacts(
-        kohya_version=family.kohya_version, architecture=family.architecture, prediction_type=prediction_type
-    )
+    version, architecture = family.kohya_version, family.architecture
+    return BaseFacts(kohya_version=version, architecture=architecture, prediction_type=prediction_type)
 
 
 def read_lora(file: Path) -> tuple[Tensors, dict[str, str]]:
@@ -73,9 +145,8 @@ def read_lora(file: Path) -> tuple[Tensors, dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem("the LoRA file cannot be read", str(file), str(error))) from error
     if not any("lora_" in key for key in tensors):
-        raise ModelError(
-            Problem("the file holds no LoRA", str(file), f"its tensors are like {next(iter(tensors), 'none')}")
-        )
+        why = f"its tensors are like {next(iter(tensors), 'none')}"
+        raise ModelError(Problem("the file holds no LoRA", str(file), why))
     return tensors, metadata
 
 
@@ -89,17 +160,125 @@ def _converted(tensors: Mapping[str, torch.Tensor], dtype: str, file: Path) -> T
     for name, tensor in tensors.items():
         kept = tensor.float() if name.endswith(".alpha") else tensor.to(DTYPES[dtype])
         if not torch.isfinite(kept).all():
-            why = (
-                "it left fp16's range: write export.dtype=bf16" if torch.isfinite(tensor).all() else "training diverged"
-            )
+            was_finite = torch.isfinite(tensor).all()
+            why = "it left fp16's range: write export.dtype=bf16" if was_finite else "training diverged"
             raise NumericStop(Problem(f"`{name}` is not finite and is never saved", str(file.name), why))
         converted[name] = kept.cpu().contiguous()
     return converted
 
 
-def _write_verified(file: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    safetensors_io.save(file, tensors, metadata)
-    read_back, read_metadata = safetensors_io.load(file)
-    same = read_back.keys() == tensors.keys() and all(torch.equal(read_back[key], tensors[key]) for key in tensors)
-    if not same or read_metadata != metadata:
-        raise HostError(Problem("the LoRA file could not be read back as written", str(file), fix="check the disk"))
+def to_kohya(adapter: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]], options: LoraConfig) -> Tensors:
+    """kohya's layout: `<name>.lora_down.weight / lora_up.weight / alpha / dora_scale`.
+
+    Layers joined under one name become one of their common rank: their A stand above each other, their B along a
+    diagonal, and alpha grows with the rank, so that their updates stay what they were.
+
+    Args:
+        names: the layers that stand under each name (`models.family.joined_layers`).
+    """
+    tensors: Tensors = {}
+    for name, layers in names.items():
+        downs, ups = ([adapter[f"{layer}.lora_{kind}.weight"] for layer in layers] for kind in "AB")
+        rank = downs[0].shape[0]
+        alpha = options.alpha * math.sqrt(rank) if options.use_rslora else options.alpha
+        tensors[f"{name}.lora_down.weight"] = torch.cat(downs)
+        tensors[f"{name}.lora_up.weight"] = ups[0] if len(ups) == 1 else torch.block_diag(*ups)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha * len(layers), dtype=torch.float32)
+        if f"{layers[0]}.lora_magnitude_vector" in adapter:  # one number per output, shaped to multiply the weight
+            magnitudes = torch.cat([adapter[f"{layer}.lora_magnitude_vector"].flatten() for layer in layers])
+            tensors[f"{name}.dora_scale"] = magnitudes.reshape((-1, 1, 1, 1) if downs[0].dim() == 4 else (-1, 1))
+    return tensors
+
+
+def from_kohya(
+    tensors: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]], num_outputs: Mapping[str, int]
+) -> Tensors:
+    """The inverse of `to_kohya`.
+
+    Args:
+        names: as there; it may hold more than the file.
+        num_outputs: outputs of each layer.
+    """
+    adapter: Tensors = {}
+    for name in sorted({key.partition(".")[0] for key in tensors}):
+        layers = names[name]
+        outputs = [num_outputs[layer] for layer in layers]
+        down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+        rank = down.shape[0] // len(layers)
+        for index, (layer, rows) in enumerate(zip(layers, up.split(outputs), strict=True)):
+            ranks = slice(index * rank, (index + 1) * rank)
+            adapter[f"{layer}.lora_A.weight"] = down[ranks]
+            adapter[f"{layer}.lora_B.weight"] = rows[:, ranks]
+        if (scale := tensors.get(f"{name}.dora_scale")) is not None:
+            shape = (1, -1, 1, 1) if down.dim() == 4 else (-1,)
+            for layer, magnitude in zip(layers, scale.split(outputs), strict=True):
+                adapter[f"{layer}.lora_magnitude_vector"] = magnitude.reshape(shape)
+    return adapter
+
+
+def kohya_metadata(recipe: Recipe, payload_sha256: str, *, adapts_kernels: bool) -> dict[str, str]:
+    """The header of a file in kohya's layout; all values are strings, as the format wants.
+
+    Args:
+        adapts_kernels: whether convolutions larger than 1 x 1 have adapters.
+    """
+    adapter, base, loop, data = recipe.adapter, recipe.base, recipe.loop, recipe.data
+    alpha = plain_number(adapter.alpha)
+    network_args = {"conv_dim": adapter.rank, "conv_alpha": alpha} if adapts_kernels else {}
+    network_args |= {"rs_lora": True} if adapter.use_rslora else {}
+    network_args |= {"dora_wd": True} if adapter.use_dora else {}
+    fields: dict[str, Any] = {
+        "ss_output_name": recipe.name,
+        "ss_base_model_version": base.kohya_version,
+        "ss_v2": "v2" in base.kohya_version.split("_"),
+        "ss_network_module": "lycoris.kohya" if adapter.use_dora else "networks.lora",
+        "ss_network_dim": adapter.rank,
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps(network_args),
+        "ss_network_dropout": adapter.dropout or None,
+        "ss_seed": recipe.seed,
+        "ss_steps": recipe.step,
+        "ss_epoch": recipe.step // loop.updates_per_epoch,
+        "ss_max_train_steps": loop.num_updates,
+        "ss_num_batches_per_epoch": loop.updates_per_epoch * loop.accumulation,
+        "ss_num_train_images": loop.num_samples,
+        "ss_num_reg_images": 0,
+        "ss_learning_rate": recipe.optimizer.lr,
+        "ss_unet_lr": recipe.optimizer.lr,
+        "ss_lr_scheduler": recipe.lr_scheduler.type,
+        "ss_lr_warmup_steps": loop.warmup_updates,
+        "ss_optimizer": recipe.optimizer.type,
+        "ss_max_grad_norm": loop.max_grad_norm,
+        "ss_gradient_accumulation_steps": loop.accumulation,
+        "ss_gradient_checkpointing": loop.gradient_checkpointing,
+        "ss_batch_size_per_device": loop.batch_size,
+        "ss_total_batch_size": loop.global_batch,
+        "ss_min_snr_gamma": recipe.objective.min_snr_gamma,
+        "ss_resolution": f"({data.resolution}, {data.resolution})",
+        "ss_flip_aug": data.flip,
+        "ss_random_crop": data.random_crop,
+        "ss_caption_dropout_rate": data.caption_dropout,
+        "sshs_model_hash": payload_sha256,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": base.architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": recipe.name,
+        "modelspec.resolution": f"{data.resolution}x{data.resolution}",
+        "modelspec.prediction_type": _PREDICTION_TYPES.get(base.prediction_type, base.prediction_type),
+        OWN_KEY: recipe.to_metadata(),
+    }
+    return {key: str(value) for key, value in fields.items() if value is not None}
+
+
+def diffusers_metadata(recipe: Recipe, layers: Sequence[str]) -> dict[str, str]:
+    """The header of a file in diffusers' layout, with peft's configuration of these layers of each component."""
+    names: dict[str, list[str]] = {}
+    for layer in layers:
+        component, _, name = layer.partition(".")
+        names.setdefault(component, []).append(name)
+    fields = {
+        f"{component}.{key}": sorted(value) if isinstance(value, set) else value
+        for component, targets in names.items()
+        for key, value in peft_config(recipe.adapter, targets).to_dict().items()
+    }
+    return {"format": "pt", ADAPTER_KEY: json.dumps(fields, sort_keys=True), OWN_KEY: recipe.to_metadata()}

@@ -44,28 +44,23 @@ def check_vocabulary(folder: Path, tokenizer: str = "tokenizer", encoder: str = 
         return [Problem(what, str(place), f"{type(error).__name__}: {error}", "fetch both folders again")]
     if known == embedded:
         return []
-    return [
-        Problem(
-            f"the {tokenizer.replace('_', ' ')} has {known} tokens, the {encoder.replace('_', ' ')} {embedded}",
-            str(place),
-            "they do not belong together: captions would be read as other words",
-            f"fetch {tokenizer} and {encoder} of one base again",
-        )
-    ]
+    what = f"the {tokenizer.replace('_', ' ')} has {known} tokens, the {encoder.replace('_', ' ')} {embedded}"
+    why = "they do not belong together: captions would be read as other words"
+    return [Problem(what, str(place), why, f"fetch {tokenizer} and {encoder} of one base again")]
 
 
 def _tokens(place: Path) -> set[str]:
     """Every token of a CLIP tokenizer's folder, with those added to the vocabulary."""
-    whole, said = _read_json(place / "tokenizer.json"), _read_json(place / "tokenizer_config.json")
+    whole, config = _read_json(place / "tokenizer.json"), _read_json(place / "tokenizer_config.json")
     special = _read_json(place / "special_tokens_map.json")
     vocabulary = whole["model"]["vocab"] if whole else _read_json(place / "vocab.json")
     added = [
         *("<|startoftext|>", "<|endoftext|>"),
         *whole.get("added_tokens", ()),
         *_read_json(place / "added_tokens.json"),
-        *said.get("added_tokens_decoder", {}).values(),
-        *(own[name] for own in (said, special) for name in _NAMED_TOKENS if own.get(name) is not None),
-        *(token for own in (said, special) for key in _MORE_TOKENS for token in own.get(key) or ()),
+        *config.get("added_tokens_decoder", {}).values(),
+        *(names[key] for names in (config, special) for key in _NAMED_TOKENS if names.get(key) is not None),
+        *(token for names in (config, special) for key in _MORE_TOKENS for token in names.get(key) or ()),
     ]
     return {*vocabulary, *(token if isinstance(token, str) else token["content"] for token in added)}
 

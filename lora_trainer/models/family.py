@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -52,22 +52,18 @@ def joined_layers(names: Mapping[str, FileName]) -> dict[str, tuple[str, ...]]:
     Raises:
         ConfigError: of the layers that a file joins under one name, some are missing.
     """
-    parts: dict[str, dict[int, str]] = {}
-    for layer, own in names.items():
-        parts.setdefault(own.name, {})[own.part] = layer
-    lacking = {own.name: own.num_parts for own in names.values() if len(parts[own.name]) < own.num_parts}
+    layers: dict[str, dict[int, str]] = {}
+    for layer, entry in names.items():
+        layers.setdefault(entry.name, {})[entry.part] = layer
+    lacking = {entry.name: entry.num_parts for entry in names.values() if len(layers[entry.name]) < entry.num_parts}
     if lacking:
-        raise ConfigError(
-            *(
-                Problem(
-                    f"{len(parts[name])} of the {wanted} layers that LoRA files join as `{name}` would get an adapter",
-                    "adapter.targets",
-                    fix=f"name the others too: those beside {', '.join(parts[name].values())}",
-                )
-                for name, wanted in lacking.items()
-            )
-        )
-    return {name: tuple(own[part] for part in sorted(own)) for name, own in parts.items()}
+        raise ConfigError(*(_incomplete(name, list(layers[name].values()), wanted) for name, wanted in lacking.items()))
+    return {name: tuple(parts[part] for part in sorted(parts)) for name, parts in layers.items()}
+
+
+def _incomplete(name: str, layers: Sequence[str], wanted: int) -> Problem:
+    what = f"{len(layers)} of the {wanted} layers that LoRA files join as `{name}` would get an adapter"
+    return Problem(what, "adapter.targets", fix=f"name the others too: those beside {', '.join(layers)}")
 
 
 class Family(Protocol):
@@ -99,57 +95,45 @@ class Family(Protocol):
 
     def problems(self) -> list[Problem]:
         """What is wrong with this base beyond files that are missing or damaged."""
-        ...
 
     @property
     def latent_factor(self) -> int:
         """Pixels per latent, along each side."""
-        ...
 
     @property
     def kohya_version(self) -> str:
         """`ss_base_model_version` of a LoRA for this base."""
-        ...
 
     @property
     def architecture(self) -> str:
         """`modelspec.architecture` of a LoRA for this base."""
-        ...
 
     def kohya_names(self, layers: Iterable[str]) -> dict[str, FileName]:
         """Names in kohya's layout of layers such as `unet.down_blocks.0...`."""
-        ...
 
     @property
     def max_tokens(self) -> int:
         """Tokens that the text encoder reads of a prompt, its two ends among them."""
-        ...
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt with its two ends, before any cut."""
-        ...
 
     def view_conditioning(self, view: View) -> dict[str, tuple[float, ...]]:
         """What the denoiser is told of a view, by name; nothing in most families."""
-        ...
 
     def load_text_encoders(self, device: torch.device) -> Any:
         """All that `encode_prompt` needs, frozen, in fp32."""
-        ...
 
     def encode_prompt(self, encoders: Any, prompt: str) -> dict[str, torch.Tensor]:
         """What the denoiser is told of a prompt, by name, without a batch axis."""
-        ...
 
     def load_vae(self, device: torch.device) -> Any: ...
 
     def encode_images(self, vae: Any, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation [B, C, h, w] of the latents that the denoiser works on, of pixels in -1..1."""
-        ...
 
     def decode(self, vae: Any, latents_BChw: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, H, W], about -1..1, of such latents."""
-        ...
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> Any: ...
 
@@ -157,13 +141,11 @@ class Family(Protocol):
         self, denoiser: Any, noisy_BChw: torch.Tensor, times_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """The denoiser's output [B, C, h, w]; `times_B` are the model's own (`NoisedLatents.model_times_B`)."""
-        ...
 
     def draw_latents(
         self, denoiser: Any, vae: Any, prompts: tuple[Conditioning, Conditioning], settings: SampleSettings
     ) -> torch.Tensor:
         """Latents [1, C, h, w] of one image by the stock pipeline, with a prompt and a negative prompt."""
-        ...
 
     def load_pipeline(self) -> Any:
         """The stock pipeline of the whole base, on the CPU in fp32, which LoRA files can be loaded into.
@@ -171,4 +153,3 @@ class Family(Protocol):
         Raises:
             ModelError: there is none.
         """
-        ...

@@ -104,22 +104,15 @@ def locate_base(path: str, revision: str | None, components: Sequence[str]) -> P
             raise ModelError(Problem("`model.revision` has no effect on a folder", path, fix="remove model.revision"))
         return folder
     if _HUB_ID.fullmatch(path) is None:
-        raise ModelError(
-            Problem(
-                "the base folder does not exist",
-                str(folder.absolute()),
-                fix="set model.path; relative paths start where you are",
-            )
-        )
+        fix = "set model.path; relative paths start where you are"
+        raise ModelError(Problem("the base folder does not exist", str(folder.absolute()), fix=fix))
     if revision is None:
-        raise ModelError(
-            Problem(
-                f"`{path}` is no folder here; as a Hub id it needs a fixed revision",
-                "model.revision",
-                "`main` may mean other weights tomorrow",
-                "add model.revision: <commit>, as shown on the model's page",
-            )
+        what = f"`{path}` is no folder here; as a Hub id it needs a fixed revision"
+        why, fix = (
+            "`main` may mean other weights tomorrow",
+            "add model.revision: <commit>, as shown on the model's page",
         )
+        raise ModelError(Problem(what, "model.revision", why, fix))
     return _fetch(path, revision, components)
 
 
@@ -131,57 +124,39 @@ def pipeline_name(folder: Path) -> str:
     """
     if folder.is_file():
         raise ModelError(_single_file(folder))
-    return str(_read_index(folder).get("_class_name"))
+    file = folder / "model_index.json"
+    if not file.is_file():
+        singles = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".ckpt", ".pt")]
+        what, fix = "no diffusers base here: model_index.json is missing", "set model.path to a diffusers folder"
+        raise ModelError(_single_file(singles[0]) if singles else Problem(what, str(folder.absolute()), fix=fix))
+    try:
+        index = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(Problem(f"not valid JSON: {error}", str(file))) from error
+    return str((index if isinstance(index, dict) else {}).get("_class_name"))
 
 
 def missing_parts(base: BaseFolder) -> list[Problem]:
     """Every component of a base that is not there, or whose files are damaged."""
     problems = [problem for component in base.models for problem in _check_component(base.path, component)]
-    for component in base.others:
-        file = f"{component}/{component}_config.json"
-        if not (base.path / file).is_file():
-            problems.append(incomplete(base.path, component, file))
-    return problems
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    file = folder / "model_index.json"
-    if not file.is_file():
-        singles = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".ckpt", ".pt")]
-        if singles:
-            raise ModelError(_single_file(singles[0]))
-        raise ModelError(
-            Problem(
-                "no diffusers base here: model_index.json is missing",
-                str(folder.absolute()),
-                fix="set model.path to a diffusers folder",
-            )
-        )
-    try:
-        index = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(Problem(f"not valid JSON: {error}", str(file))) from error
-    return index if isinstance(index, dict) else {}
+    files = {component: f"{component}/{component}_config.json" for component in base.others}
+    lacking = [component for component, file in files.items() if not (base.path / file).is_file()]
+    return [*problems, *(incomplete(base.path, component, files[component]) for component in lacking)]
 
 
 def _single_file(file: Path) -> Problem:
+    """What a file is that was given as a base, and what to do about it."""
     if file.suffix != ".safetensors":
-        return Problem(
-            "a pickled checkpoint can run any code when it is loaded, so it is never opened",
-            str(file),
-            fix="use the .safetensors version of this base, as a diffusers folder",
-        )
+        what = "a pickled checkpoint can run any code when it is loaded, so it is never opened"
+        return Problem(what, str(file), fix="use the .safetensors version of this base, as a diffusers folder")
     keys, fault = _header_keys(file)
     if fault is not None:
         return Problem("the file is no safetensors file", str(file), fault, "fetch it again")
     if any("lora_" in key for key in keys):
-        return Problem(
-            "this is a LoRA, not a base checkpoint", str(file), fix="set model.path to the base it was made for"
-        )
-    recipe = _CONVERT.format(file=file, folder=file.with_suffix(""))
-    return Problem(
-        "a single-file base is not read yet", str(file), fix=f"convert it once to a folder:\n         {recipe}"
-    )
+        fix = "set model.path to the base it was made for"
+        return Problem("this is a LoRA, not a base checkpoint", str(file), fix=fix)
+    fix = f"convert it once to a folder:\n         {_CONVERT.format(file=file, folder=file.with_suffix(''))}"
+    return Problem("a single-file base is not read yet", str(file), fix=fix)
 
 
 def _check_component(folder: Path, component: str) -> list[Problem]:
@@ -192,13 +167,9 @@ def _check_component(folder: Path, component: str) -> list[Problem]:
     if not files:
         pickled = sorted([*place.glob("*.bin"), *place.glob("*.ckpt")])
         if pickled:
-            return [
-                Problem(
-                    f"the {component} has only pickled weights, which are never opened",
-                    str(pickled[0]),
-                    fix="use a base saved with safe_serialization=True (*.safetensors)",
-                )
-            ]
+            what = f"the {component} has only pickled weights, which are never opened"
+            fix = "use a base saved with safe_serialization=True (*.safetensors)"
+            return [Problem(what, str(pickled[0]), fix=fix)]
         return [incomplete(folder, component, f"{component}/*.safetensors")]
     return [
         Problem(f"the {component}'s weights are damaged", str(file), fault, "fetch the file again")
@@ -237,31 +208,20 @@ def _header_keys(file: Path) -> tuple[list[str], str | None]:
 
 def incomplete(folder: Path, component: str, missing: str) -> Problem:
     """That a file of the base is missing."""
-    return Problem(
-        f"the base is incomplete: no {component}", str(folder / missing), fix="fetch the whole diffusers folder"
-    )
+    what, fix = f"the base is incomplete: no {component}", "fetch the whole diffusers folder"
+    return Problem(what, str(folder / missing), fix=fix)
 
 
 def _fetch(repository: str, revision: str, components: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    files = [f"{part}/*{ending}" for part in components for ending in (".json", ".txt", ".safetensors")]
+    wanted, unwanted = ["model_index.json", *files], ["*.fp16.*", "*non_ema*"]
     try:
-        wanted = [f"{part}/*{ending}" for part in components for ending in (".json", ".txt", ".safetensors")]
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=["model_index.json", *wanted],
-                ignore_patterns=["*.fp16.*", "*non_ema*"],
-            )
-        )
+        folder = snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(
-            Problem(
-                f"`{repository}` at `{revision}` cannot be fetched from the Hub",
-                "model.path",
-                str(error).splitlines()[0],
-                "check the name and your network, or download it and give the folder",
-            )
-        ) from error
+        what, why = f"`{repository}` at `{revision}` cannot be fetched from the Hub", str(error).splitlines()[0]
+        fix = "check the name and your network, or download it and give the folder"
+        raise ModelError(Problem(what, "model.path", why, fix)) from error
+    return Path(folder)

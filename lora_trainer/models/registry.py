@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from pathlib import Path
 
 from lora_trainer.errors import ModelError, Problem
 from lora_trainer.models.family import Family
@@ -21,7 +20,7 @@ def families() -> dict[str, type[Family]]:
 
 
 def open_base(path: str, revision: str | None = None, family: str = "auto") -> BaseFolder:
-    """Find a base, and check that it is whole and of a known family.
+    """Find a base, and check that it is whole and of a known family, and of which.
 
     Raises:
         ModelError: it is not there or something else (it says what), or parts are missing or damaged (it names each).
@@ -30,16 +29,8 @@ def open_base(path: str, revision: str | None = None, family: str = "auto") -> B
     if family not in ("auto", *known):
         raise ModelError(Problem(f"`{family}` is no family", "model.family", fix=f"known: auto, {', '.join(known)}"))
     wanted = {part for kind in known.values() for part in (*kind.models, *kind.others)}
-    return inspect_base(locate_base(path, revision, sorted(wanted)), family)
-
-
-def inspect_base(folder: Path, family: str = "auto") -> BaseFolder:
-    """Check that a folder is a whole base of a known family, and which.
-
-    Raises:
-        ModelError: as `open_base`.
-    """
-    known, pipeline = families(), pipeline_name(folder)
+    folder = locate_base(path, revision, sorted(wanted))
+    pipeline = pipeline_name(folder)
     found = next((kind for kind in known.values() if pipeline in kind.pipelines), None)
     if found is None:
         names = ", ".join(name for kind in known.values() for name in kind.pipelines)

@@ -88,15 +88,10 @@ class StableDiffusion(DiffusersFamily):
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
         schedule, prediction_type = self.base.component_config("scheduler"), settings.prediction_type
+        scheduler = DDIMScheduler.from_config(schedule, prediction_type=prediction_type)
+        absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
         pipeline = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=None,
-            tokenizer=None,
-            unet=denoiser,
-            scheduler=DDIMScheduler.from_config(schedule, prediction_type=prediction_type),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            vae=vae, unet=denoiser, scheduler=scheduler, **absent, requires_safety_checker=False
         )
         pipeline.set_progress_bar_config(disable=True)
         cond, uncond = prompts

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.config.identity import identity_fields
-from lora_trainer.config.lr_notes import unusual_rates
+from lora_trainer.config.learning_rates import unusual_rates
 from lora_trainer.config.places import (
     CHECKPOINTS,
     CURVES_FILE,
@@ -25,7 +25,7 @@ from lora_trainer.config.places import (
     run_directory,
 )
 from lora_trainer.config.schema import CURVE_LENGTH, RunConfig
-from lora_trainer.data.holdout import Split, no_split, split_by_folder, split_by_fraction, with_watched
+from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
 from lora_trainer.errors import ConfigError, HostError, ModelError, Problem
 from lora_trainer.models.adapters.targets import assign_groups, select_targets
@@ -67,7 +67,7 @@ class Prepared:
         """All that decides what is learned: settings, content of data and base, and how the sums are split."""
         return identity_fields(self.config) | {
             "base content": "-".join(digest[:12] for digest in self.base_digests.values()),
-            "data content": self.dataset.digest()[:16],
+            "data content": content_digest(self.dataset.records)[:16],
             "data order": order_digest(self.dataset.records)[:16],
             "validation content": content_digest(self.split.held_out)[:16],
             "model.prediction_type": self.prediction_type,
@@ -208,7 +208,7 @@ def _split(
     """The training images without those held out, and the prior images where there are some."""
     dataset, validation = discover(config.data, checked, progress), config.validation
     if validation is None:
-        return no_split(dataset), None
+        return Split(dataset), None
     folders = {key: folder for key in ("dir", "prior_dir") if (folder := getattr(validation, key)) is not None}
     others = {
         key: discover(config.data.model_copy(update={"dir": folder, "sources": None}), checked, progress)

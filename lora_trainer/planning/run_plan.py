@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from lora_trainer.config.schema import LoraConfig, RunConfig, ValidationConfig
 from lora_trainer.errors import ConfigError, Problem
@@ -110,24 +112,13 @@ class RunPlan:
 
     def as_json(self) -> dict[str, Any]:
         """All numbers, the derived ones too."""
-        return asdict(self) | {
-            "num_samples": self.num_samples,
-            "global_batch": self.global_batch,
-            "num_epochs": round(self.num_epochs, 4),
-        }
+        derived = {name: getattr(self, name) for name in ("num_samples", "global_batch")}
+        return asdict(self) | derived | {"num_epochs": round(self.num_epochs, 4)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunPlan:
         """The inverse of `as_json`."""
-        own = {field.name: content[field.name] for field in fields(cls)}
-        own["bucket_sizes"] = tuple(own["bucket_sizes"])
-        own["periods"] = Periods(**own["periods"])
-        if own["validation"] is not None:
-            own["validation"] = ValidationPlan(**(own["validation"] | {"notes": tuple(own["validation"]["notes"])}))
-        own["lr_groups"] = tuple(
-            GroupPlan(**(group | {"warnings": tuple(group["warnings"])})) for group in own["lr_groups"]
-        )
-        return cls(**own)
+        return TypeAdapter(cls).validate_python(content)
 
 
 def updates_per_epoch(bucket_sizes: Sequence[int], global_batch: int) -> int:

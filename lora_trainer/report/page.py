@@ -10,22 +10,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lora_trainer import __version__
-from lora_trainer.evidence.statistics.arms import confirming, questions
 from lora_trainer.evidence.statistics.paired import ROUNDING
-from lora_trainer.evidence.statistics.verdict import Rules, Verdict, judge
-from lora_trainer.report import tables
-from lora_trainer.report.comparison import ArmRuns, arms, check_fresh, incompatibilities, named_runs, pairing_notes
-from lora_trainer.report.figure import Plot, Table, swatch
-from lora_trainer.report.plots import band_plot, curve_plots, difference_plot
-from lora_trainer.report.run_record import RunRecord, not_begun, read_runs
-from lora_trainer.report.samples import SampleTable, sample_table
-from lora_trainer.report.tables import NOT_MEASURED, without_paths
+from lora_trainer.evidence.statistics.verdict import Rules, Verdict, confirming, judge, questions
+from lora_trainer.report import runs, tables
+from lora_trainer.report.plots import Plot, band_plot, curve_plots, difference_plot
+from lora_trainer.report.runs import ArmRuns, RunRecord, named_runs, not_begun, read_runs
+from lora_trainer.report.tables import NOT_MEASURED, Table, without_paths
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import damage_note
 
 TEMPLATES = Path(__file__).parent / "templates"
-GENERATOR = "lora_trainer report"
-"""Said in the page's head, so that a page of ours can be told from another file."""
+GENERATOR = "lora_trainer report"  # said in the page's head, so that a page of ours can be told from another file
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +42,13 @@ class Page:
     title: str
     headline: str
     notes: tuple[str, ...]
-    legend: tuple[tuple[Markup, str], ...]
+    legend: tuple[ArmRuns, ...]
     verdicts: tuple[VerdictView, ...]
     runs: Table
     items: Table | None
     curves: tuple[Plot, ...]
     bands: Plot | None
-    samples: SampleTable | None
+    samples: Table | None
     diagnosis: Table | None
     differences: Table | None
     settings: tuple[Table, ...]
@@ -72,8 +67,7 @@ def write_report(
         confirm: run directories and sweeps of settings that were chosen among `folders`, on fresh seeds.
 
     Raises:
-        ConfigError: a folder is no run directory, two runs have equal settings and seed, or a confirming seed is not
-            fresh.
+        ConfigError: a folder is no run directory, two runs are equal, or a confirming seed is not fresh.
     """
     records = [*read_runs(folders), *read_runs(confirm, "confirmation")]
     page = build_page(records, rules or Rules(), not_begun([*folders, *confirm]))
@@ -83,48 +77,46 @@ def write_report(
 
 def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] = ()) -> Page:
     """Lay out the page of some runs, with further notes at its head."""
-    check_fresh(records)
+    runs.check_fresh(records)
     sources = list(dict.fromkeys(record.source for record in records if record.purpose == "selection"))
-    groups, against = arms(records), incompatibilities(records)
+    groups, against = runs.arms(records), runs.incompatibilities(records)
     is_compared = len(groups) > 1 and not against
-    verdicts = verdict_views(groups, rules) if is_compared else []
+    verdicts = _verdict_views(groups, rules) if is_compared else []
+    if len(groups) == 1:
+        headline = _headline_of_one(records)
+    else:
+        headline = verdicts[0].sentence if verdicts else f"Not compared: {'; '.join(against)}."
     started = [group for group in groups if group.runs[0].updates]
     return Page(
         title=f"{len(records)} runs compared" if len(sources) > 1 else sources[0],
-        headline=headline(records, groups, verdicts, against),
-        notes=(*pairing_notes(groups), *waiting_notes(records), *damage_notes(groups), *notes),
-        legend=tuple((swatch(group.place), group.name) for group in groups) if len(groups) > 1 else (),
+        headline=headline,
+        notes=(*runs.pairing_notes(groups), *_run_notes(records, groups), *notes),
+        legend=tuple(groups) if len(groups) > 1 else (),
         verdicts=tuple(verdicts),
         runs=tables.runs_table(groups),
         items=tables.item_table(groups) if is_compared else None,
         curves=tuple(curve_plots(started)) if started else (),
         bands=band_plot(groups),
-        samples=sample_table(groups),
+        samples=tables.sample_table(groups),
         diagnosis=tables.diagnosis_table(groups),
         differences=tables.differences_table(records, groups),
         settings=tuple(tables.settings_table(group.runs[0], group.name) for group in groups),
         cost=tables.cost_table(groups),
         environment=tables.environment_table(records),
-        commands=commands(records),
+        commands=_commands(records),
     )
 
 
 def render(page: Page) -> str:
     """The page as HTML, everything escaped that is not drawn by us."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
     style = Markup((TEMPLATES / "style.css").read_text())  # noqa: S704 - our own file
-    return environment.get_template("report.html").render(
-        page=page, style=style, generator=GENERATOR, not_measured=NOT_MEASURED
-    )
+    template = environment.get_template("report.html")
+    return template.render(page=page, style=style, generator=GENERATOR, not_measured=NOT_MEASURED)
 
 
-def verdict_views(groups: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
+def _verdict_views(groups: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
     """The answer to every question that these arms allow; what fresh seeds say comes first."""
     confirmed = [arm for group in groups if (arm := group.as_arm("confirmation")) is not None]
     selected = [arm for group in groups if (arm := group.as_arm("selection")) is not None]
@@ -135,61 +127,43 @@ def verdict_views(groups: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
 
 def _view(verdict: Verdict, number: int) -> VerdictView:
     fresh = "Confirmation on fresh seeds: " if verdict.purpose == "confirmation" else ""
-    return VerdictView(
-        label=fresh + verdict.question.label,
-        sentence=verdict.sentence,
-        notes=verdict.question.notes,
-        arms=tables.arms_table(verdict),
-        pairs=tables.pairs_table(verdict) if verdict.pairs else None,
-        plot=difference_plot(verdict, number),
-    )
+    words = fresh + verdict.question.label, verdict.sentence, verdict.question.notes
+    pairs = tables.pairs_table(verdict) if verdict.pairs else None
+    return VerdictView(*words, tables.arms_table(verdict), pairs, difference_plot(verdict, number))
 
 
-def waiting_notes(records: Sequence[RunRecord]) -> list[str]:
-    """Runs that have no loss at their end: those that go on, and those that a sweep stopped."""
+def _run_notes(records: Sequence[RunRecord], groups: Sequence[ArmRuns]) -> list[str]:
+    """Runs that have no loss at their end, as they go on or a sweep stopped them; logs with damaged lines."""
     goes_on = [run.name for run in records if not run.is_finished and run.failure is None]
     stopped = [run.name for run in records if run.ending is not None and run.ending["event"] == "stopped"]
-    notes = {"unfinished, not in any verdict": goes_on, "stopped early, which counts as failed": stopped}
-    return [f"{what}: {', '.join(names)}" for what, names in notes.items() if names]
+    endless = {"unfinished, not in any verdict": goes_on, "stopped early, which counts as failed": stopped}
+    return [
+        *(f"{what}: {', '.join(names)}" for what, names in endless.items() if names),
+        *(damage_note(f"metrics.jsonl of {name}", r.num_damaged) for name, r in named_runs(groups) if r.num_damaged),
+    ]
 
 
-def damage_notes(groups: Sequence[ArmRuns]) -> list[str]:
-    """Logs that have damaged lines."""
-    damaged = [(name, run.num_damaged) for name, run in named_runs(groups) if run.num_damaged]
-    return [damage_note(f"metrics.jsonl of {name}", number) for name, number in damaged]
-
-
-def headline(
-    records: Sequence[RunRecord], groups: Sequence[ArmRuns], verdicts: Sequence[VerdictView], against: Sequence[str]
-) -> str:
-    """The one sentence that the evidence allows."""
-    if len(groups) > 1:
-        return verdicts[0].sentence if verdicts else f"Not compared: {'; '.join(against)}."
+def _headline_of_one(records: Sequence[RunRecord]) -> str:
+    """The one sentence that the runs of one setting allow."""
     if len(records) > 1:
         return f"One setting on {len(records)} seeds: nothing was compared."
-    run = records[0]
+    run, last, best = records[0], records[0].final, records[0].best
     if run.failure is not None:
         return f"The run {without_paths(run.status)}."
-    last = run.final
     if last is None:
         return f"{run.step} of {run.num_updates} updates are done; the held-out loss at the end was {NOT_MEASURED}."
-    best = run.best
     fell = best is not None and last["relative"] - best["relative"] > ROUNDING
     earlier = f", and was smallest at step {best['step']} ({best['relative']:.4f})" if best and fell else ""
-    return (
-        f"After {run.step} updates the held-out loss is {last['relative']:.4f} of the base's{earlier}; the standard "
-        f"error of {last['se']:.4f} is this run's precision over its {len(last['items'])} images and says nothing "
-        "about another seed."
-    )
+    loss = f"After {run.step} updates the held-out loss is {last['relative']:.4f} of the base's{earlier}"
+    precision = f"is this run's precision over its {len(last['items'])} images and says nothing about another seed"
+    return f"{loss}; the standard error of {last['se']:.4f} {precision}."
 
 
-def commands(records: Sequence[RunRecord]) -> tuple[str, ...]:
+def _commands(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """What to type to have the runs and this page again; run directories by their names."""
     sources = {record.source: record for record in records}
-    trained = [
-        f"lora-trainer {'train' if record.arm is None else 'sweep'} --config {name}/config.yaml"
-        for name, record in sources.items()
-    ]
+    verbs = {name: "train" if record.arm is None else "sweep" for name, record in sources.items()}
+    trained = [f"lora-trainer {verb} --config {name}/config.yaml" for name, verb in verbs.items()]
     chosen = [name for name, record in sources.items() if record.purpose == "selection"]
     fresh = [f"--confirm {name}" for name, record in sources.items() if record.purpose == "confirmation"]
     return (*trained, f"lora-trainer report {' '.join([*chosen, *fresh])}")

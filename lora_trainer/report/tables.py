@@ -1,25 +1,42 @@
-"""The tables of the page: runs, their diagnosis, settings and cost; arms, pairs of arms, and single runs compared."""
+"""The tables of the page: runs, diagnosis, samples, settings and cost; arms, pairs of arms, single runs compared."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+from PIL import Image
 
-from lora_trainer.evidence.statistics.arms import Arm
-from lora_trainer.evidence.statistics.paired import paired, smallest
-from lora_trainer.evidence.statistics.verdict import Outcome, Pair, Verdict
-from lora_trainer.report.comparison import ArmRuns, named_runs, varied
-from lora_trainer.report.figure import Table
-from lora_trainer.report.run_record import Row, RunRecord
+from lora_trainer.evidence.statistics.paired import paired, same_sign_share, smallest
+from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Pair, Verdict
+from lora_trainer.report.pictures import spread, step_name
+from lora_trainer.report.runs import ArmRuns, Row, RunRecord, named_runs, varied
 from lora_trainer.tracking.metrics import TRAIN, probe_fault
 
 NOT_MEASURED = "not measured"
 PERCENT = 100
+DIAGNOSED = ("diagnosis", "early_report")
+"""Events of a diagnosis; the early report is written even where nothing is told."""
+MOST_SAMPLED_STEPS = 6
+THUMBNAIL_PX, AS_IT_IS_PX = 256, 128
 _PATH = re.compile(r"(?<![\w:/.…])~?(?:/[^\s/'\"`:,;()]+)+/(?=[^\s/])")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under a header; the first cell of a row heads it."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
 def without_paths(text: str) -> str:
@@ -36,18 +53,16 @@ def _shown(value: Any) -> str:
 def runs_table(groups: Sequence[ArmRuns]) -> Table:
     """A row per run: where it stands, and its probes."""
     probes = ("held-out loss", "± over images", "smallest", "at step", "gap to training images")
-    rows = tuple(
-        (name, str(run.seed), without_paths(run.status), *(_probe_cells(run) or (NOT_MEASURED,) * len(probes)))
-        for name, run in named_runs(groups)
-    )
+    runs = named_runs(groups)
+    rows = tuple((name, str(run.seed), without_paths(run.status), *_probe_cells(run)) for name, run in runs)
     caption = "Runs; losses relative to the base's, at the end of the run"
     return Table(caption, ("run", "seed", "status", *probes), rows)
 
 
-def _probe_cells(run: RunRecord) -> tuple[str, ...] | None:
+def _probe_cells(run: RunRecord) -> tuple[str, ...]:
     last, best = run.final, run.best
     if last is None or best is None or run.failure is not None:
-        return None
+        return (NOT_MEASURED,) * 5
     trained = run.probe(TRAIN)
     known = trained and probe_fault(trained[-1]) is None
     gap = f"{last['relative'] - trained[-1]['relative']:+z.4f}" if known else NOT_MEASURED
@@ -57,31 +72,66 @@ def _probe_cells(run: RunRecord) -> tuple[str, ...] | None:
 def diagnosis_table(groups: Sequence[ArmRuns]) -> Table | None:
     """A row per state that the last diagnosis in a run's log found; None where no run's log holds a diagnosis."""
     runs = named_runs(groups)
-    if not any(_was_diagnosed(run) for _, run in runs):
+    if not any(run.events_of(*DIAGNOSED) for _, run in runs):
         return None
     rows = tuple((name, *cells) for name, run in runs for cells in _diagnosis_cells(run))
     return Table("Diagnosis at its last change", ("run", "state", "confidence", "evidence", "to try"), rows)
 
 
-def _was_diagnosed(run: RunRecord) -> bool:
-    return any(row["event"] in ("diagnosis", "early_report") for row in run.events)
-
-
 def _diagnosis_cells(run: RunRecord) -> Iterator[tuple[str, ...]]:
-    diagnoses = [row for row in run.events if row["event"] == "diagnosis"]
-    for finding in diagnoses[-1]["findings"] if diagnoses else ():
-        evidence = f"step {diagnoses[-1]['step']}: {finding['evidence']}"
-        advice = "; ".join(map(_advice, finding["advice"])) or "–"
-        yield finding["state"], finding["confidence"] or "–", evidence, advice
-    if not _was_diagnosed(run):
-        yield NOT_MEASURED, "–", "the log holds no diagnosis", "lora-trainer diagnose"
-    elif not diagnoses:
+    if diagnoses := run.events_of("diagnosis"):
+        for finding in diagnoses[-1]["findings"]:
+            evidence = f"step {diagnoses[-1]['step']}: {finding['evidence']}"
+            tries = [a["text"] + (f" ({a['key']}: {a['value']})" if "key" in a else "") for a in finding["advice"]]
+            yield finding["state"], finding["confidence"] or "–", evidence, "; ".join(tries) or "–"
+    elif run.events_of(*DIAGNOSED):
         yield "no fault told", "–", "the diagnosis followed the run and had nothing to say", "–"
+    else:
+        yield NOT_MEASURED, "–", "the log holds no diagnosis", "lora-trainer diagnose"
 
 
-def _advice(advice: Row) -> str:
-    """With its setting, where it is one."""
-    return advice["text"] + (f" ({advice['key']}: {advice['value']})" if "key" in advice else "")
+def sample_table(groups: Sequence[ArmRuns]) -> Table | None:
+    """A row per prompt: the last samples of each trial, or of a single run its samples over steps; None without any."""
+    runs = [run for group in groups for run in group.runs]
+    if not any(run.samples for run in runs):
+        return None
+    if len(runs) == 1:
+        steps = spread(sorted({step for step, _ in runs[0].samples}), MOST_SAMPLED_STEPS)
+        rows = tuple(
+            (text, *(_picture(runs[0].samples.get((step, number)), f"{text}, step {step}") for step in steps))
+            for number, text in enumerate(runs[0].prompts, start=1)
+        )
+        caption = "Samples with equal image seeds as the training went on"
+        return Table(caption, ("prompt", *map(step_name, steps)), rows)
+    firsts = {group.name: group.runs[0] for group in groups}
+    prompts = dict.fromkeys(prompt for run in firsts.values() for prompt in run.prompts)
+    rows = tuple((text, *(_last_picture(run, text, name) for name, run in firsts.items())) for text in prompts)
+    seeds = sorted({run.seed for run in firsts.values()})
+    which = f"training seed {seeds[0]}" if len(seeds) == 1 else "the first training seed of each"
+    return Table(f"Last samples of each trial, equal image seeds, {which}", ("prompt", *firsts), rows)
+
+
+def _last_picture(run: RunRecord, prompt: str, name: str) -> str:
+    step = max((step for step, _ in run.samples), default=0)
+    number = run.prompts.index(prompt) + 1 if prompt in run.prompts else None
+    return _picture(run.samples.get((step, number)) if number else None, f"{prompt}, {name}, step {step}")
+
+
+def _picture(file: Path | None, alt: str) -> str:
+    """Small pictures as they are, larger ones as JPEG thumbnails, so that the page stays small."""
+    if file is None:
+        return "none"
+    with Image.open(file) as image:
+        if max(image.size) <= AS_IT_IS_PX:
+            data, kind, (width, height) = file.read_bytes(), "png", image.size
+        else:
+            small = image.convert("RGB")
+            small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=88)
+            data, kind, (width, height) = buffer.getvalue(), "jpeg", small.size
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Markup('<img src="{}" alt="{}" width="{}" height="{}">').format(source, alt, width, height)
 
 
 def differences_table(records: Sequence[RunRecord], groups: Sequence[ArmRuns]) -> Table | None:
@@ -129,51 +179,39 @@ def item_table(groups: Sequence[ArmRuns]) -> Table | None:
     equal losses the first is the smallest.
     """
     finals: dict[int, list[tuple[str, Row]]] = {}
-    for group in groups:
-        for run in group.runs:
-            if run.is_finished and run.failure is None and run.final is not None:
-                finals.setdefault(run.seed, []).append((group.name, run.final))
-    rows = tuple(row for seed, named in sorted(finals.items()) for row in _item_rows(seed, named))
-    caption = (
-        "Differences over held-out images, in percent of the base's loss: the precision of these runs alone, no "
-        "evidence about their settings"
-    )
-    return Table(caption, ("pair", "seed", "images", "difference of loss", "± over images"), rows) if rows else None
-
-
-def _item_rows(seed: int, named: Sequence[tuple[str, Row]]) -> Iterator[tuple[str, ...]]:
-    best, least = named[place := smallest([final["relative"] for _, final in named])]
-    for name, final in (*named[:place], *named[place + 1 :]):
-        differences = [PERCENT * (a - b) for a, b in zip(least["items"], final["items"], strict=True)]
-        mean = paired(differences)
-        yield f"{best} − {name}", str(seed), str(mean.num), f"{mean.mean:z.3f} %", f"{mean.se:.3f}"
+    for name, run in ((group.name, run) for group in groups for run in group.runs):
+        if run.is_finished and run.failure is None and run.final is not None:
+            finals.setdefault(run.seed, []).append((name, run.final))
+    rows = []
+    for seed, named in sorted(finals.items()):
+        best, least = named.pop(smallest([final["relative"] for _, final in named]))
+        for name, final in named:
+            mean = paired([PERCENT * (a - b) for a, b in zip(least["items"], final["items"], strict=True)])
+            cells = str(seed), str(mean.num), f"{mean.mean:z.3f} %", f"{mean.se:.3f}"
+            rows.append((f"{best} − {name}", *cells))
+    what = "the precision of these runs alone, no evidence about their settings"
+    caption = f"Differences over held-out images, in percent of the base's loss: {what}"
+    header = ("pair", "seed", "images", "difference of loss", "± over images")
+    return Table(caption, header, tuple(rows)) if rows else None
 
 
 def arms_table(verdict: Verdict) -> Table:
     """The arms by rank: LR, budget, loss, gain over the base with its interval over seeds."""
-    rows = tuple(
-        (
-            arm.name,
-            f"{arm.peak_lr:.3g}",
-            f"{arm.lr_budget:.2f}",
-            str(len(arm.losses)),
-            "–" if not arm.losses else f"{np.mean(list(arm.losses.values())):.4f}",
-            _gain(arm, verdict.rules.level),
-            _place(arm, verdict),
-        )
-        for arm in verdict.arms
-    )
+    rows = []
+    for arm in verdict.arms:
+        lrs, losses = (f"{arm.peak_lr:.3g}", f"{arm.lr_budget:.2f}"), list(arm.losses.values())
+        loss = f"{np.mean(losses):.4f}" if losses else "–"
+        gain = _gain([PERCENT * (1 - loss) for loss in losses], verdict.rules.level)
+        rows.append((arm.name, *lrs, str(len(losses)), loss, gain, _place(arm, verdict)))
     header = ("trial", "peak LR", "LR budget", "seeds", "held-out loss", "gain over base", "place")
-    return Table(f"Trials by held-out loss at the end, relative to the base ({verdict.question.label})", header, rows)
+    caption = f"Trials by held-out loss at the end, relative to the base ({verdict.question.label})"
+    return Table(caption, header, tuple(rows))
 
 
-def _gain(arm: Arm, level: float) -> str:
+def _gain(gains: Sequence[float], level: float) -> str:
     """Mean gain in percent of the base's loss, and its t interval over seeds."""
-    gains = [PERCENT * (1 - loss) for loss in arm.losses.values()]
-    if not gains:
-        return "–"
-    if len(gains) == 1:
-        return f"{gains[0]:z.2f} %"
+    if len(gains) < 2:
+        return f"{gains[0]:z.2f} %" if gains else "–"
     low, high = paired(gains).interval(level)
     return f"{np.mean(gains):z.2f} % ({low:z.2f} to {high:z.2f})"
 
@@ -193,21 +231,18 @@ def pair_name(pair: Pair) -> str:
 
 def pairs_table(verdict: Verdict) -> Table:
     """Every pair: the difference in percent of the base's loss, intervals, adjusted p, sign share, what it shows."""
-    rows = tuple((pair_name(pair), *_test_cells(pair), _shows(pair)) for pair in verdict.pairs)
+    rows = tuple((pair_name(pair), *_pair_cells(pair, verdict.rules.level)) for pair in verdict.pairs)
     header = ("pair", "difference of loss", "95 % interval", "adjusted interval", "adjusted p", "same sign", "shows")
     return Table("Paired differences of the held-out loss, in percent of the base's loss", header, rows)
 
 
-def _test_cells(pair: Pair) -> tuple[str, ...]:
-    if pair.test is None or pair.interval is None or pair.adjusted_interval is None:
-        return ("–",) * 5
-    difference = f"{-PERCENT * pair.test.mean:z.3f} %"
-    intervals = _interval(pair.interval), _interval(pair.adjusted_interval)
-    return difference, *intervals, f"{pair.adjusted_p:.3g}", f"{pair.same_sign:.0%}"
-
-
-def _shows(pair: Pair) -> str:
-    return str(pair.outcome) if pair.outcome == Outcome.BETTER else f"{pair.outcome}: {pair.why}"
+def _pair_cells(pair: Pair, level: float) -> tuple[str, ...]:
+    shows = f"{pair.outcome}: {pair.why}" if pair.why else str(pair.outcome)
+    if pair.test is None or pair.adjusted_interval is None:
+        return *["–"] * 5, shows
+    difference, same_sign = f"{-PERCENT * pair.test.mean:z.3f} %", f"{same_sign_share(pair.differences):.0%}"
+    intervals = _interval(pair.test.interval(level)), _interval(pair.adjusted_interval)
+    return difference, *intervals, f"{pair.adjusted_p:.3g}", same_sign, shows
 
 
 def _interval(bounds: tuple[float, float]) -> str:

@@ -6,13 +6,14 @@ honour are refused here with both values named, instead of being passed over.
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
-from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.schema import RunConfig, TrainConfig
 from lora_trainer.errors import HostError, Problem
 
 _ENGINES = {
@@ -20,7 +21,10 @@ _ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
-_PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
+_COMPILER = "ACCELERATE_DYNAMO_BACKEND"
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
+_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+_WORLD = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,6 @@ class Launch:
 
     num_processes: int = 1
     rank: int = 0
-    local_rank: int = 0
     num_local_processes: int = 1
 
     @property
@@ -43,15 +46,9 @@ def read_launch(config: RunConfig) -> Launch:
     Raises:
         HostError: accelerate was configured for something that this trainer would not do.
     """
-    problems = [*_refused_engines(), *_other_precision(config), *_other_accumulation(config), *_lost_processes()]
-    if problems:
+    if problems := [*_refused_engines(), *_contradictions(config.train), *_lost_processes()]:
         raise HostError(*problems)
-    return Launch(
-        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
-        rank=int(os.environ.get("RANK", "0")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        num_local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+    return Launch(*(int(os.environ.get(name, default)) for name, default in _WORLD.items()))
 
 
 def default_threads(launch: Launch) -> int:
@@ -60,92 +57,52 @@ def default_threads(launch: Launch) -> int:
     return max(1, cores // launch.num_local_processes)
 
 
-def _refused_engines() -> list[Problem]:
-    fix = "accelerate config: choose no engine; adapters are small, so plain data parallel training serves"
-    problems = [
-        Problem(f"accelerate is set to use {engine}, which this trainer does not", variable, fix=fix)
-        for variable, engine in _ENGINES.items()
-        if os.environ.get(variable, "false").lower() == "true"
-    ]
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+def _refused_engines() -> Iterator[Problem]:
+    for variable, engine in _ENGINES.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            fix = "accelerate config: choose no engine; adapters are small, so plain data parallel training serves"
+            yield Problem(f"accelerate is set to use {engine}, which this trainer does not", variable, fix=fix)
+    backend = os.environ.get(_COMPILER, "no").lower()
     if backend not in ("no", ""):
-        problems.append(
-            Problem(
-                f"accelerate is set to compile with {backend}, which this trainer does not",
-                "ACCELERATE_DYNAMO_BACKEND",
-                fix="accelerate launch --dynamo_backend no ...",
-            )
-        )
-    return problems
+        what = f"accelerate is set to compile with {backend}, which this trainer does not"
+        yield Problem(what, _COMPILER, fix="accelerate launch --dynamo_backend no ...")
 
 
-def _other_precision(config: RunConfig) -> list[Problem]:
-    """accelerate's default `no` is taken as unsaid; any other value must agree with ours."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if asked == "no" or _PRECISIONS.get(asked) == config.train.precision:
-        return []
-    return [
-        Problem(
-            f"accelerate says mixed precision {asked}, the config says train.precision: {config.train.precision}",
-            "ACCELERATE_MIXED_PRECISION",
-            "the precision must have one source",
-            f"write train.precision={_PRECISIONS.get(asked, 'bf16')}, or start with --mixed_precision no",
-        )
-    ]
-
-
-def _other_accumulation(config: RunConfig) -> list[Problem]:
-    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    ours = config.train.gradient_accumulation_steps
-    if asked in ("1", "auto", str(ours)):
-        return []
-    return [
-        Problem(
-            f"accelerate says {asked} gradient accumulation steps, the config says {ours}",
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-            fix=f"write train.gradient_accumulation_steps={asked}, or remove it from accelerate's config",
-        )
-    ]
+def _contradictions(train: TrainConfig) -> Iterator[Problem]:
+    """accelerate's default precision `no` is taken as unsaid; any other value must agree with ours."""
+    precision = os.environ.get(_PRECISION, "no").lower()
+    if precision != "no" and precision != train.precision:
+        what = f"accelerate says mixed precision {precision}, the config says train.precision: {train.precision}"
+        known = precision if precision in ("fp16", "bf16", "fp8") else "bf16"
+        fix = f"write train.precision={known}, or start with --mixed_precision no"
+        yield Problem(what, _PRECISION, "the precision must have one source", fix)
+    steps, ours = os.environ.get(_ACCUMULATION, "1"), train.gradient_accumulation_steps
+    if steps not in ("1", "auto", str(ours)):
+        what = f"accelerate says {steps} gradient accumulation steps, the config says {ours}"
+        fix = f"write train.gradient_accumulation_steps={steps}, or remove it from accelerate's config"
+        yield Problem(what, _ACCUMULATION, fix=fix)
 
 
 def _lost_processes() -> list[Problem]:
     """`accelerate launch --cpu --num_processes 2` (1.15) starts one process; its leftover MASTER_ADDR tells on it."""
-    from_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if not from_accelerate or "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ:
+    if _PRECISION not in os.environ or "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ:
         return []
-    command = _parent_command()
-    if "MASTER_ADDR" in _parent_environment():  # the user's own, not the launcher's
+    command, environment = _launcher()
+    if "MASTER_ADDR" in environment:  # the user's own, not the launcher's
         return []
-    asked = _value_after(command, "--num_processes") or "N"
-    return [
-        Problem(
-            f"accelerate was asked for {asked} processes and started one",
-            "accelerate launch --cpu",
-            "its CPU launcher only multiplies processes under MPI",
-            f"torchrun --nproc_per_node {asked} train.py --config ...",
-        )
-    ]
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option.add_argument("--num_processes", nargs="?", default="N", const="N")
+    num_processes = option.parse_known_args(command)[0].num_processes
+    what = f"accelerate was asked for {num_processes} processes and started one"
+    why = "its CPU launcher only multiplies processes under MPI"
+    fix = f"torchrun --nproc_per_node {num_processes} train.py --config ..."
+    return [Problem(what, "accelerate launch --cpu", why, fix)]
 
 
-def _parent_command() -> list[str]:
+def _launcher() -> tuple[list[str], Collection[str]]:
+    """Command line and environment variables of the process that started this one, as far as they can be read."""
     try:
-        return Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return []
-
-
-def _parent_environment() -> list[str]:
-    try:
-        rows = Path(f"/proc/{os.getppid()}/environ").read_text(errors="replace").split("\0")
-    except OSError:
-        return []
-    return [row.partition("=")[0] for row in rows]
-
-
-def _value_after(words: list[str], flag: str) -> str | None:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == flag:
-            return following
-        if word.startswith(flag + "="):
-            return word.removeprefix(flag + "=")
-    return None
+        parent = psutil.Process(os.getppid()).as_dict(["cmdline", "environ"], ad_value=[])
+    except psutil.NoSuchProcess:  # it is outside of this container
+        return [], []
+    return parent["cmdline"], parent["environ"]

@@ -9,11 +9,11 @@ import platform
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import psutil
 import torch
@@ -48,19 +48,11 @@ class Runtime:
 
     def autocast(self) -> Any:
         """Matrix products in the run's precision; nothing at fp32."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, dtype=self.dtype)
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes; the tensor itself for one."""
-        if self.launch.num_processes == 1:
-            return values
-        return reduce_over_processes(values, "sum")
-
-    def from_main(self, value: Any) -> Any:
-        """The main process's value, in every process."""
-        return from_main(self.launch, value)
+        return values if self.launch.num_processes == 1 else reduce_over_processes(values, "sum")
 
     def from_all(self, values: list[Any]) -> list[Any]:
         """The lists of all processes, one after the other."""
@@ -69,26 +61,23 @@ class Runtime:
     def facts(self) -> dict[str, str]:
         """What may move the last bits of a run: device, precision as it became, versions (`config/identity.py`)."""
         packages = {name: metadata.version(name) for name in ("torch", "diffusers", "peft", "accelerate")}
-        return {"device": self._device_name(), "train.precision": self.precision, **packages}
+        return {"device": self.device_name, "train.precision": self.precision, **packages}
 
-    def _device_name(self) -> str:
+    @property
+    def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the GPU where it takes under a tenth of the memory that is free there; pinned on the host otherwise."""
         if self.device.type != "cuda":
             return tensor
-        small = tensor.numel() * tensor.element_size() < self.free_bytes() // 10
-        return tensor.to(self.device) if small else tensor.pin_memory()
+        return tensor.to(self.device) if tensor.nbytes < self.free_bytes() // 10 else tensor.pin_memory()
 
     def free_cached_memory(self) -> None:
         """Give back the memory of models that nobody holds any more."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def wait_for_everyone(self) -> None:
-        self.state.wait_for_everyone()
 
     def free_bytes(self) -> int:
         """Memory that is free now: of the GPU where there is one, else of the host."""
@@ -123,14 +112,10 @@ def joined_processes(launch: Launch) -> Iterator[PartialState]:
     _die_with_launcher()
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != launch.num_processes:
-        raise HostError(
-            Problem(
-                f"{launch.num_processes} processes are announced, and {state.num_processes} found each other",
-                "WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR",
-                "each process would train on a part of the images and none would hear of the others",
-                "start with torchrun --nproc-per-node N train.py --config ..., or unset WORLD_SIZE",
-            )
-        )
+        what = f"{launch.num_processes} processes are announced, and {state.num_processes} found each other"
+        why = "each process would train on a part of the images and none would hear of the others"
+        fix = "start with torchrun --nproc-per-node N train.py --config ..., or unset WORLD_SIZE"
+        raise HostError(Problem(what, "WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR", why, fix))
     try:
         yield state
     finally:
@@ -156,12 +141,11 @@ def start_runtime(
 
 def environment_report(runtime: Runtime) -> dict[str, Any]:
     """Versions and hardware: what another person needs to repeat the run. No host or user names."""
-    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else processor_name()
     return {
         "python": platform.python_version(),
         "platform": platform.system() + " " + platform.machine(),
         "packages": {"lora_trainer": __version__} | {name: metadata.version(name) for name in _PACKAGES},
-        "device": device,
+        "device": processor_name() if runtime.device.type == "cpu" else runtime.device_name,
         "num_processes": runtime.launch.num_processes,
         "precision": runtime.precision,
         "threads": runtime.threads,
@@ -170,26 +154,23 @@ def environment_report(runtime: Runtime) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    try:
-        with Path("/proc/cpuinfo").open() as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
+    """The model's name, or the architecture where the kernel does not say it."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.machine()
 
 
 def _choose_precision(asked: str, device: torch.device) -> Precision:
-    on_gpu = device.type == "cuda"
-    if asked == "auto":
-        if not on_gpu:
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if asked == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise HostError(
-            Problem("this GPU has no bf16", "train.precision", torch.cuda.get_device_name(device), "write fp16 or auto")
-        )
-    assert asked in _DTYPES
-    return asked  # type: ignore[return-value]
+    lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "bf16" and lacks_bf16:
+        name, fix = torch.cuda.get_device_name(device), "write fp16 or auto"
+        raise HostError(Problem("this GPU has no bf16", "train.precision", name, fix))
+    if asked != "auto":
+        return cast(Precision, asked)
+    if device.type == "cpu":
+        return "fp32"
+    return "fp16" if lacks_bf16 else "bf16"
 
 
 def _die_with_launcher() -> None:

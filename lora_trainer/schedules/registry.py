@@ -26,7 +26,7 @@ from lora_trainer.schedules.schedule import (
     ScheduleOptions,
     at_least_one,
 )
-from lora_trainer.strict_model import Positive, Section
+from lora_trainer.strict_model import Positive, StrictModel
 
 
 def _nested(value: Any) -> Any:
@@ -37,7 +37,7 @@ def _nested(value: Any) -> Any:
     return {**own, "schedule": {key: entry for key, entry in value.items() if key not in own}}
 
 
-class Phase(Section):
+class Phase(StrictModel):
     """One part of a composed schedule."""
 
     steps: Duration

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BeforeValidator, Field
 
-from lora_trainer.strict_model import NotBool, Ratio, Section
+from lora_trainer.strict_model import NotBool, Ratio, StrictModel
 
 Core = Callable[[int, float], float]  # (update index, base LR) -> multiplier
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ep|%)")
@@ -169,7 +169,7 @@ class LRSchedule:
         return base_lr * self.multiplier(k, base_lr)
 
 
-class ScheduleOptions(Section):
+class ScheduleOptions(StrictModel):
     """What every schedule type has: a name, and a way to be laid over a run."""
 
     type: str

@@ -51,6 +51,15 @@ def to_json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no JSON.
+    """
+    return json.loads(path.read_bytes())
+
+
 def write_synced(path: Path, chunks: bytes | Iterable[bytes]) -> None:
     """Write a new file under its final name and sync it; for files inside a folder that is still aside."""
     with _observed("write", path), path.open("wb") as file:
@@ -58,13 +67,6 @@ def write_synced(path: Path, chunks: bytes | Iterable[bytes]) -> None:
             file.write(chunk)
         file.flush()
         _sync(file, path)
-
-
-def publish_folder(aside: Path, final: Path) -> None:
-    """Give a folder whose files are synced its final name, durably."""
-    sync_folder(aside)
-    rename(aside, final)
-    sync_folder(final.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -158,14 +160,8 @@ def sole_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip() or "an unknown process"
-            raise HostError(
-                Problem(
-                    "another process is writing this run",
-                    where=str(folder),
-                    why=f"its lock is held by {owner}",
-                    fix="wait for it, stop it, or give this run another `name`",
-                )
-            ) from error
+            why, fix = f"its lock is held by {owner}", "wait for it, stop it, or give this run another `name`"
+            raise HostError(Problem("another process is writing this run", str(folder), why, fix)) from error
         if not is_locked:
             say(f"{folder} cannot be locked on this file system: take care that nothing else writes this run")
         file.truncate(0)
@@ -192,6 +188,8 @@ def _lock(file: TextIO) -> bool:
 
 def reserve_space(file: Path, num_bytes: int) -> None:
     """Make a file that takes up this many bytes of the disk; what it holds of an earlier time stays taken.
+
+    So final files fit later, after `remove_file`, on a disk that others have filled.
 
     Raises:
         OSError: there is no such space; no file is left.
@@ -221,9 +219,10 @@ def _allocate(descriptor: int, num_bytes: int) -> None:
 
 
 def remove_file(file: Path) -> None:
-    """Delete a file of ours."""
-    with _observed("delete", file):
-        file.unlink()
+    """Delete a file of ours where it is there."""
+    if file.exists():
+        with _observed("delete", file):
+            file.unlink()
 
 
 def clear_temporaries(folder: Path) -> None:
@@ -256,6 +255,7 @@ def make_folder(folder: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
+    """Give a file or folder its final name; durable once the folder around it is synced."""
     with _observed("rename", target):
         source.replace(target)
 

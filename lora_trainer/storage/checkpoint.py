@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,11 @@ import torch
 
 from lora_trainer.errors import HostError, NumericStop, Problem
 from lora_trainer.storage import atomic_files, disk_space, safetensors_io
+from lora_trainer.storage.atomic_files import read_json
 
 FORMAT = 2
 READABLE = (1, 2)
-_FOLDER = re.compile(r"step-(\d{8})")
+_FOLDER = re.compile(r"step-\d{8}")
 _REPLACED = ".replaced"  # the earlier checkpoint of a step while its new one takes the name
 _OVERHEAD = 2**20
 
@@ -41,8 +41,8 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, safetensors_io.Tensors]:
         """All tensors by part and name, as they were given to `save_checkpoint`; files of others are passed over."""
-        names = json.loads((self.folder / "manifest.json").read_text())["files"]
-        files = [self.folder / name for name in sorted(names) if name.endswith(".safetensors")]
+        names = sorted(read_json(self.folder / "manifest.json")["files"])
+        files = [self.folder / name for name in names if name.endswith(".safetensors")]
         return {file.stem: safetensors_io.load(file)[0] for file in files}
 
 
@@ -59,18 +59,16 @@ def save_checkpoint(
         NumericStop: a tensor holds numbers that are not finite; nothing is written.
         OSError: the disk has no room, refused a write, or gave back other bytes than were written (EIO).
     """
-    _require_finite(tensors)
-    size = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
-    disk_space.require_room(folder, size + _OVERHEAD)
-    atomic_files.make_folder(folder)
+    all_tensors = {f"{part}: {name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
+    _require_finite(all_tensors)
+    disk_space.require_room(folder, sum(tensor.nbytes for tensor in all_tensors.values()) + _OVERHEAD)
     final = folder / f"step-{step:08d}"
     aside = folder / f"{atomic_files.TEMPORARY_PREFIX}{final.name}-{os.getpid()}"
     try:
         atomic_files.make_folder(aside)
-        content = atomic_files.to_json({**state, "format": FORMAT})
-        written = {"state.json": _write(aside / "state.json", [content])}
-        for part, named in tensors.items():
-            written[f"{part}.safetensors"] = _write(aside / f"{part}.safetensors", safetensors_io.encode(named))
+        files = {f"{part}.safetensors": safetensors_io.encode(named) for part, named in tensors.items()}
+        contents = {"state.json": [atomic_files.to_json({**state, "format": FORMAT})], **files}
+        written = {name: _write(aside / name, chunks) for name, chunks in contents.items()}
         manifest = {"format": FORMAT, "files": written, "sha256": _digest_of(written)}
         atomic_files.write_synced(aside / "manifest.json", atomic_files.to_json(manifest))
         _publish(aside, final)
@@ -86,8 +84,7 @@ def prune(folder: Path, keep_last: int) -> None:
     Raises:
         OSError: one could not be removed; those kept are whole.
     """
-    whole = sorted(c for c in folder.iterdir() if _FOLDER.fullmatch(c.name))
-    for old in whole[:-keep_last]:
+    for old in _by_step(folder)[:-keep_last]:
         atomic_files.remove_folder(old)
 
 
@@ -98,27 +95,19 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         HostError: there are or were checkpoints, but none of them verifies: never a silent fresh start. Or one cannot
             be read now, or a newer version wrote it: then nothing is touched.
     """
-    if not folder.is_dir():
-        return None, []
     atomic_files.clear_temporaries(folder)
     faults: list[str] = []
     with _unreadable_in_words():
         _finish_replacements(folder)
-        for candidate in sorted((c for c in folder.iterdir() if _FOLDER.fullmatch(c.name)), reverse=True):
-            fault = _fault(candidate)
-            if fault is None:
-                return _opened(candidate), faults
+        for candidate in reversed(_by_step(folder)):
+            if (fault := _fault(candidate)) is None:
+                return Checkpoint(candidate, read_json(candidate / "state.json")), faults
             faults.append(f"{candidate.name} is damaged ({fault}) and was set aside")
             _quarantine(candidate)
     if damaged := sorted(c.name for c in folder.glob("step-*.corrupt*")):
-        raise HostError(
-            Problem(
-                "no checkpoint of this run can be read",
-                str(folder),
-                "; ".join(faults) or f"all were damaged and set aside: {', '.join(damaged)}",
-                "restore one from a backup, or start anew with --fresh (the old run is kept beside it)",
-            )
-        )
+        why = "; ".join(faults) or f"all were damaged and set aside: {', '.join(damaged)}"
+        fix = "restore one from a backup, or start anew with --fresh (the old run is kept beside it)"
+        raise HostError(Problem("no checkpoint of this run can be read", str(folder), why, fix))
     return None, []
 
 
@@ -128,19 +117,21 @@ def open_checkpoint(folder: Path, step: int | None) -> Checkpoint:
     Raises:
         HostError: there is none, it is damaged, or it cannot be read.
     """
-    steps = sorted(int(m[1]) for c in folder.glob("step-*") if (m := _FOLDER.fullmatch(c.name)))
-    if not steps or (step is not None and step not in steps):
-        kept = ", ".join(map(str, steps)) or "none"
-        raise HostError(Problem(f"no checkpoint of step {step or '(any)'}", str(folder), f"steps kept: {kept}"))
-    chosen = folder / f"step-{steps[-1] if step is None else step:08d}"
     with _unreadable_in_words():
+        kept = {int(entry.name.removeprefix("step-")): entry for entry in _by_step(folder)}
+        if not kept or step not in (None, *kept):
+            why = f"steps kept: {', '.join(map(str, kept)) or 'none'}"
+            raise HostError(Problem(f"no checkpoint of step {step or '(any)'}", str(folder), why))
+        chosen = kept[max(kept) if step is None else step]
         if (fault := _fault(chosen)) is not None:
             raise HostError(Problem("the checkpoint is damaged", str(chosen), fault, "name another step"))
-        return _opened(chosen)
+        return Checkpoint(chosen, read_json(chosen / "state.json"))
 
 
-def _opened(folder: Path) -> Checkpoint:
-    return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+def _by_step(folder: Path) -> list[Path]:
+    """The published checkpoints in a folder, oldest first."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(entry for entry in entries if _FOLDER.fullmatch(entry.name))
 
 
 @contextmanager
@@ -149,20 +140,16 @@ def _unreadable_in_words() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise HostError(
-            Problem(
-                "a checkpoint cannot be read now",
-                str(error.filename or "checkpoints"),
-                error.strerror,
-                "try again once the disk answers; if it never will, move that checkpoint away to go on from an older",
-            )
-        ) from error
+        where = str(error.filename or "checkpoints")
+        fix = "try again once the disk answers; if it never will, move that checkpoint away to go on from an older"
+        raise HostError(Problem("a checkpoint cannot be read now", where, error.strerror, fix)) from error
 
 
-def _write(file: Path, chunks: Any) -> dict[str, Any]:
+def _write(file: Path, chunks: Iterable[bytes]) -> dict[str, Any]:
+    """Write a file that is still aside; its row in the manifest."""
     digest, size = hashlib.sha256(), 0
 
-    def counted() -> Any:
+    def counted() -> Iterator[bytes]:
         nonlocal size
         for chunk in chunks:
             digest.update(chunk)
@@ -186,10 +173,13 @@ def _fault(folder: Path) -> str | None:
         OSError: it cannot be read now.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_json(folder / "manifest.json")
         if manifest["format"] not in READABLE:
-            if json.loads((folder / "state.json").read_text())["format"] == manifest["format"]:
-                raise HostError(_newer(folder, manifest["format"]))
+            if read_json(folder / "state.json")["format"] == manifest["format"]:
+                what = f"the checkpoint has format {manifest['format']}, and this version reads up to {FORMAT}"
+                why = "a newer lora_trainer wrote it; nothing was changed"
+                fix = "install the newer version again, or give the new run another `name`"
+                raise HostError(Problem(what, str(folder), why, fix))
             return f"format {manifest['format']} is none that was ever written"
         if manifest["sha256"] != _digest_of(manifest["files"]):
             return "manifest.json is not what was written"
@@ -206,21 +196,14 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-def _newer(folder: Path, found: object) -> Problem:
-    return Problem(
-        f"the checkpoint has format {found}, and this version reads up to {FORMAT}",
-        str(folder),
-        "a newer lora_trainer wrote it; nothing was changed",
-        "install the newer version again, or give the new run another `name`",
-    )
-
-
 def _publish(aside: Path, final: Path) -> None:
     """Give a checkpoint its name and read it back; one that had the name stays until then under another."""
     earlier = final.with_name(final.name + _REPLACED)
     if final.exists():
         atomic_files.rename(final, earlier)
-    atomic_files.publish_folder(aside, final)
+    atomic_files.sync_folder(aside)
+    atomic_files.rename(aside, final)
+    atomic_files.sync_folder(final.parent)
     if (fault := _fault(final)) is not None:
         _quarantine(final)
         raise OSError(errno.EIO, f"what was written could not be read back: {fault}", str(final))
@@ -240,27 +223,17 @@ def _finish_replacements(folder: Path) -> None:
             atomic_files.rename(earlier, final)
 
 
-def _require_finite(parts: Mapping[str, safetensors_io.Tensors]) -> None:
-    faulty = [
-        f"{part}: {name}"
-        for part, tensors in parts.items()
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
-    if faulty:
-        raise NumericStop(
-            Problem(
-                f"{len(faulty)} tensors of the training state are not finite and are never saved",
-                ", ".join(faulty[:3]) + (" ..." if len(faulty) > 3 else ""),
-                "training diverged",
-                "lower optimizer.lr; the same command goes on from the last checkpoint, which is whole",
-            )
-        )
+def _require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if faulty := [name for name, tensor in numbers.items() if not torch.isfinite(tensor).all()]:
+        what = f"{len(faulty)} tensors of the training state are not finite and are never saved"
+        where = ", ".join(faulty[:3]) + (" ..." if len(faulty) > 3 else "")
+        fix = "lower optimizer.lr; the same command goes on from the last checkpoint, which is whole"
+        raise NumericStop(Problem(what, where, "training diverged", fix))
 
 
 def _quarantine(folder: Path) -> None:
-    target = folder.with_name(folder.name + ".corrupt")
-    number = 1
+    target, number = folder.with_name(f"{folder.name}.corrupt"), 1
     while target.exists():
         number += 1
         target = folder.with_name(f"{folder.name}.corrupt-{number}")

@@ -1,4 +1,4 @@
-"""Room on the disk: asked for before it is needed, and some of it held back for the files a run is made for."""
+"""Room on the disk, asked for before it is needed, and a disk's refusals in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_trainer.errors import HostError, Problem
-from lora_trainer.storage import atomic_files
 
 DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG})
 """What a full or failing disk answers."""
@@ -37,14 +36,8 @@ def check_room(folder: Path, needed: int, purpose: str) -> None:
         HostError: both numbers are named.
     """
     if (free := free_bytes(folder)) < needed:
-        raise HostError(
-            Problem(
-                "the disk has too little room for this run",
-                str(folder),
-                f"{purpose} need {mib(needed)}, free are {mib(free)}",
-                "free some space, or set another output_dir",
-            )
-        )
+        why, fix = f"{purpose} need {mib(needed)}, free are {mib(free)}", "free some space, or set another output_dir"
+        raise HostError(Problem("the disk has too little room for this run", str(folder), why, fix))
 
 
 def require_room(folder: Path, needed: int) -> None:
@@ -69,36 +62,9 @@ def faults_in_words() -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FAULTS | PLACE_FAULTS:
             raise
-        raise HostError(
-            Problem(
-                "the disk refused",
-                str(error.filename or "the run directory"),
-                error.strerror,
-                "free some space or mend the folder; the same command goes on from the newest checkpoint",
-            )
-        ) from error
-
-
-class Reserve:
-    """A file that holds space until `release`, so that the final files still fit on a disk that others have filled."""
-
-    def __init__(self, file: Path, num_bytes: int) -> None:
-        """Take the space now, or take over what an earlier start of the run holds.
-
-        Raises:
-            OSError: there is no such space.
-        """
-        self._file = file
-        atomic_files.reserve_space(file, num_bytes)
-
-    def release(self) -> None:
-        """Give the space back; a second call does nothing."""
-        if self._file.exists():
-            atomic_files.remove_file(self._file)
-
-
-def is_disk_fault(error: OSError) -> bool:
-    return error.errno in DISK_FAULTS
+        where = str(error.filename or "the run directory")
+        fix = "free some space or mend the folder; the same command goes on from the newest checkpoint"
+        raise HostError(Problem("the disk refused", where, error.strerror, fix)) from error
 
 
 def mib(num_bytes: int) -> str:

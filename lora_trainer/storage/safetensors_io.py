@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from lora_trainer.storage import atomic_files
 
@@ -36,15 +36,11 @@ def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | No
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
-    offset = 0
-    for name in sorted(tensors):
-        size = tensors[name].numel() * tensors[name].element_size()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        start, end = end, end + tensor.nbytes
+        dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -80,6 +76,3 @@ def load(path: Path) -> tuple[Tensors, dict[str, str]]:
     """
     with safe_open(path, framework="pt", device="cpu") as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})
-
-
-__all__ = ["SafetensorError", "Tensors", "encode", "load", "payload_sha256", "save", "tensor_bytes"]

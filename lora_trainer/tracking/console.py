@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lora_trainer.tracking.metrics import StepRow
 
@@ -44,15 +44,15 @@ class Screen:
             task = bar.add_task("training", total=num_updates, completed=start, numbers="")
             yield TrainingLine(self, bar, task, num_updates)
 
-    def _bar(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+    def _bar(self) -> progress.Progress:
+        return progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[numbers]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -61,7 +61,7 @@ class Screen:
 class TrainingLine:
     """Loss, LR and speed beside the bar; a plain line per step where there is no terminal."""
 
-    def __init__(self, screen: Screen, bar: Progress, task: Any, num_updates: int) -> None:
+    def __init__(self, screen: Screen, bar: progress.Progress, task: Any, num_updates: int) -> None:
         self._screen, self._bar, self._task, self._num_updates = screen, bar, task, num_updates
 
     def step(self, row: StepRow) -> None:

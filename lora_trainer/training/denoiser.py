@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_trainer.diffusion.batch import Conditioning, tile
-from lora_trainer.diffusion.noise_paths import NoisedLatents, NoisePath
-from lora_trainer.diffusion.objective import squared_error
+from lora_trainer.diffusion.noise_paths import NoisedLatents, NoisePath, squared_error
 from lora_trainer.models.adapters.bank import AdapterBank
 from lora_trainer.models.family import Family
 from lora_trainer.runtime.runtime import Runtime

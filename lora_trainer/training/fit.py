@@ -74,7 +74,7 @@ def fit(
         finally:
             if writer is not None:
                 writer.close()
-        runtime.wait_for_everyone()
+        runtime.state.wait_for_everyone()
     return FitResult(step, {trial.name: trial.ending for trial in setup.trials})
 
 

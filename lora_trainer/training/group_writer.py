@@ -168,7 +168,7 @@ class GroupWriter:
         try:
             yield
         except OSError as error:
-            if not disk_space.is_disk_fault(error):
+            if error.errno not in disk_space.DISK_FAULTS:
                 raise
             writers = self._live() or self._writers
             for writer in writers:

@@ -12,8 +12,7 @@ import torch
 from lora_trainer.data.batches import BatchSource
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Conditioning, Slot
-from lora_trainer.diffusion.noise_paths import NoisedLatents
-from lora_trainer.diffusion.objective import draw
+from lora_trainer.diffusion.noise_paths import NoisedLatents, draw
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.optimizers import step_size
 from lora_trainer.training.trial import MAX_OVERFLOWS_IN_A_ROW, Trial

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
 
 import torch
 
 from lora_trainer.config.optimizers import OptimizerOptions, optimizer_row
-from lora_trainer.runtime.optional import load
+from lora_trainer.errors import HostError, Problem
 from lora_trainer.schedules.schedule import Horizon
 
 
@@ -20,7 +21,13 @@ def build_optimizer(
         HostError: its package is not installed; the message names the extra.
     """
     row = optimizer_row(options.type)
-    build = load(row.build, extra=row.extra, feature=f"optimizer.type: {options.type}")
+    try:
+        build = pkgutil.resolve_name(row.build)
+    except (ImportError, AttributeError, ValueError) as error:
+        what = f"optimizer.type: {options.type} needs `{row.build}`, which cannot be imported"
+        package = f"install or mend the package `{row.build.partition(':')[0].partition('.')[0]}`"
+        fix = f"pip install 'lora_trainer[{row.extra}]'" if row.extra else package
+        raise HostError(Problem(what, why=str(error), fix=fix)) from error
     optimizer = build([{"params": list(group)} for group in groups], **options.arguments(horizon))
     if callable(getattr(optimizer, "train", None)):  # a schedule-free one starts in neither of its modes
         optimizer.train()

@@ -16,7 +16,7 @@ from lora_trainer.config.identity import Identity, compare, difference, refusal
 from lora_trainer.config.places import METRICS_FILE, lora_file
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.runtime.runtime import Runtime
+from lora_trainer.runtime.runtime import Runtime, from_main
 from lora_trainer.storage.checkpoint import Checkpoint, newest_checkpoint
 from lora_trainer.tracking.console import Screen
 from lora_trainer.training.group import TrialGroup
@@ -51,7 +51,7 @@ def find_resume_point(group: TrialGroup, runtime: Runtime, screen: Screen) -> Re
         ConfigError: it holds a run, or trials, with another identity.
         HostError: there were checkpoints and none can be read, or a finished run has lost them.
     """
-    checkpoint = runtime.from_main(_newest(group, screen) if runtime.launch.is_main else None)
+    checkpoint = from_main(runtime.launch, _newest(group, screen) if runtime.launch.is_main else None)
     if checkpoint is None:
         return None
     point = _point(checkpoint, group)

@@ -12,10 +12,10 @@ import torch
 from lora_trainer.data.batches import BatchSource, PromptStore
 from lora_trainer.data.cache import Cache, build_cache
 from lora_trainer.diffusion.noise_paths import noise_path
-from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
+from lora_trainer.models.adapters.bank import AdapterBank, peft_config
 from lora_trainer.models.registry import open_family
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.runtime.runtime import Runtime
+from lora_trainer.runtime.runtime import Runtime, from_main
 from lora_trainer.tracking.console import Screen
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.group import TrialGroup
@@ -58,14 +58,15 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     cache = build_cache(config, family, shared.split, shared.base_digests, runtime, progress=screen.track)
     _say_cache(cache, screen)
     model = family.load_denoiser(runtime.device, runtime.dtype)
-    adapters = {f"trial{index}": _adapter(member.prepared) for index, member in enumerate(group.members)}
-    bank = AdapterBank.attach(model, family.denoiser, adapters, seed=config.seed)
+    wanted = [peft_config(member.prepared.config.adapter, [*member.prepared.target_shapes]) for member in group.members]
+    adapters = {f"trial{index}": config for index, config in enumerate(wanted)}
+    bank = AdapterBank(model, family.denoiser, adapters, seed=config.seed)
     if config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train()
 
     schedule = shared.base.component_config("scheduler")
-    path = noise_path(schedule, shared.prediction_type, config.objective, runtime.device)
+    path = noise_path(schedule, shared.prediction_type, config.objective.min_snr_gamma, runtime.device)
     denoiser = AdaptedDenoiser(family, bank, path, runtime)
     members = zip(group.members, adapters, strict=True)
     trials = tuple(_trial(member.prepared, adapter, bank, runtime) for member, adapter in members)
@@ -79,7 +80,7 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     )
     if trials_per_pass == "auto":
         activations = optimizer_step.activation_bytes()
-        trials_per_pass = int(runtime.from_main(fitting_trials_per_pass(trials, activations, runtime)))
+        trials_per_pass = int(from_main(runtime.launch, fitting_trials_per_pass(trials, activations, runtime)))
     passes = passes_of(trials, trials_per_pass)
     optimizer_step.pack(passes)
     if len(trials) > 1:
@@ -106,10 +107,6 @@ def fitting_trials_per_pass(trials: Sequence[Trial], activation_bytes: int, runt
     return math.ceil(len(trials) / num_passes)
 
 
-def _adapter(prepared: Prepared) -> AdapterSpec:
-    return AdapterSpec(prepared.config.adapter, tuple(prepared.target_shapes))
-
-
 def _trial(prepared: Prepared, adapter: str, bank: AdapterBank, runtime: Runtime) -> Trial:
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
     return Trial(prepared.config, adapter, bank.parameters(adapter), prepared.lr_groups(), scaler)
@@ -118,10 +115,10 @@ def _trial(prepared: Prepared, adapter: str, bank: AdapterBank, runtime: Runtime
 def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:
     config, plan = prepared.config, prepared.plan
     return BatchSource(
-        prepared.dataset.records,
-        prepared.dataset.samples(),
-        cache.latents,
-        cache.prompts,
+        records=prepared.dataset.records,
+        samples=prepared.dataset.samples(),
+        latents=cache.latents,
+        prompts=cache.prompts,
         seed=config.seed,
         batch_size=plan.batch_size,
         accumulation=plan.accumulation,

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.models.adapters.packing import can_pack
-from lora_trainer.models.adapters.targets import assign_groups
+from lora_trainer.models.adapters.targets import assign_groups, can_pack
 from lora_trainer.planning.run_plan import LRGroup
 from lora_trainer.training.optimizers import build_optimizer, evaluated_weights
 

@@ -24,13 +24,12 @@ from lora_trainer.config.places import (
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.evidence.diagnosis.diagnose import LiveDiagnosis
 from lora_trainer.evidence.diagnosis.log import RunFacts
-from lora_trainer.lora_files.files import Layout, base_facts, write_lora
-from lora_trainer.lora_files.recipe import BaseFacts, DataFacts, LoopFacts, Recipe
+from lora_trainer.lora_files.files import BaseFacts, DataFacts, Layout, LoopFacts, Recipe, base_facts, write_lora
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.planning.run_plan import RunPlan
-from lora_trainer.report.samples import draw_grid
+from lora_trainer.report.pictures import draw_grid
 from lora_trainer.runtime.runtime import Runtime, environment_report
-from lora_trainer.storage import atomic_files, disk_space
+from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import MetricsLog, StepRow, damage_note
 from lora_trainer.tracking.tensorboard import TensorBoardLog
 from lora_trainer.training.gradient_check import checks_due
@@ -80,7 +79,7 @@ class TrialWriter:
         write_run_files(self._prepared, self._runtime)
         if not self._log_only:
             size = self._plan.export_bytes(self._config.export.dtype)
-            self._reserve = disk_space.Reserve(self.run_dir / RESERVE_FILE, size)
+            atomic_files.reserve_space(self.run_dir / RESERVE_FILE, size)
         log, notes = self.run_dir / METRICS_FILE, []
         if metrics_bytes > (log.stat().st_size if log.exists() else 0):
             notes.append(f"{log} is shorter than it was at step {step}: rows before it are missing")
@@ -189,7 +188,7 @@ class TrialWriter:
 
     def rescue(self, step: int) -> str:
         """Write this step's LoRA into the space kept for it, where the disk takes no checkpoint; its name."""
-        self._reserve.release()
+        atomic_files.remove_file(self.run_dir / RESERVE_FILE)
         self.export_numbered(step)
         return lora_file(self._config, step).name
 
@@ -202,7 +201,7 @@ class TrialWriter:
 
     def conclude(self, step: int) -> None:
         """The LoRA, with the space that was kept for it; the last samples and the last diagnosis."""
-        self._reserve.release()
+        atomic_files.remove_file(self.run_dir / RESERVE_FILE)
         self._export(lora_file(self._config).name, step)
         self._export(str(diffusers_lora_file(self._config).relative_to(self.run_dir)), step, layout="diffusers")
         self.sample(step)

@@ -65,7 +65,6 @@ def test_cached_equals_fresh(train_toy: Callable[..., Path], images: Path, toy_b
     assert min(float((embeds - fresh[0]).abs().max()) for embeds in prompts) < 1e-6
 
 
-@pytest.mark.slow
 def test_only_what_changed_is_encoded_again(train_toy: Callable[..., Path], images: Path, encoded: list[str]) -> None:
     def run(name: str, *overrides: str) -> list[str]:
         encoded.clear()

@@ -16,8 +16,6 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.experiments.sweep.confirmation import plan_confirmation
 from lora_trainer.training import fit as fit_module
 
-pytestmark = pytest.mark.slow
-
 Sweep = Callable[..., Path]
 GRID = "grid: {lr_scheduler: [{type: constant}, {type: linear}], optimizer.lr: [1e-4, 1e-3, 3e-3]}"
 

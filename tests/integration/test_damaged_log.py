@@ -16,8 +16,6 @@ from lora_trainer.cli.report import report
 from lora_trainer.errors import StoppedBySignal
 from lora_trainer.tracking.metrics import read_lines, read_rows, step_rows
 
-pytestmark = pytest.mark.slow
-
 WATCHED = "validation={fraction: 0.3, every_steps: 1, max_cost: 1.0}"
 ROW = json.dumps({"step": 2, "trial": "t", "lr": 1e-3, "grad_norm": 0.5, "note": "x" * 200}).encode() + b"\n"
 

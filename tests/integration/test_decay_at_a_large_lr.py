@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from lora_trainer.cli.sweep import sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_pictures")]
+pytestmark = pytest.mark.usefixtures("plain_pictures")
 
 
 def test_a_decay_ends_below_a_constant_lr_on_every_seed(tmp_path: Path) -> None:

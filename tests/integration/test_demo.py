@@ -29,7 +29,6 @@ def demo_run(tmp_path: Path) -> Path:
     return tmp_path / "demo"
 
 
-@pytest.mark.slow
 def test_the_demo_lora_teaches_the_flower_and_keeps_the_rest(demo_run: Path) -> None:
     """As `demo/make/judge_demo.py` does it, on fewer pictures and with a margin for that; the training loss falls."""
     from demo.make.judge_demo import judge

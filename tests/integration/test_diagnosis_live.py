@@ -16,8 +16,6 @@ from lora_trainer.evidence.diagnosis.findings import State
 from lora_trainer.evidence.diagnosis.log import read_run
 from lora_trainer.tracking.metrics import read_rows
 
-pytestmark = pytest.mark.slow
-
 WATCHED = "validation={fraction: 0.3, every_steps: 1, max_cost: 1.0}"
 TOO_COLD = ("optimizer.lr=1e-9", "lr_scheduler={type: constant}", WATCHED)
 

@@ -14,14 +14,11 @@ from safetensors.torch import load_file
 
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import NumericStop
-from lora_trainer.lora_files.files import write_lora
-from lora_trainer.lora_files.recipe import read_recipe
-from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
-from lora_trainer.models.registry import inspect_base, open_family
+from lora_trainer.lora_files.files import read_recipe, write_lora
+from lora_trainer.models.adapters.bank import AdapterBank, peft_config
+from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.storage.checkpoint import open_checkpoint
 from lora_trainer.training.resume import stored_trial
-
-pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
 VARIANTS = {
@@ -54,7 +51,7 @@ def live_output(run_dir: Path, base: Path, inputs: tuple[torch.Tensor, ...]) -> 
     adapter = state["adapter"]
     unet = UNet2DConditionModel.from_pretrained(base / "unet").requires_grad_(False)
     layers = sorted({name.rpartition(".lora_")[0].removeprefix("unet.") for name in adapter})
-    bank = AdapterBank.attach(unet, "unet", {"live": AdapterSpec(config.adapter, tuple(layers))}, seed=0)
+    bank = AdapterBank(unet, "unet", {"live": peft_config(config.adapter, list(layers))}, seed=0)
     bank.load("live", adapter)
     return output(unet, inputs)
 
@@ -150,7 +147,7 @@ def test_what_is_not_finite_is_never_saved(toy_base: Path, train_toy: Callable[.
     with safe_open(run_dir / "toy.safetensors", framework="pt") as file:
         recipe = read_recipe(file.metadata())
     assert recipe is not None
-    family = open_family(inspect_base(toy_base))
+    family = open_family(open_base(str(toy_base)))
     adapter = {"unet.x.lora_A.weight": torch.zeros(4, 8), "unet.x.lora_B.weight": torch.full((8, 4), 1e6)}
     with pytest.raises(NumericStop, match="fp16's range"):
         write_lora(tmp_path / "x.safetensors", adapter, recipe, family, layout="kohya", dtype="fp16")

@@ -31,8 +31,6 @@ from lora_trainer.tracking.console import Screen
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.group import TrialGroup
 
-pytestmark = pytest.mark.slow
-
 HELD_OUT = "validation={fraction: 0.3, batch_size: 32}"  # a probe of two images is one forward
 SMALL = FinderOptions(num_updates=30, start_lr=1e-4, end_lr=0.1, num_images=2)
 LRS = np.geomspace(1e-4, 0.1, 30)

@@ -78,6 +78,7 @@ def numbers_in(content: Any) -> list[float]:
     return [float(content)] if isinstance(content, int | float) else []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", NAMES)
 def test_the_numbers_are_those_that_were(name: str, tmp_path: Path) -> None:
     ours, stored = trained(name, tmp_path), load_file(GOLDEN / f"{name}.safetensors")

@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from lora_trainer.schedules.registry import CLASSIC
 from lora_trainer.tracking.metrics import read_rows, step_rows
 
-pytestmark = pytest.mark.slow
-
 SPLIT_4x1 = ("train.batch_size=4", "train.gradient_accumulation_steps=1")
 SPLIT_2x2 = ("train.batch_size=2", "train.gradient_accumulation_steps=2")
 SPLIT_1x4 = ("train.batch_size=1", "train.gradient_accumulation_steps=4")

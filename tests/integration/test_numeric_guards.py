@@ -15,13 +15,11 @@ from faults import before_updates, spoil_gradients, spoil_losses
 from lora_trainer.errors import DataError, ExitCode, NumericStop
 from lora_trainer.evidence.diagnosis.log import read_run as read_log
 from lora_trainer.models.stable_diffusion import StableDiffusion
-from lora_trainer.report.run_record import read_run
+from lora_trainer.report.runs import read_run
 from lora_trainer.storage.checkpoint import Checkpoint, open_checkpoint
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.optimizer_step import OptimizerStep
 from lora_trainer.training.trial import Trial
-
-pytestmark = pytest.mark.slow
 
 Train = Callable[..., Path]
 SAVED = ("train.ema_decay=0.9", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
@@ -346,8 +344,8 @@ def test_a_prompt_whose_embedding_is_not_finite_is_named(
     honest = StableDiffusion.encode_prompt
 
     def spoilt(self: StableDiffusion, encoders: Any, prompt: str) -> dict[str, torch.Tensor]:
-        told = honest(self, encoders, prompt)
-        return {name: own * (float("nan") if prompt == "picture 3" else 1) for name, own in told.items()}
+        factor = float("nan") if prompt == "picture 3" else 1
+        return {name: values * factor for name, values in honest(self, encoders, prompt).items()}
 
     monkeypatch.setattr(StableDiffusion, "encode_prompt", spoilt)
     with pytest.raises(DataError, match="'picture 3': the prompt's embedding is not finite"):

@@ -15,15 +15,16 @@ import torch
 from pydantic import TypeAdapter
 from transformers.optimization import Adafactor
 
+from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.load import check_source
 from lora_trainer.config.optimizers import ROWS, AnyOptimizerOptions, OptimizerOptions, OptimizerRow
-from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.source import Source
 from lora_trainer.errors import ConfigError, ExitCode, HostError
-from lora_trainer.runtime import optional
 from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.tracking.metrics import step_rows
 from lora_trainer.training.optimizers import build_optimizer, evaluated_weights, step_size
+
+pytestmark = pytest.mark.quick
 
 HORIZON = Horizon(20, 5)
 
@@ -129,7 +130,7 @@ def test_an_absent_package_names_its_extra(
             raise ImportError(f"No module named {package!r}")
         return honest(module)
 
-    monkeypatch.setattr(optional.importlib, "import_module", absent)
+    monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(HostError, match=rf"pip install 'lora_trainer\[{extra}\]'") as caught:
         build_optimizer(options(type=name), [[torch.nn.Parameter(torch.zeros(1))]], HORIZON)
     assert caught.value.exit_code == ExitCode.ENVIRONMENT

@@ -14,7 +14,8 @@ from toys import toy_unet
 from lora_trainer.config.load import load_config
 from lora_trainer.config.schema import LoraConfig
 from lora_trainer.config.trials import TrialConfig
-from lora_trainer.models.adapters.bank import AdapterBank, AdapterSpec
+from lora_trainer.diffusion.batch import Conditioning
+from lora_trainer.models.adapters.bank import AdapterBank, peft_config
 from lora_trainer.models.adapters.targets import select_targets
 from lora_trainer.models.stable_diffusion import StableDiffusion
 from lora_trainer.planning.prepare import prepare, prepare_like
@@ -24,8 +25,6 @@ from lora_trainer.tracking.console import Screen
 from lora_trainer.training.group import Member, TrialGroup
 from lora_trainer.training.setup import Setup, set_up
 from lora_trainer.training.trial import passes_of
-
-pytestmark = pytest.mark.slow
 
 Tensors = dict[str, torch.Tensor]
 Train = Callable[..., tuple[Setup, dict[str, Tensors]]]
@@ -86,8 +85,8 @@ def train(toy_config: Path) -> Train:
             for k in range(num_updates):
                 before(k, setup)
                 setup.optimizer_step.run(k, stop_asked=False)
-        bank = setup.denoiser.bank
-        return setup, {trial.name: bank.state(trial.adapter) for trial in setup.trials}
+        adapters = {trial.name: setup.denoiser.bank.parameters(trial.adapter) for trial in setup.trials}
+        return setup, {name: {k: p.detach() for k, p in weights.items()} for name, weights in adapters.items()}
 
     return run
 
@@ -106,8 +105,8 @@ def in_float64(setup: Setup) -> None:
     family = setup.denoiser.family
     honest = family.predict
 
-    def predict(_: Any, denoiser: Any, noisy: Any, timesteps: Any, said: Any) -> torch.Tensor:
-        return honest(denoiser, noisy.double(), timesteps, said.to(torch.float64))
+    def predict(_: Any, denoiser: Any, noisy: Any, timesteps: Any, conditioning: Conditioning) -> torch.Tensor:
+        return honest(denoiser, noisy.double(), timesteps, conditioning.to(torch.float64))
 
     family.predict = types.MethodType(predict, family)  # type: ignore[method-assign]
 
@@ -123,9 +122,9 @@ def test_the_packed_forward_equals_pefts(targets: str) -> None:
     unet = toy_unet().double()
     layers = layers_of(unet, targets)
     configs = [LoraConfig(rank=r, alpha=a, use_rslora=s) for r, a, s in [(4, 8, False), (2, 3, True), (7, 1, False)]]
-    specs = {f"t{index}": AdapterSpec(config, layers) for index, config in enumerate(configs)}
-    specs["fewer"] = AdapterSpec(LoraConfig(rank=3), layers[::2])
-    bank = AdapterBank.attach(unet, "unet", specs, seed=0)
+    specs = {f"t{index}": peft_config(config, layers) for index, config in enumerate(configs)}
+    specs["fewer"] = peft_config(LoraConfig(rank=3), layers[::2])
+    bank = AdapterBank(unet, "unet", specs, seed=0)
     unet.double()
     generator = torch.Generator().manual_seed(0)
     for name in specs:

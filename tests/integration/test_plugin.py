@@ -21,8 +21,7 @@ from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import OptimizerOptions, OptimizerRow
 from lora_trainer.errors import ConfigError, HostError
-from lora_trainer.lora_files.files import read_lora
-from lora_trainer.lora_files.recipe import read_recipe
+from lora_trainer.lora_files.files import read_lora, read_recipe
 from lora_trainer.planning.prepare import plan_rows
 from lora_trainer.testing import OptimizerContract, ScheduleContract
 from lora_trainer.tracking.metrics import step_rows

@@ -21,8 +21,6 @@ from lora_trainer.experiments.sweep.fewer_seeds import worse_arms
 from lora_trainer.experiments.sweep.short_runs import plan_short_runs
 from lora_trainer.schedules.registry import SCHEDULES
 
-pytestmark = pytest.mark.slow
-
 Sweep = Callable[..., Path]
 
 

@@ -52,6 +52,7 @@ def assert_same_run_twice(
     assert rows(straight) == rows(resumed)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("stops", [[1], [3], [5], [2, 1, 2]])
 def test_a_resume_is_byte_identical(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stops: list[int]
@@ -59,7 +60,6 @@ def test_a_resume_is_byte_identical(
     assert_same_run_twice(train_toy, monkeypatch, RICH, stops)
 
 
-@pytest.mark.slow
 def test_a_resume_after_every_update_of_twenty_is_byte_identical(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +68,6 @@ def test_a_resume_after_every_update_of_twenty_is_byte_identical(
     assert_same_run_twice(train_toy, monkeypatch, ("train.max_steps=20", curve), [1] * 19)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [SHOWN, (*SHOWN, *RICH, *WATCHED)], ids=["plain", "with everything"])
 def test_a_stop_where_samples_and_exports_are_due_owes_them_to_the_resume(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
@@ -94,7 +93,6 @@ OPTIMIZER_OVERRIDES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", sorted(set(OPTIMIZERS) - {AdamW.model_fields["type"].default}))
 def test_every_optimizer_resumes(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, optimizer: str
@@ -105,7 +103,6 @@ def test_every_optimizer_resumes(
     assert_same_run_twice(train_toy, monkeypatch, overrides, [3])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(SCHEDULES) - set(CLASSIC)))
 def test_every_schedule_resumes(train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     options = json.dumps({"type": name, **SCHEDULES[name].example})

@@ -14,8 +14,6 @@ from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.tracking.metrics import step_rows
 
-pytestmark = pytest.mark.slow
-
 Train = Callable[..., Path]
 LONGER = ("train.max_steps=8", "resume.allow_changes=train.max_steps")
 

@@ -22,11 +22,9 @@ from lora_trainer.errors import ConfigError, ExitCode, HostError, StoppedBySigna
 from lora_trainer.evidence.diagnosis.diagnose import diagnose
 from lora_trainer.evidence.diagnosis.log import read_run
 from lora_trainer.planning import prepare as planning
-from lora_trainer.report.run_record import read_run as read_record
+from lora_trainer.report.runs import read_run as read_record
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.tracking.metrics import step_rows
-
-pytestmark = pytest.mark.slow
 
 Train = Callable[..., Path]
 Text = pytest.CaptureFixture[str]

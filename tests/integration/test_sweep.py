@@ -51,6 +51,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
 GRID = "{grid: {lr_scheduler: [{type: constant}, {type: cosine, warmup_steps: 2}], optimizer.lr: [1e-3, 3e-3]}"
 
 
+@pytest.mark.quick
 def test_a_sweep_leaves_what_solo_runs_leave_to_the_byte(sweep: Sweep, tmp_path: Path) -> None:
     grid = "{lr_scheduler: [{type: constant}, {type: cosine, warmup_steps: 2}], optimizer.lr: [3e-3]}"
     done = sweep(f"{{grid: {grid}, seeds: [1, 2], trials_per_pass: 1}}")
@@ -90,7 +91,6 @@ def test_a_sweep_leaves_what_solo_runs_leave_to_the_byte(sweep: Sweep, tmp_path:
     }
 
 
-@pytest.mark.slow
 def test_packed_trials_see_equal_batches_and_come_close_to_solo_runs(sweep: Sweep) -> None:
     alone = sweep(f"{GRID}, trials_per_pass: 1}}", name="alone")
     packed = sweep(f"{GRID}, trials_per_pass: auto}}", name="packed")
@@ -102,7 +102,6 @@ def test_packed_trials_see_equal_batches_and_come_close_to_solo_runs(sweep: Swee
     assert len({trial["final"]["relative"] for trial in results(packed).values()}) == 4
 
 
-@pytest.mark.slow
 def test_a_stopped_sweep_resumes_to_the_byte_and_repeats_no_group(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +128,6 @@ def test_a_stopped_sweep_resumes_to_the_byte_and_repeats_no_group(
     assert lora_files(resumed) == before
 
 
-@pytest.mark.slow
 def test_trials_and_seeds_added_later_leave_the_finished_ones_alone(sweep: Sweep) -> None:
     first = sweep("{grid: {optimizer.lr: [1e-3]}, seeds: [1]}")
     before = {file: file.stat().st_mtime_ns for file in first.glob("trials/**/*.safetensors")}
@@ -150,7 +148,6 @@ def test_trials_and_seeds_added_later_leave_the_finished_ones_alone(sweep: Sweep
 LONGER = ("train.max_steps=9", "resume.allow_changes=[train.max_steps]")
 
 
-@pytest.mark.slow
 def test_steps_added_later_go_on_where_the_trials_ended(sweep: Sweep) -> None:
     """Curves that do not know their end equal the long run to the byte, although they ended and forked before."""
     slow = "{lr_scheduler: {type: constant_with_warmup, warmup_steps: 3}}"
@@ -169,7 +166,6 @@ def test_steps_added_later_go_on_where_the_trials_ended(sweep: Sweep) -> None:
         ]
 
 
-@pytest.mark.slow
 def test_steps_added_under_a_curve_that_ended_at_zero_need_a_stretch(sweep: Sweep) -> None:
     section = "{grid: {lr_scheduler: [{type: cosine}, {type: constant}]}}"
     sweep(section)
@@ -202,7 +198,6 @@ def test_settings_of_the_batch_make_groups_of_their_own(sweep: Sweep, capsys: py
 WSD = "{type: warmup_stable_decay, warmup_steps: 1, decay_steps: %d}"
 
 
-@pytest.mark.slow
 def test_a_fork_is_bitwise_the_whole_run(sweep: Sweep, tmp_path: Path) -> None:
     """Three cooldowns from one plateau, and a trial apart, against runs of their own."""
     cooldowns = ", ".join(f"d{length}: {{lr_scheduler: {WSD % length}}}" for length in (1, 2, 4))
@@ -223,7 +218,6 @@ def test_a_fork_is_bitwise_the_whole_run(sweep: Sweep, tmp_path: Path) -> None:
         assert log(folder) == log(solo)
 
 
-@pytest.mark.slow
 def test_a_fork_resumes_to_the_byte(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     cooldowns = ", ".join(f"d{length}: {{lr_scheduler: {WSD % length}}}" for length in (1, 2, 4))
     section = f"{{trials: {{{cooldowns}}}, trials_per_pass: 2}}"
@@ -239,7 +233,6 @@ def test_a_fork_resumes_to_the_byte(sweep: Sweep, monkeypatch: pytest.MonkeyPatc
         assert lora_files(resumed / "trials" / name) == lora_files(straight / "trials" / name)
 
 
-@pytest.mark.slow
 def test_a_failing_trial_is_marked_and_the_others_come_to_their_end(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +265,6 @@ def test_a_failing_trial_is_marked_and_the_others_come_to_their_end(
     assert "lr2e-3-seed42" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_diverged_trial_is_stopped_where_that_was_asked(sweep: Sweep) -> None:
     trials = "{wild: {optimizer.lr: 0.9, adapter.targets: [conv_out]}, tame: {}}"
     done = sweep(f"{{trials: {trials}, prune: {{diverged: 1.05}}}}")
@@ -282,7 +274,6 @@ def test_a_diverged_trial_is_stopped_where_that_was_asked(sweep: Sweep) -> None:
     assert tame["status"] == "finished"
 
 
-@pytest.mark.slow
 def test_a_probe_that_is_not_finite_breaks_no_record(
     sweep: Sweep, toy_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,7 +314,6 @@ def test_a_probe_that_is_not_finite_breaks_no_record(
     }
 
 
-@pytest.mark.slow
 def test_a_probe_that_is_no_number_is_stopped_as_diverged(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Validator.measure
 
@@ -345,7 +335,6 @@ def test_a_measured_plan_writes_nothing_but_the_cache(
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [".cache"]
 
 
-@pytest.mark.slow
 def test_status_reads_a_stopped_sweep(
     sweep: Sweep, toy_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def textbook_loop(base: Path, images: Path) -> tuple[dict[str, torch.Tensor], li
     return get_peft_model_state_dict(unet, adapter_name="default"), losses
 
 
+@pytest.mark.quick
 def test_a_run_equals_the_textbook_loop(train_toy: Callable[..., Path], toy_base: Path, toy_images: Path) -> None:
     run_dir = train_toy("export.dtype=fp32")
     weights, losses = textbook_loop(toy_base, toy_images)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from lora_trainer.config.schema import ObjectiveConfig
 from lora_trainer.data.batches import PromptStore
 from lora_trainer.diffusion.batch import Conditioning, ProbeItems
 from lora_trainer.diffusion.noise_paths import noise_path
@@ -38,7 +37,7 @@ class GaussianWorld:
         stream = torch.Generator().manual_seed(1)
         latents = torch.randn(num_items, 4, 8, 8, generator=stream) * self.spectrum.sqrt()
         keys = tuple(f"item{index}" for index in range(num_items))
-        self.items = ProbeItems(keys, keys, latents, {}, ("",) * num_items)
+        self.items = ProbeItems(keys, latents, {}, ("",) * num_items)
 
     def predict(self, _: object, noisy: torch.Tensor, timesteps: torch.Tensor, __: Conditioning) -> torch.Tensor:
         """E[noise | noisy latents], with its gain off by `error`."""
@@ -77,7 +76,7 @@ class OneProcess:
 
 
 def validator(world: GaussianWorld, seed: int = 0, batch_size: int = 64, items: ProbeItems | None = None) -> Validator:
-    path = noise_path(SD_NOISE, "epsilon", ObjectiveConfig(), CPU)
+    path = noise_path(SD_NOISE, "epsilon", None, CPU)
     prompts = PromptStore({}, {"": 0})
     probes = {"held_out": items or world.items}
     parts: Any = (world, NoBank(), path, OneProcess())
@@ -95,7 +94,7 @@ def test_the_mean_is_within_one_percent_of_the_closed_form() -> None:
 
 
 def test_strata_are_midpoints() -> None:
-    path = noise_path(SD_NOISE, "epsilon", ObjectiveConfig(), CPU)
+    path = noise_path(SD_NOISE, "epsilon", None, CPU)
     assert path.strata(16) == [31, 93, 156, 218, 281, 343, 406, 468, 531, 593, 656, 718, 781, 843, 906, 968]
 
 
@@ -123,7 +122,6 @@ def test_the_order_of_the_images_does_not_matter() -> None:
     order = [3, 0, 5, 1, 4, 2]
     items = world.items
     shuffled = ProbeItems(
-        tuple(items.names[i] for i in order),
         tuple(items.keys[i] for i in order),
         items.latents_NChw[order],
         {},

@@ -9,9 +9,7 @@ import pytest
 
 from lora_trainer.evidence.statistics.verdict import Rules
 from lora_trainer.report.page import build_page
-from lora_trainer.report.run_record import read_run, read_runs
-
-pytestmark = pytest.mark.slow
+from lora_trainer.report.runs import read_run, read_runs
 
 SEEDS = (1, 2, 3)
 

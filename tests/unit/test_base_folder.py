@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from lora_trainer.errors import ExitCode, ModelError
 from lora_trainer.models.folder import locate_base
-from lora_trainer.models.registry import inspect_base
+from lora_trainer.models.registry import open_base
 
 
 @pytest.fixture
@@ -26,13 +26,13 @@ def base(toy_base: Path, tmp_path: Path) -> Path:
 
 def refusal(folder: Path, family: str = "auto") -> str:
     with pytest.raises(ModelError) as caught:
-        inspect_base(folder, family)
+        open_base(str(folder), family=family)
     assert caught.value.exit_code == ExitCode.MODEL
     return str(caught.value)
 
 
 def test_a_whole_folder_is_taken(base: Path) -> None:
-    found = inspect_base(base)
+    found = open_base(str(base))
     assert found.family == "sd"
     assert found.denoiser_shapes()["conv_in"] == (16, 4, 3, 3)
 
@@ -140,7 +140,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(base: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
 def test_both_files_of_a_vocabulary_are_needed(base: Path, name: str) -> None:
-    inspect_base(in_two_files(base))
+    open_base(str(in_two_files(base)))
     (base / "tokenizer" / name).unlink()
     assert f"tokenizer/{name}: the base is incomplete: no tokenizer vocabulary" in refusal(base)
 
@@ -187,18 +187,18 @@ def test_tokens_are_counted_as_the_tokenizer_counts_them(base: Path, addition: s
     count = len(CLIPTokenizer.from_pretrained(base / "tokenizer"))
     config = base / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": count}))
-    inspect_base(base)
+    open_base(str(base))
 
 
 def test_the_shipped_base_is_whole() -> None:
-    inspect_base(Path(__file__).parents[2] / "demo" / "base")
+    open_base(str(Path(__file__).parents[2] / "demo" / "base"))
 
 
 def test_digests_follow_content_component_by_component(base: Path) -> None:
-    before = inspect_base(base).digests()
+    before = open_base(str(base)).digests()
     moved = base.rename(base.with_name("elsewhere"))
-    assert inspect_base(moved).digests() == before
+    assert open_base(str(moved)).digests() == before
     config = moved / "vae" / "config.json"
     config.write_text(config.read_text().replace("64", "65"))
-    after = inspect_base(moved).digests()
+    after = open_base(str(moved)).digests()
     assert {name for name in before if before[name] != after[name]} == {"vae"}

@@ -22,10 +22,10 @@ def source(batch_size: int) -> BatchSource:
     blank = torch.zeros(len(REPEATS), 4, 1, 1)
     rows = {(index, 0, False): index for index in range(len(REPEATS))}
     return BatchSource(
-        records,
-        Dataset(records, ()).samples(),
-        LatentStore(blank, blank, {}, rows, num_crops=1, flips=False),
-        PromptStore({}, {"": 0}),
+        records=records,
+        samples=Dataset(records, ()).samples(),
+        latents=LatentStore(blank, blank, {}, rows, num_crops=1, flips=False),
+        prompts=PromptStore({}, {"": 0}),
         seed=SEED,
         batch_size=batch_size,
         accumulation=1,

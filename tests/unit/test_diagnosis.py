@@ -19,7 +19,7 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.evidence.diagnosis.diagnose import RULES, Diagnosis, LiveDiagnosis, diagnose, early_report
 from lora_trainer.evidence.diagnosis.findings import State
 from lora_trainer.evidence.diagnosis.log import LRHistory, RunFacts, TrialLog, read_run
-from lora_trainer.evidence.diagnosis.trends import detrended_scatter, theil_sen
+from lora_trainer.evidence.diagnosis.rules import detrended_scatter, theil_sen
 from lora_trainer.evidence.statistics.paired import paired_rise
 from lora_trainer.planning.run_plan import plan_run
 from lora_trainer.schedules.registry import SCHEDULES

@@ -12,8 +12,7 @@ from benchmarks.evaluation.synthetic_runs import run_facts
 from lora_trainer.evidence.diagnosis.diagnose import RULES
 from lora_trainer.evidence.diagnosis.findings import Finding, State
 from lora_trainer.evidence.diagnosis.log import ProbeLog, TrialLog
-from lora_trainer.evidence.diagnosis.rules import Thresholds
-from lora_trainer.evidence.diagnosis.trends import reversals
+from lora_trainer.evidence.diagnosis.rules import Thresholds, reversals
 
 EVERY = 10
 Losses = Sequence[Sequence[float]]

@@ -12,8 +12,8 @@ import pytest
 from claims import CLAIMS
 from conftest import COLLECTED
 
+from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.optimizers import OPTIMIZERS, AdamW
-from lora_trainer.config.presets import PRESETS
 from lora_trainer.planning.run_plan import updates_per_epoch
 
 ROOT = Path(__file__).parents[2]

@@ -138,7 +138,9 @@ SETTING = '''    patience_px: Count = 3
 RUN = """
 import sys
 from lora_trainer.cli.program import main
-from lora_trainer.config.describe import describe
+
+sys.path.append({docs!r})
+from config_page import describe
 
 for words in {commands!r}:
     try:
@@ -166,12 +168,12 @@ def test_the_recipes_add_a_schedule_an_optimizer_and_a_setting(
     edited(tmp_path, optimizers, (r"Added to the denominator\.\"\"\"\n", NADAM), (r"\nROWS = \(\n", row))
     schema, user = recipe_files("a setting")
     heeded = '    yield "patience", f"{prepared.config.train.patience_px} px"\n'
-    level = '    "train.patience_px": "free",\n'
+    level = "        train.patience_px\n"
     edited(
         tmp_path,
         schema,
-        (r"class TrainConfig\(Section\):\n    \"\"\".*?\"\"\"\n", SETTING),
-        (r"\nLEVELS: [^\n]*\n", level),
+        (r"class TrainConfig\(StrictModel\):\n    \"\"\".*?\"\"\"\n", SETTING),
+        (r'\n    "free": """\n', level),
     )
     edited(tmp_path, user, (r"def explanation\(.*?\"\"\".*?\"\"\"\n", heeded))
 
@@ -182,7 +184,7 @@ def test_the_recipes_add_a_schedule_an_optimizer_and_a_setting(
         ["check", "-c", str(toy_config), "--config-only", "train.patience_p=7"],
         ["schedules", "explain", "sqrt"],
     ]
-    (tmp_path / "run.py").write_text(RUN.format(commands=commands))
+    (tmp_path / "run.py").write_text(RUN.format(commands=commands, docs=str(ROOT / "docs")))
     done = program([sys.executable, str(tmp_path / "run.py")], PYTHONPATH="", COLUMNS="200")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"code (\d)", done.stdout) == ["0", "0", "2", "0"], done.stdout + done.stderr

@@ -113,6 +113,6 @@ def test_validation_needs_one_source() -> None:
     base = {"name": "x", "model": {"path": "b"}, "data": {"dir": "d"}, "train": {"max_steps": 1}}
     for validation in ({}, {"dir": "a", "fraction": 0.1}):
         config = RunConfig.model_validate(base | {"validation": validation})
-        assert ["validation" in c.what for c in conflicts(config, {})] == [True]
+        assert ["validation" in problem.what for _, problem in conflicts(config)] == [True]
     plateau = RunConfig.model_validate(base | {"lr_scheduler": {"type": "plateau"}})
-    assert ["plateau" in c.what for c in conflicts(plateau, {})] == [True]
+    assert ["plateau" in problem.what for _, problem in conflicts(plateau)] == [True]

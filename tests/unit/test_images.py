@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lora_trainer.data.images import ImageFault, apply_frame, decode, frame
+from lora_trainer.data.images import ImageFault, apply_frame, decode, frame, lost_share
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -135,10 +135,10 @@ def test_framing_keeps_the_aspect_and_says_what_is_lost() -> None:
     wide = frame((300, 100), 64)
     assert wide.scaled_size == (192, 64)
     assert (wide.left, wide.top) == (64, 0)
-    assert wide.lost_share == pytest.approx(2 / 3)
+    assert lost_share(wide) == pytest.approx(2 / 3)
     assert frame((300, 100), 64, (1.0, 0.5)).left == 128
-    assert frame((64, 64), 64).lost_share == 0
-    assert frame((32, 64), 64).upscale == 2
+    assert lost_share(frame((64, 64), 64)) == 0
+    assert frame((32, 64), 64).scaled_size == (64, 128)
 
 
 def test_applying_a_frame_cuts_and_mirrors() -> None:

@@ -25,14 +25,14 @@ def config(**train: object) -> RunConfig:
 
 
 def test_a_plain_start_is_one_process() -> None:
-    assert read_launch(config()) == Launch(1, 0, 0, 1)
+    assert read_launch(config()) == Launch(1, 0, 1)
 
 
 def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     launch = read_launch(config())
-    assert launch == Launch(4, 3, 1, 2)
+    assert launch == Launch(4, 3, 2)
     assert not launch.is_main
     assert default_threads(launch) >= 1
 
@@ -81,8 +81,8 @@ def test_settings_that_agree(monkeypatch: pytest.MonkeyPatch, variable: str, val
 def test_two_processes_asked_for_and_one_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setattr(launch_module, "_parent_command", lambda: ["accelerate", "launch", "--num_processes", "2"])
-    monkeypatch.setattr(launch_module, "_parent_environment", lambda: ["PATH"])
+    command = ["accelerate", "launch", "--num_processes", "2"]
+    monkeypatch.setattr(launch_module, "_launcher", lambda: (command, {"PATH": ""}))
     with pytest.raises(HostError, match="asked for 2 processes") as caught:
         read_launch(config())
     assert "torchrun --nproc_per_node 2 train.py" in str(caught.value)
@@ -91,5 +91,5 @@ def test_two_processes_asked_for_and_one_started(monkeypatch: pytest.MonkeyPatch
 def test_an_address_that_the_user_exported_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    monkeypatch.setattr(launch_module, "_parent_environment", lambda: ["PATH", "MASTER_ADDR"])
+    monkeypatch.setattr(launch_module, "_launcher", lambda: ([], {"PATH": "", "MASTER_ADDR": "10.0.0.1"}))
     assert read_launch(config()).num_processes == 1

@@ -6,11 +6,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from lora_trainer.config.schema import ObjectiveConfig
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Batch, Conditioning, Slot
-from lora_trainer.diffusion.noise_paths import NoisePath, noise_path
-from lora_trainer.diffusion.objective import draw, squared_error
+from lora_trainer.diffusion.noise_paths import NoisePath, draw, noise_path, squared_error
 
 SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 CPU = torch.device("cpu")
@@ -19,11 +17,11 @@ CPU = torch.device("cpu")
 def batch(num: int = 8) -> Batch:
     latents = torch.randn(num, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     slots = tuple(Slot(0, position) for position in range(num))
-    return Batch(latents, Conditioning({}), torch.ones(num), slots, ("x",) * num)
+    return Batch(latents, Conditioning({}), slots, ("x",) * num)
 
 
 def path(prediction_type: str = "epsilon", gamma: float | None = None, **schedule: object) -> NoisePath:
-    return noise_path(SD_NOISE | schedule, prediction_type, ObjectiveConfig(min_snr_gamma=gamma), CPU)
+    return noise_path(SD_NOISE | schedule, prediction_type, gamma, CPU)
 
 
 def noise_of(num: int, seed: int) -> torch.Tensor:
@@ -58,7 +56,7 @@ def test_flow_equals_diffusers() -> None:
 def test_draws_belong_to_the_slot_not_to_the_batch(prediction_type: str) -> None:
     whole, ours = batch(6), path(prediction_type)
     together = draw(ours, whole, seed=1)
-    alone = Batch(whole.latents_BChw[4:5], Conditioning({}), torch.ones(1), whole.slots[4:5], ("x",))
+    alone = Batch(whole.latents_BChw[4:5], Conditioning({}), whole.slots[4:5], ("x",))
     single = draw(ours, alone, seed=1)
     assert torch.equal(single.noisy_BChw[0], together.noisy_BChw[4])
     assert single.model_times_B[0] == together.model_times_B[4]

@@ -21,11 +21,11 @@ from lora_trainer.cli.schedules import (
     previews,
     show_options,
 )
+from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.load import check_source, load_config
-from lora_trainer.config.presets import PRESETS
 from lora_trainer.config.source import Source
 from lora_trainer.errors import ConfigError, HostError
-from lora_trainer.report.schedule_plot import Curve, draw_schedules, terminal_plot
+from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.schedules.schedule import Mark
 
@@ -207,7 +207,7 @@ def test_a_picture_of_five_thousand_steps_with_each_label_once(tmp_path: Path) -
 def test_legends_name_each_kind_of_mark_once() -> None:
     from matplotlib.figure import Figure
 
-    from lora_trainer.report.schedule_plot import _draw_panel
+    from lora_trainer.report.pictures import _draw_panel
 
     axes = Figure().subplots()
     marks = [Mark(5, "End of warmup"), *(Mark(k, "Restart") for k in (10, 20, 30))]
@@ -222,7 +222,7 @@ def test_legends_name_each_kind_of_mark_once() -> None:
 def test_many_milestones_share_one_entry_of_the_legend() -> None:
     from matplotlib.figure import Figure
 
-    from lora_trainer.report.schedule_plot import _draw_panel
+    from lora_trainer.report.pictures import _draw_panel
 
     axes = Figure().subplots()
     _draw_panel(axes, [Curve("one", [1.0] * 40, [Mark(k, f"Milestone at step {k}") for k in range(4, 40, 4)])], "x")
@@ -233,11 +233,11 @@ def test_many_milestones_share_one_entry_of_the_legend() -> None:
 
 
 def test_the_figure_of_the_six_has_six_curves_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_trainer.report import schedule_plot
+    from lora_trainer.report import pictures
 
     drawn = []
-    honest = schedule_plot._draw_panel
-    monkeypatch.setattr(schedule_plot, "_draw_panel", lambda axes, *rest: (honest(axes, *rest), drawn.append(axes)))
+    honest = pictures._draw_panel
+    monkeypatch.setattr(pictures, "_draw_panel", lambda axes, *rest: (honest(axes, *rest), drawn.append(axes)))
     plot([], None, 200, None, 20, every=False, output=tmp_path / "six.png", terminal=False)
     (axes,) = drawn
     legend = axes.get_legend()
@@ -269,12 +269,12 @@ def test_previews_never_load_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_valid_config(name: str) -> None:
-    from lora_trainer.config.source import set_value
+    from lora_trainer.config.source import set_value, split_override
 
     base = {"name": "x", "model": {"path": "b"}, "data": {"dir": "d"}, "train": {"max_steps": 100}}
     source = Source(base)
     for word in PRESETS[name].overrides():
-        assert set_value(source, word, None) is None
+        set_value(source, *split_override(word, None), None)
     check_source(source)
     assert PRESETS[name].purpose in show_preset(name)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lora_trainer.config.schema import DataConfig
-from lora_trainer.data.records import Dataset, discover
+from lora_trainer.data.records import Dataset, content_digest, discover
 from lora_trainer.errors import DataError, ExitCode
 
 
@@ -189,12 +189,12 @@ def test_notes_tell_crops_enlargements_twins_and_shared_captions(tmp_path: Path)
 
 def test_the_digest_follows_content_not_names(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "a.png", 1)
-    before = found(tmp_path).digest()
+    before = content_digest(found(tmp_path).records)
     (tmp_path / "images" / "a.png").rename(tmp_path / "images" / "z.png")
     (tmp_path / "images" / "a.txt").rename(tmp_path / "images" / "z.txt")
-    assert found(tmp_path).digest() == before
+    assert content_digest(found(tmp_path).records) == before
     (tmp_path / "images" / "z.txt").write_text("another cat")
-    assert found(tmp_path).digest() != before
+    assert content_digest(found(tmp_path).records) != before
 
 
 def test_user_files_stay_as_they_are(tmp_path: Path) -> None:

@@ -15,10 +15,9 @@ from run_directories import STEPS, write_run, write_sweep
 from lora_trainer.cli.report import report
 from lora_trainer.errors import ConfigError
 from lora_trainer.evidence.statistics.verdict import Rules
-from lora_trainer.report.comparison import arms, incompatibilities, pairing_notes
 from lora_trainer.report.page import build_page, render, write_report
 from lora_trainer.report.plots import Line, line_plot
-from lora_trainer.report.run_record import read_run, read_runs
+from lora_trainer.report.runs import arms, incompatibilities, pairing_notes, read_run, read_runs
 from lora_trainer.report.tables import without_paths
 
 SPREAD = (0.0, 0.001, -0.0005)

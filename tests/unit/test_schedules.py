@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from config_page import describe
 from pydantic import TypeAdapter, ValidationError
 from torch.optim import lr_scheduler as theirs
 
 from lora_trainer.cli.schedules import list_schedules
-from lora_trainer.config.describe import describe
 from lora_trainer.config.load import check_source
 from lora_trainer.config.source import Source
 from lora_trainer.config.structure import all_keys, models_by_type

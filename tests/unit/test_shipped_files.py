@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,6 @@ def test_every_shipped_configuration_says_purpose_command_and_hardware() -> None
 
 
 def test_generated_pages_are_current() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
     from make_docs import DOCS, PAGES, is_current
 
     stale = [name for name, write in PAGES.items() if not is_current(DOCS / name, write())]

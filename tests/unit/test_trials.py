@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_trainer.config.identity import difference, identity_fields
-from lora_trainer.config.trial_names import arm_name, is_path_safe
-from lora_trainer.config.trials import TrialConfig, load_sweep
+from lora_trainer.config.trials import TrialConfig, arm_name, is_path_safe, load_sweep
 from lora_trainer.errors import ConfigError
 
 GOOD = """

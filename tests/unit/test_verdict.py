@@ -11,9 +11,19 @@ import pytest
 from scipy import stats
 
 from benchmarks.evaluation import verdict_rates
-from lora_trainer.evidence.statistics.arms import Arm, Question, leaders, questions, tuned
 from lora_trainer.evidence.statistics.paired import holm_factors, paired, same_sign_share
-from lora_trainer.evidence.statistics.verdict import Outcome, Rules, compare, judge, smallest_effect
+from lora_trainer.evidence.statistics.verdict import (
+    Arm,
+    Outcome,
+    Question,
+    Rules,
+    compare,
+    judge,
+    leaders,
+    questions,
+    smallest_effect,
+    tuned,
+)
 from lora_trainer.report.tables import arms_table, pairs_table
 
 SEEDS = range(5)

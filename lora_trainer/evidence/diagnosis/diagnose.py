@@ -1,4 +1,4 @@
-"""All rules on one trial's log, and what they amount to: of a stored run or of one that goes on; the early report."""
+"""What all rules amount to, of a stored run or of one that goes on; what to try (nothing acts by itself)."""
 
 from __future__ import annotations
 
@@ -6,33 +6,39 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_trainer.evidence.diagnosis import rules, trends
-from lora_trainer.evidence.diagnosis.advice import advise
-from lora_trainer.evidence.diagnosis.findings import Finding, State
+from lora_trainer.config.optimizers import Prodigy
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.evidence.diagnosis import rules
+from lora_trainer.evidence.diagnosis.findings import Advice, Finding, State
 from lora_trainer.evidence.diagnosis.log import RunFacts, TrialLog
 from lora_trainer.evidence.diagnosis.rules import Thresholds
-from lora_trainer.evidence.statistics.paired import ROUNDING
+from lora_trainer.evidence.statistics.paired import ROUNDING, rise_in_se
 from lora_trainer.tracking.metrics import parse_row
 
+CLEAR_SE = 2.0
+SHRINK_THAT_SHOWS = 0.1
+HIGHEST_LR = 0.9  # the config refuses 1 and above
+FLAT_SCHEDULES = ("constant", "constant_with_warmup")
+WITH_PRIOR = "data.sources=[{dir: <your images>}, {dir: <prior images>}], data.dir=null"
+UNFIT = "the base may know this already, or the prompt may not name it"
 EARLY_SHARE = 0.1
 CHANGES_FOR_SCATTER, CHANGES_FOR_CORRELATION = 4, 3
-Rule = Callable[[TrialLog, RunFacts, Thresholds], Finding]
-RULES: dict[State, Rule] = {
+RULES: dict[State, Callable[[TrialLog, RunFacts, Thresholds], Finding]] = {
     State.NON_FINITE: rules.non_finite,
     State.DIVERGED: rules.diverged,
-    State.OSCILLATING: trends.oscillating,
+    State.OSCILLATING: rules.oscillating,
     State.RESTART_SHOCK: rules.restart_shock,
     State.OVERFIT: rules.overfit,
     State.FORGETTING: rules.forgetting,
     State.NEVER_STARTED: rules.never_started,
-    State.STAGNANT: trends.stagnant,
-    State.LR_NOISE_LIMITED: trends.lr_noise_limited,
+    State.STAGNANT: rules.stagnant,
+    State.LR_NOISE_LIMITED: rules.lr_noise_limited,
     State.CLIPPING: rules.clipping,
-    State.FINISHED_DECAYING: trends.finished_decaying,
+    State.FINISHED_DECAYING: rules.finished_decaying,
 }
 """The gravest first."""
 EXPLAINED_BY: dict[State, tuple[State, ...]] = {
@@ -73,12 +79,8 @@ class Diagnosis:
         return next(finding for finding in self.findings if finding.state is state)
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "trial": self.trial,
-            "step": self.step,
-            "verdict": list(self.verdict),
-            "findings": [finding.as_json() for finding in self.findings],
-        }
+        findings = [finding.as_json() for finding in self.findings]
+        return {"trial": self.trial, "step": self.step, "verdict": list(self.verdict), "findings": findings}
 
 
 def diagnose(log: TrialLog, run: RunFacts, limits: Thresholds | None = None) -> Diagnosis:
@@ -90,23 +92,141 @@ def diagnose(log: TrialLog, run: RunFacts, limits: Thresholds | None = None) -> 
         if answers[state].status == "found" and causing:
             answers[state] = state.not_found(f"explained by {causing[0]}: {answers[state].evidence}")
     answers[State.HEALTHY] = _healthy(log, list(answers.values()))
-    findings = tuple(replace(answer, advice=advise(answer, log, run)) for answer in answers.values())
-    return Diagnosis(run.config.name, log.step, findings)
+    for state, answer in answers.items():
+        if answer.status == "found":
+            answers[state] = replace(answer, advice=tuple(_advice(answer, log, run)))
+    return Diagnosis(run.config.name, log.step, tuple(answers.values()))
 
 
 def _healthy(log: TrialLog, answers: list[Finding]) -> Finding:
     """No fault in what was measured; the confidence says how much that was."""
-    faults = [answer.state for answer in answers if answer.status == "found" and answer.state.is_fault]
-    if faults:
+    if faults := [answer.state for answer in answers if answer.status == "found" and answer.state.is_fault]:
         return State.HEALTHY.not_found(f"found: {', '.join(faults)}")
     probe = log.held_out
     if len(probe) < 3:
         return State.HEALTHY.found("low", f"no fault in {log.step} updates, but {len(probe)} probes say little")
-    evidence = (
-        f"no fault found by step {log.step}; held-out loss {probe.means[-1]:.4f} of the base's, "
-        f"best {probe.means.min():.4f}"
-    )
+    losses = f"held-out loss {probe.means[-1]:.4f} of the base's, best {probe.means.min():.4f}"
+    evidence = f"no fault found by step {log.step}; {losses}"
     return State.HEALTHY.found("high" if len(probe) >= 6 else "medium", evidence, gain=probe.gain)
+
+
+def _advice(finding: Finding, log: TrialLog, run: RunFacts) -> Iterator[Advice]:
+    """What to try about a state that was found, the first first."""
+    config = run.config
+    match finding.state:
+        case State.NON_FINITE:
+            if files := sorted({file for skip in log.skips for file in skip["files"]}):
+                yield Advice(f"look at the images of the skipped updates: {', '.join(files[:8])}")
+            if config.train.precision in ("auto", "fp16"):
+                yield Advice("rule out the precision: fp32 on a short run", "train.precision", "fp32")
+            yield _scaled_lr(config, 0.1, "a tenth of the LR")
+        case State.DIVERGED:
+            yield _scaled_lr(config, 0.1, "start again with a tenth of the LR")
+            yield from _warmup(config)
+            yield from _best_before(log)
+        case State.OSCILLATING:
+            yield _scaled_lr(config, 1 / 3, "a third of the LR")
+            yield from _decay(config, "or let the LR decay: the scatter shrinks with it")
+            steps = 2 * config.train.gradient_accumulation_steps
+            yield Advice("or a larger batch, if the LR must stay", "train.gradient_accumulation_steps", steps)
+        case State.RESTART_SHOCK:
+            if _follows_a_schedule(config):
+                cosine = {"type": "cosine", "warmup_steps": getattr(config.lr_scheduler, "warmup_steps", 0)}
+                yield Advice("one decay without restarts", "lr_scheduler", cosine)
+            yield _scaled_lr(config, 1 / 3, "or a third of the LR, so that each restart is milder")
+        case State.OVERFIT:
+            yield from _against_overfitting(int(finding.numbers["best_step"]), log, run)
+        case State.FORGETTING:
+            yield Advice(f"train on prior images as well (prior preservation): {WITH_PRIOR}")
+            yield _scaled_lr(config, 0.5, "or half the LR")
+        case State.NEVER_STARTED:
+            yield _raised_lr(log, config, 3.0)
+            yield Advice("or measure the range first: lora-trainer find-lr")
+            yield Advice(f"check that captions and targets fit: {UNFIT}")
+        case State.STAGNANT:
+            yield _raised_lr(log, config, 2.0)
+            yield from _decay(config, "or let the LR decay, which often gains the last part")
+            why = "or more room to learn, if a higher LR brings nothing"
+            yield Advice(why, "adapter.rank", 2 * config.adapter.rank)
+        case State.LR_NOISE_LIMITED if _follows_a_schedule(config):
+            shape = {"type": "warmup_stable_decay", "decay_steps": "20%"}
+            yield Advice("the LR's own noise is the limit: let it decay to 0 at the end", "lr_scheduler", shape)
+        case State.LR_NOISE_LIMITED:
+            yield _scaled_lr(config, 1 / 3, "a third of the LR")
+        case State.CLIPPING:
+            limit = float(f"{2 * finding.numbers['median_grad_norm']:.2g}")
+            why = "the clip sets the step, not the LR: raise the limit to twice the median norm"
+            yield Advice(why, "train.max_grad_norm", limit)
+            yield _scaled_lr(config, 0.5, "or half the LR, if the norms grew while training")
+
+
+def _against_overfitting(best_step: int, log: TrialLog, run: RunFacts) -> Iterator[Advice]:
+    config, total_lr = run.config, math.fsum(log.lrs)
+    yield from _best_before(log)
+    if best_step > 0:
+        epochs = max(1, round(best_step / run.updates_per_epoch))
+        length = ("max_steps", best_step) if config.train.epochs is None else ("epochs", epochs)
+        yield Advice(f"stop where it was best, after {best_step} updates", f"train.{length[0]}", length[1])
+    yield _scaled_lr(config, 0.5, "or half the LR")
+    yield Advice("or dropout on the adapter", "adapter.dropout", max(0.1, config.adapter.dropout))
+    yield Advice("or a lower rank", "adapter.rank", max(1, config.adapter.rank // 2))
+    yield Advice("or more images, more crops of them, flips where they do no harm")
+    decay, wanted = config.optimizer.weight_decay, -math.log(1 - SHRINK_THAT_SHOWS) / max(total_lr, 1e-12)
+    acts = f"{decay:g} shrank the weights by {1 - math.exp(-decay * total_lr):.2%} so far"
+    yield Advice(f"weight decay hardly acts: {acts}; a shrink of {SHRINK_THAT_SHOWS:.0%} takes about {wanted:.2g}")
+
+
+def _scaled_lr(config: RunConfig, factor: float, why: str) -> Advice:
+    """The base LR times a factor; for Prodigy, whose LR stays 1, the factor on its own estimate."""
+    optimizer = config.optimizer
+    if isinstance(optimizer, Prodigy):
+        key, value = "d_coef", optimizer.d_coef * factor
+    else:
+        key, value = "lr", min(optimizer.lr * factor, HIGHEST_LR)
+    also = ", and the LRs of optimizer.groups alike" if any(group.lr for group in optimizer.groups) else ""
+    return Advice(f"{why}{also}", f"optimizer.{key}", float(f"{value:.3g}"))
+
+
+def _raised_lr(log: TrialLog, config: RunConfig, factor: float) -> Advice:
+    """A higher LR: the smallest of the newest fork test that none beats by two SE, else a guess that says so."""
+    newest = [fork for fork in log.forks if fork.step == log.forks[-1].step]
+    if not newest:
+        return _scaled_lr(config, factor, f"{factor:g} x the LR, if a fork test agrees (none was logged)")
+    lowest = min(newest, key=lambda fork: float(fork.items_N.mean()))
+    ties = [fork for fork in newest if rise_in_se(lowest.items_N, fork.items_N) <= CLEAR_SE]
+    best = min(ties, key=lambda fork: fork.factor)
+    if best.factor == 1:
+        return Advice(f"keep the LR: the fork test at step {best.step} found none better")
+    return _scaled_lr(config, best.factor, f"{best.factor:g} x the LR: best in the fork test at step {best.step}")
+
+
+def _best_before(log: TrialLog) -> Iterator[Advice]:
+    """What was saved before it went wrong."""
+    if len(log.held_out) and log.held_out.gain > 0:
+        step = log.held_out.steps[int(np.argmin(log.held_out.means))]
+        yield Advice(f"the LoRA of step {step} was the best: <name>-best.safetensors (validation.keep_best)")
+
+
+def _follows_a_schedule(config: RunConfig) -> bool:
+    """Schedule-free averaging takes a constant LR only."""
+    return config.optimizer.type != "schedule_free_adamw"
+
+
+def _decay(config: RunConfig, why: str) -> Iterator[Advice]:
+    """A schedule that comes down, where the one in use does not."""
+    schedule = config.lr_scheduler
+    if schedule.type in FLAT_SCHEDULES and _follows_a_schedule(config):
+        linear = {"type": "linear", "warmup_steps": getattr(schedule, "warmup_steps", 0)}
+        yield Advice(why, "lr_scheduler", linear)
+
+
+def _warmup(config: RunConfig) -> Iterator[Advice]:
+    """A rise to the LR, where the schedule in use has none."""
+    why = "a warm-up of 5 % brakes the first updates"
+    if config.lr_scheduler.type == "constant" and _follows_a_schedule(config):
+        yield Advice(why, "lr_scheduler", {"type": "constant_with_warmup", "warmup_steps": "5%"})
+    elif getattr(config.lr_scheduler, "warmup_steps", None) == 0:
+        yield Advice(why, "lr_scheduler.warmup_steps", "5%")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,40 +234,33 @@ class EarlyReport:
     """Is it learning, evenly, and does it carry over? Three numbers and their precision; None is not measured."""
 
     step: int
-    gain: float
-    """Of the held-out loss over the base's."""
+    gain: float  # of the held-out loss over the base's
     gain_per_update: float
-    gain_per_update_se: float
-    """Over the probe's images: the precision of this run."""
-    instability: float | None
-    """Scatter of the changes between probes as a share of the gain; needs five probes."""
+    gain_per_update_se: float  # over the probe's images: the precision of this run
+    instability: float | None  # scatter of the changes between probes as a share of the gain; needs five probes
     train_gain: float | None
-    correlation: float | None
-    """Of the changes of the training and the held-out probe; needs four probes."""
+    correlation: float | None  # of the changes of the training and the held-out probe; needs four probes
 
     def as_event(self) -> dict[str, Any]:
-        content = {key: None if value is None else round(value, 9) for key, value in asdict(self).items()}
-        del content["step"]
-        return content
+        numbers = {key: value for key, value in asdict(self).items() if key != "step"}
+        return {key: None if value is None else round(value, 9) for key, value in numbers.items()}
 
     @property
     def sentences(self) -> list[str]:
         """For people."""
         per, se = 100 * self.gain_per_update, 100 * self.gain_per_update_se
         sure = "" if abs(self.gain_per_update) > 2 * self.gain_per_update_se else ": not clear of 0 yet"
-        sentences = [f"held-out loss gains {per:+z.4f} +- {se:.4f} % of the base's per update{sure}"]
-        if self.instability is None:
-            sentences.append("instability not measured (needs five probes)")
-        else:
-            sentences.append(f"changes between probes scatter by {self.instability:.2f} of the gain")
-        if self.train_gain is None:
-            sentences.append("whether validation follows training was not measured")
-        elif self.train_gain <= ROUNDING:
-            sentences.append(f"the training images gained nothing yet ({self.train_gain:+z.4f})")
-        else:
+        learning = f"held-out loss gains {per:+z.4f} +- {se:.4f} % of the base's per update{sure}"
+        steady = "instability not measured (needs five probes)"
+        if self.instability is not None:
+            steady = f"changes between probes scatter by {self.instability:.2f} of the gain"
+        follows = "whether validation follows training was not measured"
+        if self.train_gain is not None and self.train_gain <= ROUNDING:
+            follows = f"the training images gained nothing yet ({self.train_gain:+z.4f})"
+        elif self.train_gain is not None:
             correlation = "" if self.correlation is None else f", correlation of their changes {self.correlation:.2f}"
-            sentences.append(f"validation gains {self.gain / self.train_gain:.0%} of what training gains{correlation}")
-        return sentences
+            follows = f"validation gains {self.gain / self.train_gain:.0%} of what training gains{correlation}"
+        return [learning, steady, follows]
 
 
 def early_report(log: TrialLog, run: RunFacts) -> EarlyReport | None:
@@ -157,27 +270,19 @@ def early_report(log: TrialLog, run: RunFacts) -> EarlyReport | None:
     if not late or late[0] == 0:
         return None
     last = late[0]
-    held_out_means, train_means = probe.means[: last + 1], train.means[: last + 1]
-    step, rise = probe.steps[last], probe.change(0, last)
-    scatter = trends.detrended_scatter(held_out_means) if last >= CHANGES_FOR_SCATTER else None
-    both = len(train) > last
-    correlation = None
-    if both and last >= CHANGES_FOR_CORRELATION:
-        changes = np.diff(train_means), np.diff(held_out_means)
-        correlation = float(np.corrcoef(*changes)[0, 1]) if min(map(np.ptp, changes)) > ROUNDING else None
-    return EarlyReport(
-        step=step,
-        gain=-rise.mean,
-        gain_per_update=-rise.mean / step,
-        gain_per_update_se=rise.se / step,
-        instability=scatter / abs(rise.mean) if scatter is not None and abs(rise.mean) > ROUNDING else None,
-        train_gain=-train.change(0, last).mean if both else None,
-        correlation=correlation,
-    )
+    step, rise, means = probe.steps[last], probe.change(0, last), probe.means[: last + 1]
+    instability = train_gain = correlation = None
+    if last >= CHANGES_FOR_SCATTER and abs(rise.mean) > ROUNDING:
+        instability = rules.detrended_scatter(means) / abs(rise.mean)
+    if len(train) > last:
+        train_gain = -train.change(0, last).mean
+        changes = np.diff(train.means[: last + 1]), np.diff(means)
+        if last >= CHANGES_FOR_CORRELATION and min(map(np.ptp, changes)) > ROUNDING:
+            correlation = float(np.corrcoef(*changes)[0, 1])
+    return EarlyReport(step, -rise.mean, -rise.mean / step, rise.se / step, instability, train_gain, correlation)
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(NamedTuple):
     """An event for the log and the lines for the console."""
 
     event: str
@@ -200,8 +305,7 @@ class LiveDiagnosis:
         """Read the new rows; what has changed. Each note must be logged before the next look."""
         self._catch_up()
         log, name = self.log, self._run.config.name
-        early = None if log.early_reported else early_report(log, self._run)
-        if early is not None:
+        if not log.early_reported and (early := early_report(log, self._run)) is not None:
             line = f"early report of {name} at step {early.step}: {'; '.join(early.sentences)}"
             yield Note("early_report", early.as_event(), (line,))
         diagnosis = diagnose(log, self._run)

@@ -1,8 +1,8 @@
-"""What a rule answers: a state that was found, that was not, or that could not be judged."""
+"""What a rule answers: a state that was found, that was not, or that could not be judged; and what may be tried."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -33,17 +33,17 @@ class State(StrEnum):
         return self not in (State.FINISHED_DECAYING, State.HEALTHY)
 
     def found(self, confidence: Confidence, evidence: str, **numbers: Number) -> Finding:
-        return Finding(self, "found", evidence, numbers, confidence)
+        return Finding(self, "found", confidence, evidence, numbers)
 
     def not_found(self, evidence: str, **numbers: Number) -> Finding:
-        return Finding(self, "not found", evidence, numbers)
+        return Finding(self, "not found", None, evidence, numbers)
 
     def found_where(self, holds: bool, confidence: Confidence, evidence: str, **numbers: Number) -> Finding:
         """Found with this confidence where a rule holds, else not found; on the same evidence."""
         return self.found(confidence, evidence, **numbers) if holds else self.not_found(evidence, **numbers)
 
     def not_measured(self, missing: str) -> Finding:
-        return Finding(self, "not measured", missing)
+        return Finding(self, "not measured", None, missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Advice:
         return None if self.key is None else f"{self.key}={_as_yaml(self.value)}"
 
     def as_json(self) -> dict[str, Any]:
-        return {"text": self.text} | ({} if self.key is None else {"key": self.key, "value": self.value})
+        return {"text": self.text} if self.key is None else asdict(self)
 
 
 def _as_yaml(value: Any) -> str:
@@ -77,21 +77,14 @@ class Finding:
 
     state: State
     status: Status
-    evidence: str
-    """In words and numbers, with steps; for `not measured`, what was missing."""
+    confidence: Confidence | None
+    evidence: str  # in words and numbers, with steps; for `not measured`, what was missing
     numbers: dict[str, Number] = field(default_factory=dict)
-    confidence: Confidence | None = None
     advice: tuple[Advice, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "state": str(self.state),
-            "status": self.status,
-            "confidence": self.confidence,
-            "evidence": self.evidence,
-            "numbers": {key: round(value, 6) for key, value in self.numbers.items()},
-            "advice": [advice.as_json() for advice in self.advice],
-        }
+        numbers = {key: round(value, 6) for key, value in self.numbers.items()}
+        return asdict(self) | {"numbers": numbers, "advice": [advice.as_json() for advice in self.advice]}
 
 
 def confidence_of(*margins: float) -> Confidence:

@@ -19,12 +19,9 @@ from lora_trainer.evidence.statistics.paired import PairedMean, paired_rise
 from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.tracking.metrics import HELD_OUT, PRIOR, TRAIN, read_lines
 
-JUMP_RATIO = 1.5
-"""A restart lifts the LR by this factor in one update; a milestone drops it by as much."""
-JUMP_SHARE = 0.05
-"""... and by this share of the peak, so that the last steps towards 0 count as none."""
-JUMP_SUDDEN = 3.0
-"""... and by this many times the change before it: a steep curve is no jump."""
+JUMP_RATIO, JUMP_SHARE, JUMP_SUDDEN = 1.5, 0.05, 3.0
+"""A restart lifts the LR by this factor in one update, a milestone drops it by as much; and by this share of the peak,
+so that the last steps towards 0 count as none; and by so many times the change before it: a steep curve is no jump."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +30,13 @@ class RunFacts:
 
     num_updates: int
     updates_per_epoch: int
-    final_multiplier: float
-    """LR of the last update as a share of the highest: what the schedule has in store."""
+    final_multiplier: float  # LR of the last update as a share of the highest: what the schedule has in store
     config: RunConfig
 
     @classmethod
     def of(cls, plan: RunPlan, config: RunConfig) -> RunFacts:
         """Those of a planned run; its first group of weights stands for all."""
-        group = plan.lr_groups[0]
-        final = share_of_peak(group.lr_end, group.lr_peak)
+        final = share_of_peak(plan.lr_groups[0].lr_end, plan.lr_groups[0].lr_peak)
         return cls(plan.num_updates, plan.updates_per_epoch, final, config)
 
 
@@ -85,9 +80,9 @@ class LRHistory:
         """Where the LR changes by much more than it is: `changes` between neighbours, `low` the lower of the two."""
         if not len(changes):
             return []
-        before = np.concatenate([[0.0], np.maximum(changes[:-1], 0)])
-        large = (changes > (JUMP_RATIO - 1) * low) & (changes > JUMP_SHARE * self.lrs.max())
-        large &= changes > JUMP_SUDDEN * before
+        before = np.concatenate([[0.0], changes[:-1].clip(0)])
+        large = changes > np.maximum.reduce([(JUMP_RATIO - 1) * low, JUMP_SUDDEN * before])
+        large &= changes > JUMP_SHARE * self.lrs.max()
         return [int(index) + 1 for index in np.flatnonzero(large) if index + 1 > self.warmup_end]
 
     @property
@@ -102,8 +97,7 @@ class ProbeLog:
 
     steps: list[int] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    """Mean loss in absolute units."""
+    losses: list[float] = field(default_factory=list)  # mean loss in absolute units
 
     def add(self, event: Mapping[str, Any]) -> None:
         self.steps.append(int(event["step"]))
@@ -142,21 +136,11 @@ class ProbeLog:
 
 
 @dataclass(frozen=True, slots=True)
-class Skip:
-    """An update that was not applied."""
-
-    step: int
-    reason: str
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ForkResult:
     """The held-out images' losses after a short branch from `step` with another LR (`fork` and `cooldown` events)."""
 
     step: int
-    factor: float
-    """On the LR; a cooldown ends at 0."""
+    factor: float  # on the LR; a cooldown ends at 0
     items_N: np.ndarray
 
 
@@ -170,27 +154,22 @@ class TrialLog:
         self.lrs: list[float] = []
         self.clipped: list[bool] = []
         self.grad_norms: list[float] = []
-        self.ratios: list[tuple[int, float]] = []
-        """(step, training loss relative to the frozen base on the same batch), where it was measured."""
-        self.skips: list[Skip] = []
-        self.failure: str | None = None
-        """Why the trial was ended; None again where a changed setting led on."""
+        self.ratios: list[tuple[int, float]] = []  # (step, training loss over the base's on the same batch)
+        self.skips: list[Mapping[str, Any]] = []  # the `skip` events
+        self.failure: str | None = None  # why the trial was ended; None again where a changed setting led on
         self.held_out, self.train, self.prior = ProbeLog(), ProbeLog(), ProbeLog()
         self.probes = {HELD_OUT: self.held_out, TRAIN: self.train, PRIOR: self.prior}
-        self.non_finite_probes: list[tuple[int, str]] = []
-        """(step, probe) of measurements that were not finite; their steps are left out of all probes."""
+        self.non_finite_probes: list[tuple[int, str]] = []  # (step, probe): the step is left out of all probes
         self.forks: list[ForkResult] = []
         self.cooldowns: list[ForkResult] = []
-        self.verdict: tuple[str, ...] = ()
-        """The states of the last `diagnosis` event."""
+        self.verdict: tuple[str, ...] = ()  # the states of the last `diagnosis` event
         self.early_reported = False
-        self.num_damaged = 0
-        """Lines that hold no row."""
+        self.num_damaged = 0  # lines that hold no row
 
     @property
     def step(self) -> int:
         """Updates so far, the skipped ones too."""
-        return max(len(self.lrs), self.skips[-1].step if self.skips else 0)
+        return max(len(self.lrs), self.skips[-1]["step"] if self.skips else 0)
 
     @property
     def learned_probes(self) -> list[ProbeLog]:
@@ -211,13 +190,13 @@ class TrialLog:
             case "validation":
                 self._add_probe(row)
             case "skip":
-                self.skips.append(Skip(row["step"], row["reason"], tuple(row["files"])))
+                self.skips.append(row)
             case "failed":
                 self.failure = f"{row['reason']} (step {row['step']})"
-            case "fork":
-                self.forks.append(_fork_result(row, float(row["factor"])))
-            case "cooldown":
-                self.cooldowns.append(_fork_result(row, 0.0))
+            case "fork" | "cooldown" as event:
+                results = self.forks if event == "fork" else self.cooldowns
+                items_N = np.asarray(row["items"], dtype=float)
+                results.append(ForkResult(int(row["step"]), float(row.get("factor", 0)), items_N))
             case "diagnosis":
                 self.verdict = tuple(finding["state"] for finding in row["findings"])
             case "early_report":
@@ -241,10 +220,6 @@ class TrialLog:
         self.grad_norms.append(float(row["grad_norm"]))
         if "ratio" in row:
             self.ratios.append((int(row["step"]), float(row["ratio"])))
-
-
-def _fork_result(row: Mapping[str, Any], factor: float) -> ForkResult:
-    return ForkResult(int(row["step"]), factor, np.asarray(row["items"], dtype=float))
 
 
 def read_run(run_dir: Path) -> tuple[TrialLog, RunFacts]:

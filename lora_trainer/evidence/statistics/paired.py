@@ -20,8 +20,7 @@ class PairedMean:
 
     num: int
     mean: float
-    se: float
-    """Standard error: infinite for one difference, NaN as the mean is where one is not finite."""
+    se: float  # standard error: infinite for one difference, NaN as the mean is where one is not finite
 
     @property
     def z(self) -> float:
@@ -77,9 +76,7 @@ def holm_factors(p_values: Sequence[float], num_tests: int) -> np.ndarray:
     factors = (num_tests - np.arange(len(p))).astype(np.float64)
     adjusted = np.maximum.accumulate(factors * p[order])
     raised = np.divide(adjusted, p[order], out=factors.copy(), where=p[order] > 0)
-    result = np.empty(len(p))
-    result[order] = raised
-    return result
+    return raised[np.argsort(order)]
 
 
 def same_sign_share(differences: Sequence[float]) -> float:

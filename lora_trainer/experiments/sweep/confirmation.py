@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.config.places import run_directory
-from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.sweep import ConfirmConfig
+from lora_trainer.config.schema import ConfirmConfig, RunConfig
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.evidence.statistics.arms import leaders
+from lora_trainer.evidence.statistics.verdict import leaders
 from lora_trainer.experiments.sweep.record import Json, read_sweep
 from lora_trainer.experiments.sweep.results import arms_of, unfinished_trials
 

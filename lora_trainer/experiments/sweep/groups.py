@@ -11,8 +11,7 @@ from typing import Any
 
 from lora_trainer.config.identity import difference, identity_fields
 from lora_trainer.config.places import GROUPS
-from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.sweep import SweepConfig
+from lora_trainer.config.schema import RunConfig, SweepConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.experiments.sweep.shared_prefixes import find_prefixes
 from lora_trainer.planning.prepare import Prepared

@@ -21,7 +21,7 @@ from lora_trainer.experiments.sweep.record import (
     settled_groups,
     started_groups,
 )
-from lora_trainer.models.adapters.packing import can_pack
+from lora_trainer.models.adapters.targets import can_pack
 from lora_trainer.planning.prepare import Prepared, plan_rows, prepare, prepare_like
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.storage import disk_space

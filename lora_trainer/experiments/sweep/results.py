@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_trainer.evidence.statistics.arms import Arm
+from lora_trainer.evidence.statistics.verdict import Arm
 from lora_trainer.experiments.sweep.record import ENDED, Json, never_begun
 
 

@@ -20,7 +20,7 @@ from lora_trainer.config.places import run_directory
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.evidence.statistics.arms import by_setting, ranked
+from lora_trainer.evidence.statistics.verdict import by_setting, ranked
 from lora_trainer.experiments.sweep.record import Json
 from lora_trainer.experiments.sweep.results import arms_of
 from lora_trainer.planning.run_plan import lay_groups

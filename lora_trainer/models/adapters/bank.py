@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -16,52 +15,40 @@ from torch import nn
 
 from lora_trainer.config.schema import LoraConfig
 from lora_trainer.diffusion import random_streams
-from lora_trainer.models.adapters.packed import PackedForward
+from lora_trainer.models.adapters.packed import Forward, acting, packed_forward
 
-Tensors = dict[str, torch.Tensor]
 _SAVED_ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude_vector": ".lora_magnitude_vector"}
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSpec:
-    """One adapter to inject: its options and the exact names of its layers."""
-
-    config: LoraConfig
-    targets: tuple[str, ...]
 
 
 class AdapterBank:
     """Named adapters on one denoiser; which of them act is switched by `active`."""
 
-    def __init__(self, denoiser: nn.Module, component: str, names: Sequence[str]) -> None:
-        self.denoiser, self.component = denoiser, component
-        self.names = tuple(names)
-        self._layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
-        self._active: str = names[-1]
-        self._packed: dict[tuple[str, ...], PackedForward] = {}
-
-    @classmethod
-    def attach(
-        cls, denoiser: nn.Module, component: str, adapters: Mapping[str, AdapterSpec], *, seed: int
-    ) -> AdapterBank:
+    def __init__(
+        self, denoiser: nn.Module, component: str, adapters: Mapping[str, PeftLoraConfig], *, seed: int
+    ) -> None:
         """Inject the adapters, in fp32, with initial weights that are equal where their shapes are.
 
         Args:
             component: the denoiser's name in its base, which all names of parameters begin with.
+            adapters: by name, from `peft_config`.
             seed: A is drawn per (seed, layer) from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), peft's distribution; B is zero.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
-            for name, spec in adapters.items():
-                inject_adapter_in_model(peft_config(spec.config, spec.targets), denoiser, adapter_name=name)
-        bank = cls(denoiser, component, list(adapters))
+            for name, config in adapters.items():
+                inject_adapter_in_model(config, denoiser, adapter_name=name)
+        self.denoiser, self.component, self.names = denoiser, component, tuple(adapters)
+        self._layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+        self._active: str = self.names[-1]
+        self._packed: dict[tuple[str, ...], dict[LoraLayer, Forward]] = {}
         for name in adapters:
-            for parameter in bank.parameters(name).values():
+            initial = self.initial(name, seed)
+            for key, parameter in self.parameters(name).items():
                 parameter.data = parameter.data.float()  # peft follows the base's dtype; updates need fp32
                 parameter.requires_grad_(True)
-            bank._initialise(name, seed)
-        bank._switch(bank.names[0])
-        return bank
+                if key.endswith((".lora_A.weight", ".lora_B.weight")):
+                    parameter.data.copy_(initial(key))
+        self._switch(self.names[0])
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The trainable parameters of one adapter by `<component>.<layer>.lora_A.weight`, as diffusers saves them."""
@@ -73,29 +60,25 @@ class AdapterBank:
             if key.endswith(mark)
         }
 
-    def state(self, name: str) -> Tensors:
-        """The weights of one adapter, detached, by the names of `parameters`."""
-        return {key: parameter.detach() for key, parameter in self.parameters(name).items()}
-
     @contextmanager
     def active(self, names: Sequence[str]) -> Iterator[None]:
         """Let exactly these adapters act inside the block: one by peft's own forward, several packed.
 
         Packed, the batch holds one copy of the images per adapter, in the order of the names ([P*B, ...]).
         """
-        if len(names) == 1:
-            before = self._active
-            self._switch(names[0])
-            try:
-                yield
-            finally:
-                self._switch(before)
-            return
         members = tuple(names)
-        if members not in self._packed:
-            self._packed[members] = PackedForward(self._layers, members)
-        with self._packed[members].acting():
+        if len(members) > 1:
+            if members not in self._packed:
+                self._packed[members] = {layer: packed_forward(layer, members) for layer in self._layers}
+            with acting(self._packed[members]):
+                yield
+            return
+        before = self._active
+        self._switch(members[0])
+        try:
             yield
+        finally:
+            self._switch(before)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -111,18 +94,18 @@ class AdapterBank:
     @contextmanager
     def swapped(self, name: str, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Let an adapter carry other weights (an average, say) inside the block."""
-        own = {key: tensor.clone() for key, tensor in self.state(name).items()}
+        before = {key: parameter.detach().clone() for key, parameter in self.parameters(name).items()}
         self.load(name, state)
         try:
             yield
         finally:
-            self.load(name, own)
+            self.load(name, before)
 
     @torch.no_grad()
     def load(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy weights as given by `state` into an adapter, in place."""
-        for key, tensor in self.state(name).items():
-            tensor.copy_(state[key])
+        """Copy weights, by the names of `parameters`, into an adapter, in place."""
+        for key, parameter in self.parameters(name).items():
+            parameter.copy_(state[key])
 
     def _switch(self, name: str) -> None:
         """Set the name on each layer directly: peft's `set_adapter` walks all parameters and freezes the others."""
@@ -144,20 +127,17 @@ class AdapterBank:
 
         return draw
 
-    @torch.no_grad()
-    def _initialise(self, name: str, seed: int) -> None:
-        initial = self.initial(name, seed)
-        for key, parameter in self.parameters(name).items():
-            if ".lora_A" in key or ".lora_B" in key:
-                parameter.copy_(initial(key))
+
+def plain_number(number: float) -> int | float:
+    """An integer where it is whole, as other trainers write alpha."""
+    return int(number) if float(number).is_integer() else number
 
 
 def peft_config(config: LoraConfig, targets: Sequence[str]) -> PeftLoraConfig:
     """Our options in peft's words."""
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     return PeftLoraConfig(
         r=config.rank,
-        lora_alpha=alpha,
+        lora_alpha=plain_number(config.alpha),
         lora_dropout=config.dropout,
         target_modules=list(targets),
         use_rslora=config.use_rslora,

@@ -12,9 +12,7 @@ P trials, B images, M rows of a trial (images x positions), R the largest rank, 
 
 from __future__ import annotations
 
-import types
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,102 +20,71 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
-
-class PackedForward:
-    """The forward of a list of peft layers with the same P adapters, put in the place of peft's own."""
-
-    def __init__(self, layers: Sequence[LoraLayer], names: Sequence[str]) -> None:
-        self._packed: list[tuple[LoraLayer, _Packed]] = []
-        self._others: list[LoraLayer] = []
-        for layer in layers:
-            if any(name in layer.lora_A for name in names):
-                is_linear = isinstance(layer.get_base_layer(), nn.Linear)
-                self._packed.append((layer, (_PackedLinear if is_linear else _PackedConv2d)(layer, names)))
-            else:
-                self._others.append(layer)
-
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """Let the layers run packed inside the block: forward and, with gradient checkpointing, backward."""
-        for layer, packed in self._packed:
-            layer.forward = packed.forward
-        for layer in self._others:
-            layer.forward = types.MethodType(_base_alone, layer)
-        try:
-            yield
-        finally:
-            for layer in (*(layer for layer, _ in self._packed), *self._others):
-                del layer.forward  # the class's own again
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-class _Packed(ABC):
-    """One layer's adapters, in the order of the trials; None where a trial does not adapt this layer."""
+@contextmanager
+def acting(forwards: Mapping[LoraLayer, Forward]) -> Iterator[None]:
+    """Let the layers run so inside the block: forward and, with gradient checkpointing, backward."""
+    for layer, forward in forwards.items():
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in forwards:
+            del layer.forward  # the class's own again
+
+
+def packed_forward(layer: LoraLayer, names: Sequence[str]) -> Forward:
+    """What stands for a peft layer's own forward where these adapters act at once."""
+    base = layer.get_base_layer()
+    if not any(name in layer.lora_A for name in names):
+        return base
+    packed = _Packed(layer, names)
+    return packed.linear if isinstance(base, nn.Linear) else packed.conv2d
+
+
+class _Packed:
+    """One layer's adapters, in the order of the trials; a trial that does not adapt this layer has rank 0 in it."""
 
     def __init__(self, layer: LoraLayer, names: Sequence[str]) -> None:
         self.base = layer.get_base_layer()
         self.num_trials = len(names)
-        held = [name if name in layer.lora_A else None for name in names]
-        self.down = [None if name is None else layer.lora_A[name].weight for name in held]
-        self.up = [None if name is None else layer.lora_B[name].weight for name in held]
-        self.scales = [0.0 if name is None else layer.scaling[name] for name in held]
-        self.rank = max(weight.shape[0] for weight in self.down if weight is not None)
-        self._scale_P11: torch.Tensor | None = None
-
-    @abstractmethod
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The base layer's output with each trial's adapter added to its rows."""
+        known = next(name for name in names if name in layer.lora_A)
+        some_a, some_b = layer.lora_A[known].weight.detach(), layer.lora_B[known].weight.detach()
+        self.down = [layer.lora_A[name].weight if name in layer.lora_A else some_a[:0] for name in names]
+        self.up = [layer.lora_B[name].weight if name in layer.lora_B else some_b[:, :0] for name in names]
+        self.rank = max(weight.shape[0] for weight in self.down)
+        scales = [layer.scaling.get(name, 0.0) for name in names]  # alpha / rank
+        self.scale_P11 = torch.tensor(scales, dtype=some_b.dtype, device=some_b.device)[:, None, None]
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A as [P, R, I, *kernel] and B as [P, O, R], filled up with zeros to the largest rank."""
-        a = [None if weight is None else _filled(weight, 0, self.rank) for weight in self.down]
-        b = [None if weight is None else _filled(weight.flatten(1), 1, self.rank) for weight in self.up]
-        return _stack(a), _stack(b)
+        """A as [P, R, I, *kernel] and scale x B as [P, O, R], filled up with zeros to the largest rank."""
+        a_PRI = torch.stack([_filled(weight, 0, self.rank) for weight in self.down])
+        b_POR = torch.stack([_filled(weight.flatten(1), 1, self.rank) for weight in self.up])
+        return a_PRI, b_POR * self.scale_P11
 
-    def trial_scales(self, like: torch.Tensor) -> torch.Tensor:
-        """alpha / rank of each trial, in the dtype and on the device of the weights."""
-        if self._scale_P11 is None or self._scale_P11.dtype != like.dtype or self._scale_P11.device != like.device:
-            self._scale_P11 = torch.tensor(self.scales, dtype=like.dtype, device=like.device)[:, None, None]
-        return self._scale_P11
-
-
-class _PackedLinear(_Packed):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[P*B, ..., I] -> [P*B, ..., O]."""
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """[P*B, ..., I] -> [P*B, ..., O]: the base layer's output with each trial's adapter added to its rows."""
         result = self.base(x)
-        a_PRI, b_POR = self.stacked()
+        a_PRI, scaled_POR = self.stacked()
         u_PMR = torch.bmm(x.reshape(self.num_trials, -1, x.shape[-1]), a_PRI.transpose(1, 2))
         out_PMO = result.reshape(self.num_trials, -1, result.shape[-1])
-        scaled_PRO = (b_POR * self.trial_scales(b_POR)).transpose(1, 2)
-        return torch.baddbmm(out_PMO, u_PMR, scaled_PRO).reshape(result.shape)
+        return torch.baddbmm(out_PMO, u_PMR, scaled_POR.transpose(1, 2)).reshape(result.shape)
 
-
-class _PackedConv2d(_Packed):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def conv2d(self, x: torch.Tensor) -> torch.Tensor:
         """[P*B, I, H, W] -> [P*B, O, H', W']: the trials are the groups of one grouped convolution."""
-        result, p = self.base(x), self.num_trials
-        a_PRIkk, b_POR = self.stacked()
+        base, p = self.base, self.num_trials
+        result = base(x)
+        a_PRIkk, scaled_POR = self.stacked()
         by_image = x.unflatten(0, (p, -1)).transpose(0, 1).flatten(1, 2)  # [B, P*I, H, W]
-        base = self.base
         u = functional.conv2d(by_image, a_PRIkk.flatten(0, 1), None, base.stride, base.padding, base.dilation, groups=p)
         u_PBRM = u.flatten(2).unflatten(1, (p, -1)).transpose(0, 1)
-        scaled_P1OR = (b_POR * self.trial_scales(b_POR))[:, None]
-        return result + torch.matmul(scaled_P1OR, u_PBRM).reshape(result.shape)
-
-
-def _base_alone(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    return layer.base_layer(x)
+        return result + torch.matmul(scaled_POR[:, None], u_PBRM).reshape(result.shape)
 
 
 def _filled(weight: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """The weight with zeros appended along `dim` up to `size`."""
-    missing = size - weight.shape[dim]
-    if not missing:
+    if weight.shape[dim] == size:
         return weight
-    shape = [*weight.shape]
-    shape[dim] = missing
-    return torch.cat([weight, weight.new_zeros(shape)], dim)
-
-
-def _stack(weights: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    known = next(weight for weight in weights if weight is not None)
-    return torch.stack([torch.zeros_like(known) if weight is None else weight for weight in weights])
+    return functional.pad(weight, [0, 0] * (weight.dim() - 1 - dim) + [0, size - weight.shape[dim]])

@@ -1,6 +1,6 @@
-"""Which layers get an adapter: named, documented lists of layer names, or the user's own patterns. Never imports torch.
+"""Which layers get an adapter, which adapters can share a forward. Never imports torch.
 
-The named lists belong to the model families.
+Layers are named by documented lists, which belong to the model families, or by the user's own patterns.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 
+from lora_trainer.config.schema import LoraConfig
 from lora_trainer.errors import ConfigError, Problem
 
 Shape = Sequence[int]
@@ -32,31 +33,19 @@ def select_targets(
         ConfigError: there is no such preset, or a pattern matches no layer.
     """
     if targets == ALL_LINEAR:
-        chosen = {name for name, shape in shapes.items() if len(shape) == 2}
-        return {name: shapes[name] for name in sorted(chosen)}
-    if isinstance(targets, str):
-        if targets not in presets:
-            known = [*presets, ALL_LINEAR]
-            near = difflib.get_close_matches(targets, known, n=1)
-            fix = f"did you mean {near[0]}? " if near else ""
-            what = f"`{targets}` is no named list of layers"
-            raise ConfigError(
-                Problem(what, "adapter.targets", fix=f"{fix}known: {', '.join(known)}; or write patterns")
-            )
-        patterns = presets[targets]
-        return {name: shapes[name] for name in sorted(shapes) if any(_matches(name, p) for p in patterns)}
-    problems = [
-        Problem(
-            f"`{pattern}` matches no layer",
-            "adapter.targets",
-            fix=f"names look like: {', '.join(sorted(shapes)[:3])} ...",
-        )
-        for pattern in targets
-        if not any(_matches(name, pattern) for name in shapes)
-    ]
-    if problems:
-        raise ConfigError(*problems)
-    return {name: shapes[name] for name in sorted(shapes) if any(_matches(name, p) for p in targets)}
+        return {name: shapes[name] for name in sorted(shapes) if len(shapes[name]) == 2}
+    if isinstance(targets, str) and targets not in presets:
+        known = [*presets, ALL_LINEAR]
+        near = difflib.get_close_matches(targets, known, n=1)
+        fix = f"{f'did you mean {near[0]}? ' if near else ''}known: {', '.join(known)}; or write patterns"
+        raise ConfigError(Problem(f"`{targets}` is no named list of layers", "adapter.targets", fix=fix))
+    patterns = presets[targets] if isinstance(targets, str) else targets
+    matched = {pattern: {name for name in shapes if _matches(name, pattern)} for pattern in patterns}
+    idle = [] if isinstance(targets, str) else [pattern for pattern, names in matched.items() if not names]
+    if idle:
+        fix = f"names look like: {', '.join(sorted(shapes)[:3])} ..."
+        raise ConfigError(*(Problem(f"`{p}` matches no layer", "adapter.targets", fix=fix) for p in idle))
+    return {name: shapes[name] for name in sorted(set().union(*matched.values()))}
 
 
 def assign_groups(weights: Sequence[str], groups: Mapping[str, Sequence[str]], rest: str) -> dict[str, list[str]]:
@@ -72,24 +61,25 @@ def assign_groups(weights: Sequence[str], groups: Mapping[str, Sequence[str]], r
     assigned: dict[str, list[str]] = {rest: [], **{name: [] for name in groups}}
     for weight in weights:
         layer = weight.rpartition(".lora_")[0]
-        owner = (
+        takers = (
             name for name, patterns in groups.items() if any(_matches(n, p) for p in patterns for n in (layer, weight))
         )
-        assigned[next(owner, rest)].append(weight)
-    empty = [name for name, own in assigned.items() if not own]
-    if empty:
-        raise ConfigError(
-            *(
-                Problem(
-                    f"no weight is left for the group `{name}`",
-                    "optimizer.groups",
-                    fix="its patterns match nothing, or groups before it took all; weights are named like "
-                    + ", ".join(weights[:2]),
-                )
-                for name in empty
-            )
+        assigned[next(takers, rest)].append(weight)
+    if empty := [name for name, taken in assigned.items() if not taken]:
+        fix = (
+            f"its patterns match nothing, or groups before it took all; weights are named like {', '.join(weights[:2])}"
         )
+        what = "no weight is left for the group"
+        raise ConfigError(*(Problem(f"{what} `{name}`", "optimizer.groups", fix=fix) for name in empty))
     return assigned
+
+
+def can_pack(config: LoraConfig) -> bool:
+    """Whether adapters of this kind can share a pass: plain and rank-stabilised LoRA without dropout.
+
+    DoRA rescales the base's weight itself, and dropout draws from torch's global stream, trial by trial.
+    """
+    return not (config.use_dora or config.dropout)
 
 
 def _matches(name: str, pattern: str) -> bool:

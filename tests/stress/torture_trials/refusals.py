@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
 from stress.torture_trials.faults import FREEING, frees, moments, refuse
 from stress.torture_trials.record import Trial
 from stress.torture_trials.world import World
@@ -74,7 +75,7 @@ def _damage(run_dir: Path) -> str | None:
     for file in (*run_dir.glob("*.safetensors"), *run_dir.glob("diffusers/*")):
         try:
             safetensors_io.load(file)
-        except (safetensors_io.SafetensorError, OSError) as error:
+        except (SafetensorError, OSError) as error:
             return f"{file.name}: {error}"
     for folder in (run_dir / "checkpoints").glob("step-????????"):
         try:

@@ -1,16 +1,12 @@
-"""The configuration as a page for people: `docs/config.md` is what this prints."""
+"""The configuration as a page for people: `docs/config.md`, one of the pages of docs/make_docs.py."""
 
 from __future__ import annotations
-
-import json
-from collections.abc import Iterator
-from typing import Any
 
 from pydantic import BaseModel
 
 from lora_trainer.config.identity import level_of
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.structure import SectionPath, section_models, type_name
+from lora_trainer.config.structure import SectionPath, option_rows, section_models, type_name
 
 _HEAD = """\
 # Configuration
@@ -24,14 +20,6 @@ are the run's identity.
 
 This page is written by `docs/make_docs.py` from the schema.
 """
-_JSON_TYPES = {
-    "string": "text",
-    "integer": "whole number",
-    "number": "number",
-    "boolean": "true / false",
-    "null": "null",
-}
-_LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 def describe() -> str:
@@ -75,45 +63,8 @@ def _table(model: type[BaseModel], section: str, skip: set[str]) -> str:
     return "\n".join(["| key | value | default | |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def option_rows(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    """Key, values, default and meaning of each field of a section, in Markdown."""
-    schema = model.model_json_schema()
-    definitions = schema.get("$defs", {})
-    if "$ref" in schema:  # a section that may stand inside itself
-        schema = definitions[schema["$ref"].rpartition("/")[2]]
-    for name, field in model.model_fields.items():
-        entry = schema["properties"][name]
-        default = "**required**" if field.is_required() else f"`{json.dumps(entry.get('default'), ensure_ascii=False)}`"
-        text = " ".join((field.description or "").split())
-        yield name, _type(entry, definitions), default, text
-
-
 def _marked(section: str, name: str) -> str:
     """Whether a key may differ between a run and its resume."""
     key = f"{section}.{name}" if section else name
     level = level_of(key) or level_of(section)
     return {"free": " *May change.*", "say": " *May change, said.*"}.get(str(level), "")
-
-
-def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
-    if "$ref" in entry:
-        return _type(definitions[entry["$ref"].rpartition("/")[2]], definitions)
-    if options := entry.get("anyOf") or entry.get("oneOf"):
-        return " or ".join(dict.fromkeys(_type(option, definitions) for option in options))
-    if "enum" in entry:
-        return " / ".join(f"`{value}`" for value in entry["enum"])
-    if "const" in entry:
-        return f"`{entry['const']}`"
-    if entry.get("type") == "array":
-        if "prefixItems" in entry:
-            return f"{len(entry['prefixItems'])} numbers"
-        return f"list of {_type(entry['items'], definitions)}"
-    if entry.get("type") == "object":
-        return "mapping"
-    kind = _JSON_TYPES[entry["type"]]
-    limits = [f"{sign} {_number(entry[key])}" for key, sign in _LIMITS.items() if key in entry]
-    return " ".join([kind, ", ".join(limits)]).strip()
-
-
-def _number(value: float) -> str:
-    return "2^63" if value == 2**63 else f"{value:g}"

@@ -1,14 +1,21 @@
-"""Starting points for learning rates and schedules, as settings to paste. They are advice, not defaults that hide.
+"""Learning rates: starting points to paste, and what is unusual about those of a configuration.
 
-Values: the usual recommendations for diffusion fine-tuning (docs/learning_rates.md says where they come from and what
-they are worth). When evidence ties, the smaller learning rate wins.
+Both are advice, never defaults that hide or errors: a data set may prove them wrong. A learning rate means nothing
+without its optimizer, so the usual range belongs to the optimizer, and all of them are for LoRA: full fine-tuning takes
+ten to twenty times less. docs/learning_rates.md says where the values come from and what they are worth.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from lora_trainer.config.optimizers import optimizer_row
+from lora_trainer.config.schema import RunConfig
+
+SMALL_SET, SMALL_SET_LR = 50, 5e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +27,8 @@ class Preset:
 
     def overrides(self) -> list[str]:
         """The settings as words for the command line."""
-
-        return [
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.settings.items()
-        ]
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.settings.items()}
+        return [f"{key}={text}" for key, text in texts.items()]
 
 
 PRESETS: dict[str, Preset] = {
@@ -51,10 +56,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "adafactor": Preset(
         "Adafactor with the relative step of its paper, written out: 1e-2 times the size of each tensor",
-        {
-            "optimizer": {"type": "adafactor", "lr": 1e-2, "scale_parameter": True},
-            "lr_scheduler": {"type": "constant"},
-        },
+        {"optimizer": {"type": "adafactor", "lr": 1e-2, "scale_parameter": True}, "lr_scheduler": {"type": "constant"}},
     ),
     "prodigy": Preset(
         "Prodigy finds the step size itself: base 1, one schedule over the whole run",
@@ -69,3 +71,29 @@ PRESETS: dict[str, Preset] = {
     ),
     "sgd": Preset("SGD with momentum: learning rates far above Adam's", {"optimizer": {"type": "sgd", "lr": 0.1}}),
 }
+"""When evidence ties, the smaller learning rate wins."""
+
+
+def unusual_rates(config: RunConfig) -> Iterator[str]:
+    """A sentence for each base LR outside of its optimizer's usual range."""
+    kind = config.optimizer.type
+    low, high = optimizer_row(kind).usual_lr
+    rates = {"optimizer.lr": config.optimizer.lr}
+    rates |= {f"the LR of group {group.name}": group.lr for group in config.optimizer.groups if group.lr is not None}
+    usual = f"the usual range of {kind} ({low:g} to {high:g})"
+    for name, lr in rates.items():
+        if lr > high:
+            yield f"{name} {lr:g} is above {usual}: the loss may swing or diverge"
+        if lr < low:
+            yield f"{name} {lr:g} is below {usual}: training may hardly move"
+
+
+def small_set_note(config: RunConfig, num_images: int) -> str | None:
+    """For few images and a learning rate that is large for them; None where there is nothing to say."""
+    lr = config.optimizer.lr
+    if num_images > SMALL_SET or not config.optimizer.type.startswith("adam") or lr <= SMALL_SET_LR:
+        return None
+    return (
+        f"{num_images} images are few, and their gradients are noisy: if it overfits, try "
+        f"optimizer.lr={SMALL_SET_LR:g} or fewer updates first"
+    )
