@@ -134,7 +134,7 @@ def sweep(toy_config: Path, tmp_path: Path) -> Callable[..., Path]:
     """Sweep over the toy config in this process, with a probe; the sweep's directory."""
     from toys import WATCHED
 
-    from lora_trainer.cli.sweep import sweep as command
+    from lora_trainer.cli.train import sweep as command
 
     def run(section: str, *overrides: str, name: str = "toy", **options: bool) -> Path:
         command(toy_config, [f"name={name}", WATCHED, f"sweep={section}", *overrides], **options)

@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +28,9 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.places import ENVIRONMENT_FILE
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Conditioning
-from lora_trainer.experiments.lr_finder.analysis import Point, analyse, usual_rules
+from lora_trainer.experiments.lr_finder.analysis import Point, analyse, judge, usual_rules
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
 from lora_trainer.experiments.lr_finder.run import RampObserver, find_lr, run_short
-from lora_trainer.experiments.lr_finder.verification import judge
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.runtime.runtime import joined_processes, start_runtime
 from lora_trainer.storage import atomic_files
@@ -38,6 +38,7 @@ from lora_trainer.tracking.console import Screen
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.fit import train_loop
 from lora_trainer.training.setup import set_up
+from lora_trainer.training.writers import GroupWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "find_lr.json"
@@ -112,7 +113,6 @@ def evaluate_seed(seed: int, store: Store, *, with_forks: bool) -> None:
 def measure_seed(finder: PreparedFinder) -> dict[str, Any]:
     """What the finder says, and what constant learning rates gain, its own among them."""
     found = find_lr(finder, screen=SILENT)
-    points = [each.point for each in found.measured]
     whole = replace(finder, options=replace(finder.options, num_verify_updates=NUM_UPDATES))
 
     def gains(lrs: Sequence[float]) -> list[float | None]:
@@ -122,7 +122,7 @@ def measure_seed(finder: PreparedFinder) -> dict[str, Any]:
         return [reading.gain for reading in judge(runs, found.start_NS).readings]
 
     own: dict[str, Any] = {
-        "ramp": {"finding": _reading(points), "usual_rules": usual_rules(points)},
+        "ramp": {"finding": _reading(found.points), "usual_rules": usual_rules(found.points)},
         "grid": {f"{lr:.2e}": gain for lr, gain in zip(GRID, gains(GRID), strict=True)},
         "suggested_gain": gains([found.reading.suggestion])[0],
     }
@@ -139,9 +139,12 @@ def evaluate_unlearnable(seed: int, store: Store) -> None:
         finder = prepared_finder([*UNLEARNABLE, f"seed={seed}", f"validation.seed={seed}"], NO_SIGNAL_RAMP)
         ramp = RampObserver(finder, SILENT)
         with start_runtime(Launch(), "fp32", 1) as runtime:
-            setup = set_up(finder.ramp_group(), runtime, SILENT, trials_per_pass=1)
+            group = finder.ramp_group()
+            setup = set_up(group, runtime, SILENT, trials_per_pass=1)
             make_unlearnable(setup.denoiser)
-            train_loop(0, setup, None, screen=SILENT, should_stop=lambda: False, on_measure=ramp.observe)
+            with closing(GroupWriter(group, setup, SILENT, lambda: None)) as writer:
+                writer.open(None)
+                train_loop(0, setup, writer, screen=SILENT, should_stop=lambda: False, on_measure=ramp.observe)
         return _reading(ramp.points)
 
     store.get("unlearnable", str(seed), measure=verdict)

@@ -16,7 +16,7 @@ from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.storage.checkpoint import open_checkpoint
 from lora_trainer.training.resume import stored_trial
-from lora_trainer.training.trial_writer import recipe_of
+from lora_trainer.training.writers import recipe_of
 
 Weights = Literal["exported", "raw"]
 
@@ -54,9 +54,8 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
     tensors, metadata = read_lora(lora)
     recipe = read_recipe(metadata)
     if recipe is None:
-        raise ModelError(
-            Problem("the file was not written by lora_trainer", str(lora), fix="convert it with the tool that wrote it")
-        )
+        what, fix = "the file was not written by lora_trainer", "convert it with the tool that wrote it"
+        raise ModelError(Problem(what, str(lora), fix=fix))
     base = find_base(lora, model, None)
     family = open_family(base)
     if is_kohya(tensors):

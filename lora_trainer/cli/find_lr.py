@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 
 from lora_trainer.cli.session import StopRequest, check_platform
 from lora_trainer.config.load import load_config
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, finder_rows, prepare_finder
+from lora_trainer.experiments.lr_finder.record import answer_rows, write_found
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.console import Screen
@@ -26,13 +27,10 @@ def find_lr(config_file: Path, overrides: Sequence[str], options: FinderOptions)
     screen = Screen(silent=not launch.is_main)
     finder = prepare_finder(config, launch, options, screen.track)
     screen.table(f"Plan of find-lr for {config.name}", finder_rows(finder))
-    from lora_trainer.experiments.lr_finder.record import answer_rows, write_found
     from lora_trainer.experiments.lr_finder.run import find_lr as run
 
-    with ExitStack() as stack:
-        if launch.is_main:
-            stack.enter_context(atomic_files.sole_writer(finder.folder, screen.say))
-        stop = stack.enter_context(StopRequest().listening())
+    lock = atomic_files.sole_writer(finder.folder, screen.say) if launch.is_main else nullcontext()
+    with lock, StopRequest().listening() as stop:
         found = run(finder, screen=screen, should_stop=stop)
         if launch.is_main:
             files = write_found(finder, found)

@@ -1,4 +1,4 @@
-"""`lora-trainer plan`: the arithmetic of a run, explained; `lora-trainer presets`: starting points."""
+"""What is known of a run before it starts: `lora-trainer check` and `plan`; `presets`, to start from. Never torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from lora_trainer.cli.session import check_platform
 from lora_trainer.config.learning_rates import PRESETS, small_set_note
 from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.source import Source, set_value
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.planning.prepare import Prepared, plan_rows, prepare
 from lora_trainer.runtime.launch import read_launch
@@ -26,6 +28,30 @@ def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepare
     if num_processes is not None:
         launch = replace(launch, num_processes=num_processes, num_local_processes=num_processes)
     return prepare(config, launch, Screen().track)
+
+
+def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = False) -> None:
+    """Say that the configuration, and unless `config_only` the base and every image and caption, can be used.
+
+    Raises:
+        TrainerError: they cannot; with all problems of the first kind that has any.
+    """
+    check_platform()
+    config = load_config(config_file, overrides)
+    screen = Screen()
+    screen.say(f"configuration  {config_file} can be used")
+    if not config_only:
+        for name, finding in _findings(prepare_plan(config)):
+            screen.say(f"{name:<15}{finding}")
+
+
+def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    plan, base = prepared.plan, prepared.base
+    yield "base", f"{base.path} is a whole {base.family} folder, {prepared.prediction_type} prediction"
+    yield "images", f"{plan.num_images} can be read and have their captions"
+    yield from (("", note) for note in prepared.dataset.notes)
+    yield "targets", f"{plan.num_modules} layers get an adapter"
+    yield from (("warning", warning) for group in plan.lr_groups for warning in group.warnings)
 
 
 def plan(config_file: Path, overrides: Sequence[str], num_processes: int | None) -> None:
@@ -78,13 +104,9 @@ def show_preset(name: str) -> str:
     """
     if name not in PRESETS:
         raise ConfigError(Problem(f"`{name}` is no preset", fix=f"known: {', '.join(PRESETS)}"))
-    preset, text = PRESETS[name], StringIO()
-    nested: dict[str, object] = {}
+    preset, nested, text = PRESETS[name], Source({}), StringIO()
     for key, value in preset.settings.items():
-        section, _, last = key.rpartition(".")
-        inner = nested.setdefault(section, {}) if section else nested
-        assert isinstance(inner, dict)
-        inner[last] = value
-    YAML().dump(nested, text)
+        set_value(nested, key, None, value)
+    YAML().dump(nested.data, text)
     words = " ".join(f"'{word}'" if " " in word else word for word in preset.overrides())
     return f"# {preset.purpose}\n{text.getvalue()}\n# on the command line:\n#   {words}\n"

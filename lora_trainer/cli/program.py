@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import typer
 
 from lora_trainer import __version__
-from lora_trainer.cli.schedules_program import schedules_app
 
 app = typer.Typer(
     name="lora-trainer",
@@ -21,16 +20,43 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+schedules_app = typer.Typer(
+    help="Learning-rate schedules: list, show options, explain, plot. Nothing is trained.", no_args_is_help=True
+)
+app.add_typer(schedules_app, name="schedules")
+
+
+def _above_zero(lr: float | None) -> float | None:
+    if lr is not None and not 0 < lr < float("inf"):
+        raise typer.BadParameter("a learning rate is above 0")
+    return lr
+
+
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML configuration file (docs/config.md).")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the file's.")
+    list[str],
+    typer.Argument(
+        default_factory=list,
+        metavar="[KEY.PATH=VALUE]...",
+        help="Settings that replace the file's.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
+Name = Annotated[str, typer.Argument(help="A schedule's name; `lora-trainer schedules list` has them all.")]
+Words = Annotated[list[str], typer.Argument(metavar="NAME [KEY=VALUE]...", help="A schedule, and options for it.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Updates of the run; default 1000, or the config's.")]
+LR = Annotated[
+    float | None, typer.Option("--lr", callback=_above_zero, help="Base learning rate; default 1e-4, or the config's.")
+]
+Epoch = Annotated[
+    int | None,
+    typer.Option("--epoch-steps", min=1, help="Updates of an epoch; default a tenth of the run, or the config's."),
 ]
 Layout = Literal["kohya", "diffusers"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Weights = Literal["exported", "raw"]
 _debug = False
-
-app.add_typer(schedules_app, name="schedules")
 
 
 @app.callback(invoke_without_command=True)
@@ -52,8 +78,8 @@ def _root(
 )
 def train(
     config: ConfigFile,
-    overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
+    overrides: Overrides,
+    dry_run: DryRun = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move an earlier run of this name aside and start anew.")
     ] = False,
@@ -64,7 +90,7 @@ def train(
     _debug = _debug or debug
     from lora_trainer.cli.train import train as run
 
-    run(config, overrides or [], dry_run=dry_run, fresh=fresh)
+    run(config, overrides, dry_run=dry_run, fresh=fresh)
 
 
 @app.command(
@@ -75,8 +101,8 @@ def train(
 )
 def sweep(
     config: ConfigFile,
-    overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
+    overrides: Overrides,
+    dry_run: DryRun = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move an earlier sweep of this name aside and start anew.")
     ] = False,
@@ -89,15 +115,15 @@ def sweep(
     ] = False,
 ) -> None:
     """Train many trials on one frozen base. The same command resumes; trials and seeds may be added."""
-    from lora_trainer.cli.sweep import sweep as run
-    from lora_trainer.cli.sweep_status import show_status
+    from lora_trainer.cli.train import show_status
+    from lora_trainer.cli.train import sweep as run
 
     if confirm:
-        from lora_trainer.cli.confirm import confirm as run
+        from lora_trainer.cli.train import confirm as run
     if status:
-        show_status(config, overrides or [], confirmation=confirm)
+        show_status(config, overrides, confirmation=confirm)
     else:
-        run(config, overrides or [], dry_run=dry_run, fresh=fresh, measure=measure)
+        run(config, overrides, dry_run=dry_run, fresh=fresh, measure=measure)
 
 
 @app.command(
@@ -165,13 +191,13 @@ def export(
 )
 def check(
     config: ConfigFile,
-    overrides: Overrides = None,
+    overrides: Overrides,
     config_only: Annotated[bool, typer.Option("--config-only", help="Leave base and images alone.")] = False,
 ) -> None:
     """Check a configuration, its base and every image and caption. Never loads torch, trains nothing."""
-    from lora_trainer.cli.check import check as run
+    from lora_trainer.cli.plan import check as run
 
-    run(config, overrides or [], config_only=config_only)
+    run(config, overrides, config_only=config_only)
 
 
 @app.command(
@@ -179,13 +205,13 @@ def check(
 )
 def plan(
     config: ConfigFile,
-    overrides: Overrides = None,
+    overrides: Overrides,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="Plan for this many processes.")] = None,
 ) -> None:
     """Explain batch, accumulation, processes, repeats, epochs, updates and LR of a run. Never loads torch."""
     from lora_trainer.cli.plan import plan as run
 
-    run(config, overrides or [], processes)
+    run(config, overrides, processes)
 
 
 @app.command(
@@ -195,7 +221,7 @@ def plan(
 )
 def find_lr(
     config: ConfigFile,
-    overrides: Overrides = None,
+    overrides: Overrides,
     steps: Annotated[int, typer.Option("--steps", help="Updates of the ramp.")] = 100,
     start_lr: Annotated[
         float | None, typer.Option("--start-lr", help="First LR; default: the optimizer's default / 100.")
@@ -213,7 +239,7 @@ def find_lr(
     from lora_trainer.cli.find_lr import find_lr as run
     from lora_trainer.experiments.lr_finder.prepare import FinderOptions
 
-    run(config, overrides or [], FinderOptions(steps, start_lr, end_lr, images, verify, verify_steps))
+    run(config, overrides, FinderOptions(steps, start_lr, end_lr, images, verify, verify_steps))
 
 
 @app.command(
@@ -254,7 +280,7 @@ def diagnose(
 
     Exit codes: 0 judged, 7 a fault was found (only with --check), 2 the folder holds no run.
     """
-    from lora_trainer.cli.diagnose import diagnose_run
+    from lora_trainer.cli.report import diagnose_run
 
     raise typer.Exit(diagnose_run(run, as_json=as_json, check=check))
 
@@ -269,6 +295,65 @@ def presets(name: Annotated[str | None, typer.Argument(help="Preset to show as s
         Screen().table("Presets (lora-trainer presets NAME shows one)", list_presets())
     else:
         print(show_preset(name), end="")
+
+
+@schedules_app.command("list")
+def list_schedules() -> None:
+    """Every schedule and what it is for."""
+    from lora_trainer.cli.schedules import list_schedules as rows
+    from lora_trainer.tracking.console import Screen
+
+    Screen().table("Schedules (lr_scheduler.type)", rows())
+
+
+@schedules_app.command(epilog="Example:  lora-trainer schedules show cosine")
+def show(name: Name) -> None:
+    """The options of a schedule."""
+    from lora_trainer.cli.schedules import show_options
+    from lora_trainer.tracking.console import Screen
+
+    Screen().table(f"Options of {name}", show_options(name))
+
+
+@schedules_app.command(
+    epilog="Examples:  lora-trainer schedules explain rex --steps 2000 --lr 1e-4   |   "
+    "lora-trainer schedules explain exponential gamma=0.9 --epoch-steps 25"
+)
+def explain(words: Words, steps: Steps = None, lr: LR = None, epoch: Epoch = None) -> None:
+    """Purpose, limits, formula, and what the schedule amounts to over a run."""
+    from lora_trainer.cli.schedules import DEFAULT_LR, example_horizon
+    from lora_trainer.cli.schedules import explain as run
+    from lora_trainer.tracking.console import Screen
+
+    rows = list(run(words, example_horizon(steps, epoch), DEFAULT_LR if lr is None else lr))
+    Screen().table(" ".join(words), rows)
+
+
+@schedules_app.command(
+    epilog="Examples:  lora-trainer schedules plot -o six.png   |   "
+    "lora-trainer schedules plot cosine rex warmup_steps=5% --terminal   |   "
+    "lora-trainer schedules plot --config configs/demo.yaml optimizer.lr=1e-3 -o plan.png"
+)
+def plot(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME|KEY=VALUE]...",
+            help="Schedules, and options for them; default: the six. With --config and no name: its overrides.",
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Lay them over this config's run.")] = None,
+    steps: Steps = None,
+    lr: LR = None,
+    epoch: Epoch = None,
+    every: Annotated[bool, typer.Option("--all", help="Every schedule but `torch`.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG file to write.")] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Draw in the terminal.")] = False,
+) -> None:
+    """Draw the learning rate of each update before any GPU time is spent."""
+    from lora_trainer.cli.schedules import plot as run
+
+    run(names or [], config, steps, lr, epoch, every=every, output=output, terminal=terminal)
 
 
 def main(arguments: list[str] | None = None) -> None:

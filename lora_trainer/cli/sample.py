@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_trainer.config.load import load_config
+from lora_trainer.config.places import CONFIG_FILE
 from lora_trainer.errors import ConfigError, ModelError, Problem
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
@@ -41,17 +42,13 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
 
     from lora_trainer.lora_files.files import read_lora
     from lora_trainer.runtime.runtime import default_device
-    from lora_trainer.training.sampling import png_bytes
+    from lora_trainer.training.denoiser import png_bytes
 
     tensors, _ = read_lora(lora)
     if any(key.endswith(".dora_scale") for key in tensors):
-        raise ModelError(
-            Problem(
-                "diffusers drops the DoRA magnitudes of a file in kohya's layout",
-                str(lora),
-                fix="sample from diffusers/pytorch_lora_weights.safetensors beside it",
-            )
-        )
+        what = "diffusers drops the DoRA magnitudes of a file in kohya's layout"
+        fix = "sample from diffusers/pytorch_lora_weights.safetensors beside it"
+        raise ModelError(Problem(what, str(lora), fix=fix))
     pipeline = open_family(base).load_pipeline()
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="lora")
     pipeline.set_adapters(["lora"], adapter_weights=[request.lora_scale])
@@ -85,12 +82,11 @@ def find_base(lora: Path, model: str | None, revision: str | None) -> BaseFolder
     if model is not None:
         return open_base(model, revision)
     for folder in (lora.parent, lora.parent.parent):
-        if (folder / "config.yaml").is_file():
-            said = load_config(folder / "config.yaml").model
-            return open_base(said.path, said.revision, said.family)
-    raise ConfigError(
-        Problem("which base? The LoRA lies in no run directory", str(lora), fix="add --model path/to/diffusers-folder")
-    )
+        if (folder / CONFIG_FILE).is_file():
+            section = load_config(folder / CONFIG_FILE).model
+            return open_base(section.path, section.revision, section.family)
+    what, fix = "which base? The LoRA lies in no run directory", "add --model path/to/diffusers-folder"
+    raise ConfigError(Problem(what, str(lora), fix=fix))
 
 
 def _slug(prompt: str) -> str:

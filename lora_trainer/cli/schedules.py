@@ -19,7 +19,6 @@ from lora_trainer.config.load import check_source, load_config
 from lora_trainer.config.source import Source
 from lora_trainer.config.structure import option_rows
 from lora_trainer.errors import ConfigError, HostError, Problem
-from lora_trainer.planning.prepare import Prepared
 from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
 from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
@@ -61,8 +60,8 @@ def show_options(name: str) -> Iterator[tuple[str, str]]:
     """Each option with its values, default and meaning."""
     for key, values, default, text in option_rows(_options_class(name)):
         if key != "type":
-            told = "required" if default == "**required**" else f"default {default}"
-            yield key, f"{values}; {told}. {text}".replace("`", "")
+            need = "required" if default == "**required**" else f"default {default}"
+            yield key, f"{values}; {need}. {text}".replace("`", "")
 
 
 def explain(words: Sequence[str], horizon: Horizon, lr: float) -> Iterator[tuple[str, str]]:
@@ -83,19 +82,16 @@ def explain(words: Sequence[str], horizon: Horizon, lr: float) -> Iterator[tuple
     yield "formula", " ".join((options.__doc__ or "").split())
     (preview,) = named_previews(words, horizon, lr)
     yield from fact_rows(preview)
-    shrink = preview.facts.shrink(WEIGHT_DECAY)
-    yield (
-        "weight decay",
-        f"{WEIGHT_DECAY} alone shrinks a weight by {shrink:.2%} over the run (1 - exp(-wd x sum of LRs))",
-    )
+    shrink = f"{WEIGHT_DECAY} alone shrinks a weight by {preview.facts.shrink(WEIGHT_DECAY):.2%} over the run"
+    yield "weight decay", f"{shrink} (1 - exp(-wd x sum of LRs))"
     yield "in a config", f"lr_scheduler: {json.dumps(_written(preview.options))}"
 
 
 def fact_rows(preview: Preview) -> Iterator[tuple[str, str]]:
     """The numbers of a schedule over its run."""
     facts, num_updates = preview.facts, preview.schedule.horizon.num_updates
-    told = ", ".join(f"{key} {json.dumps(value)}" for key, value in _written(preview.options).items() if key != "type")
-    yield "options", told or "all at their defaults"
+    options = [f"{key} {json.dumps(value)}" for key, value in _written(preview.options).items() if key != "type"]
+    yield "options", ", ".join(options) or "all at their defaults"
     yield "over a run of", f"{num_updates} updates, {preview.schedule.horizon.updates_per_epoch} an epoch"
     yield "learning rate", f"first {facts.first:.3e}, peak {facts.peak:.3e}, last {facts.last:.3e}"
     yield "LR budget", f"{facts.budget:.2f} of constant training at the base LR"
@@ -129,7 +125,10 @@ def previews(
     horizon = Horizon(steps or planned.num_updates, updates_per_epoch or planned.updates_per_epoch)
     if names:
         return named_previews(words, horizon, prepared.config.optimizer.lr if lr is None else lr)
-    return config_previews(prepared, horizon, lr)
+    return [
+        _preview(f"{group.name}: {group.options.type}", group.options, horizon, group.base_lr if lr is None else lr)
+        for group in lay_groups(prepared.config, horizon, prepared.base.denoiser)
+    ]
 
 
 def example_horizon(steps: int | None, updates_per_epoch: int | None) -> Horizon:
@@ -138,45 +137,36 @@ def example_horizon(steps: int | None, updates_per_epoch: int | None) -> Horizon
     return Horizon(num_updates, updates_per_epoch or max(1, num_updates // 10))
 
 
-def config_previews(prepared: Prepared, horizon: Horizon, lr: float | None) -> list[Preview]:
-    """The schedules of a config's groups over this run."""
-    shown = []
-    for group in lay_groups(prepared.config, horizon, prepared.base.denoiser):
-        facts = facts_of(group.options, group.schedule, group.base_lr if lr is None else lr)
-        shown.append(Preview(f"{group.name}: {group.options.type}", group.schedule, facts, group.options))
-    return shown
-
-
 def named_previews(words: Sequence[str], horizon: Horizon, lr: float) -> list[Preview]:
     """The named schedules, or the classic six, with the options among the words."""
     names, options = _split(words)
     chosen = names or list(CLASSIC)
     taken = {key for name in chosen for key in _options_class(name).model_fields}
-    nobodys = options.keys() - taken  # given to every schedule, so that the refusal says who would take them
     shown = []
-    for name in chosen:
-        own = {
-            key: value for key, value in options.items() if key in _options_class(name).model_fields or key in nobodys
-        }
-        shown.append(_preview(name, own, horizon, lr))
+    for name in chosen:  # an option that nobody has goes to all, so that the refusal says who would take it
+        fields = _options_class(name).model_fields
+        given = {key: value for key, value in options.items() if key in fields or key not in taken}
+        try:
+            shown.append(_preview(name, _checked_options(name, given), horizon, lr))
+        except ScheduleError as error:
+            raise ConfigError(Problem(f"{name}: {error}", fix=f"lora-trainer schedules show {name}")) from None
     return shown
 
 
-def _preview(name: str, own: Mapping[str, Any], horizon: Horizon, lr: float) -> Preview:
-    """A schedule laid over a run, checked as in a configuration.
+def _checked_options(name: str, given: Mapping[str, Any]) -> ScheduleOptions:
+    """The options of a schedule, checked as in a configuration.
 
-    Options that it requires, and those that show its form where none of its own are given, come from its example.
+    Those that it requires, and those that show its form where none of its own are given, come from its example.
     """
     kind = _options_class(name)
-    whole = not set(own) - _SHARED
+    whole = not set(given) - _SHARED
     example = {key: value for key, value in kind.example.items() if whole or kind.model_fields[key].is_required()}
-    written = {**example, **own, "type": name}
-    options = check_source(Source({**_PREVIEW, "lr_scheduler": written})).lr_scheduler
-    try:
-        schedule = options.resolve(horizon)
-        return Preview(name, schedule, facts_of(options, schedule, lr), options)
-    except ScheduleError as error:
-        raise ConfigError(Problem(f"{name}: {error}", fix=f"lora-trainer schedules show {name}")) from None
+    return check_source(Source({**_PREVIEW, "lr_scheduler": {**example, **given, "type": name}})).lr_scheduler
+
+
+def _preview(label: str, options: ScheduleOptions, horizon: Horizon, lr: float) -> Preview:
+    schedule = options.resolve(horizon)
+    return Preview(label, schedule, facts_of(options, schedule, lr), options)
 
 
 def plot(
@@ -215,10 +205,8 @@ def plot(
         try:
             draw_schedules(curves, output, title=title, updates_per_epoch=per_epoch)
         except OSError as error:
-            fault = Problem(
-                "the picture cannot be written", f"--output {output}", error.strerror, "choose another place"
-            )
-            raise HostError(fault) from error
+            what, fix = "the picture cannot be written", "choose another place"
+            raise HostError(Problem(what, f"--output {output}", error.strerror, fix)) from error
         screen.say(f"\nwrote {output}")
 
 

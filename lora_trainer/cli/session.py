@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -12,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from lora_trainer.config.places import EXIT_FILE
 from lora_trainer.errors import HostError, Problem, StoppedBySignal, TrainerError
-from lora_trainer.storage import atomic_files
+from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import Screen
 
 ECHO_S = 1.0
@@ -79,7 +81,25 @@ def report_error(error: TrainerError, *, debug: bool) -> int:
 def record_exit(run_dir: Path, code: int, status: str, message: str) -> None:
     """`exit.json`: the code, which `accelerate launch` would turn into 1, and the first line of the message."""
     with suppress(OSError):  # on a full disk the exit code itself still says it
-        atomic_files.write_json(run_dir / "exit.json", {"code": code, "status": status, "message": message})
+        atomic_files.write_json(run_dir / EXIT_FILE, {"code": code, "status": status, "message": message})
+
+
+@contextmanager
+def writing(run_dir: Path, screen: Screen, *, fresh: bool) -> Iterator[None]:
+    """Be the only writer of a run's directory, and leave the code of a fault inside the block in its `exit.json`.
+
+    Args:
+        fresh: move an earlier run aside first.
+    """
+    with atomic_files.sole_writer(run_dir, screen.say):
+        if fresh:
+            _set_aside(run_dir, screen)
+        try:
+            with disk_space.faults_in_words():
+                yield
+        except TrainerError as error:
+            record_exit(run_dir, error.exit_code, error.title, str(error.problems[0].what))
+            raise
 
 
 def check_platform() -> None:
@@ -89,21 +109,17 @@ def check_platform() -> None:
         HostError: this is another system.
     """
     if sys.platform != "linux":
-        raise HostError(
-            Problem(
-                f"lora_trainer runs on Linux and WSL2, not on {sys.platform}", fix="on Windows, start it inside WSL2"
-            )
-        )
+        what = f"lora_trainer runs on Linux and WSL2, not on {sys.platform}"
+        raise HostError(Problem(what, fix="on Windows, start it inside WSL2"))
 
 
-def set_aside(run_dir: Path, screen: Screen) -> None:
+def _set_aside(run_dir: Path, screen: Screen) -> None:
     """Move an old run's files to `<name>.before-1` (2, 3 ...) beside its directory, so that a new run starts empty."""
     old = [path for path in run_dir.iterdir() if path.name != ".lock"]
     if not old:
         return
-    number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.before-{number}")).exists():
-        number += 1
+    numbered = (run_dir.with_name(f"{run_dir.name}.before-{number}") for number in itertools.count(1))
+    aside = next(folder for folder in numbered if not folder.exists())
     atomic_files.make_folder(aside)
     for path in old:
         atomic_files.rename(path, aside / path.name)

@@ -1,21 +1,57 @@
-"""`lora-trainer train`: plan, train, say where everything is."""
+"""`lora-trainer train` and `sweep`: plan, train, report, say where everything is.
+
+A sweep may begin with short runs that choose learning rates. `--confirm` after a finished sweep trains its leaders
+again, on fresh seeds, and writes one report over both; `--status` says where it stands.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_trainer.cli.session import StopRequest, check_platform, record_exit, set_aside
-from lora_trainer.config.load import load_config
-from lora_trainer.config.places import CURVES_FILE, METRICS_FILE, report_file, run_directory
-from lora_trainer.errors import ExitCode, NumericStop, Problem, TrainerError
+from lora_trainer.cli.session import StopRequest, check_platform, record_exit, writing
+from lora_trainer.config.load import load_config, to_yaml
+from lora_trainer.config.places import (
+    CONFIG_FILE,
+    CURVES_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    report_file,
+    run_directory,
+)
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.trials import TrialConfig, load_sweep
+from lora_trainer.errors import ConfigError, ExitCode, NumericStop, Problem
+from lora_trainer.evidence.statistics.paired import levels
+from lora_trainer.experiments.sweep import record
+from lora_trainer.experiments.sweep.derived import confirmation_directory, plan_confirmation, plan_short_runs
+from lora_trainer.experiments.sweep.prepare import (
+    PreparedSweep,
+    prepare_sweep,
+    sweep_rows,
+    trials_of,
+    trials_to_drop,
+    without,
+)
+from lora_trainer.experiments.sweep.record import Json, unfinished_trials
 from lora_trainer.planning.prepare import Prepared, files_to_come, plan_rows, prepare
 from lora_trainer.report.page import write_report
-from lora_trainer.report.pictures import draw_curves
+from lora_trainer.report.pictures import Curve, draw_curves, draw_schedules, terminal_plot
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import Screen
+from lora_trainer.training.group import TrialGroup, solo_group
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+LR_CURVES = "lr-curves.png"
 
 
 def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False) -> None:
@@ -27,52 +63,276 @@ def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False,
     check_platform()
     config = load_config(config_file, overrides)
     if config.sweep is not None:
-        from lora_trainer.cli.sweep import sweep
-
         sweep(config_file, overrides, dry_run=dry_run, fresh=fresh)
         return
+    with starting(config, dry_run=dry_run, fresh=fresh) as start, start.writing(config):
+        prepared = prepare(config, start.launch, start.screen.track)
+        start.screen.table(f"Plan of {config.name}", plan_rows(prepared))
+        if not dry_run:
+            start.train_run(prepared)
+
+
+def sweep(
+    config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False, measure: bool = False
+) -> None:
+    """Run a sweep to its end, or print its plan.
+
+    Args:
+        measure: add to a printed plan what a few updates of each group took.
+
+    Raises:
+        TrainerError: whatever went wrong, with its exit code; also recorded in the sweep directory's exit.json.
+    """
+    check_platform()
+    config, trials = _load(config_file, overrides)
+    with starting(config, dry_run=dry_run, fresh=fresh, measure=measure) as start:
+        short = plan_short_runs(config, trials)
+        screened: dict[str, str] = {}
+        if short is not None:
+            aim = f"choose {short.keep} of the LRs of each setting"
+            start.screen.say(f"first: short runs of {short.num_updates} updates {aim}")
+            start.train_sweep(*load_sweep(config_file, [*overrides, *short.overrides]))
+            done = record.read_sweep(short.folder)
+            screened = start.agree(short.dropped_arms(done) if done and not unfinished_trials(done) else {})
+        start.train_sweep(config, trials, screened)
+
+
+def confirm(
+    config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False, measure: bool = False
+) -> None:
+    """Choose the leaders, run the sweep that confirms them, and write the report of the sweep anew with its answer.
+
+    Raises:
+        TrainerError: the sweep is not finished, or whatever `sweep` raises.
+    """
+    config, _ = _load(config_file, overrides)
     launch = read_launch(config)
     screen = Screen(silent=not launch.is_main)
-    run_dir = run_directory(config)
+    chosen = plan_confirmation(config, anew=fresh)
+    rows = [(arm, f"held-out loss {loss:.4f} of the base's, mean of its seeds") for arm, loss in chosen.losses.items()]
+    rows.append(("fresh seeds", ", ".join(map(str, chosen.seeds))))
+    screen.table("Leaders, as an earlier start chose them" if chosen.began else "Leaders", rows)
+    sweep(config_file, [*overrides, *chosen.overrides], dry_run=dry_run, fresh=fresh, measure=measure)
+    if launch.is_main and not dry_run:
+        page = report_file(config)
+        sentence = write_report([page.parent], page, confirm=[confirmation_directory(config)])
+        screen.say(f"\n{sentence}\nreport: {page}")
+
+
+def _load(config_file: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[TrialConfig]]:
+    """The configuration of a sweep and those of its trials.
+
+    Raises:
+        ConfigError: it has no `sweep` section, or as `load_sweep`.
+    """
+    if load_config(config_file, overrides).sweep is None:
+        what = "there is no `sweep` section, so there are no trials to compare"
+        fix = "add one, as in sweep: {grid: {optimizer.lr: [1e-4, 3e-4]}} (docs/sweeps.md), or use train"
+        raise ConfigError(Problem(what, str(config_file), fix=fix))
+    return load_sweep(config_file, overrides)
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run or a sweep was started."""
+
+    launch: Launch
+    screen: Screen
+    stop: StopRequest
+    stack: ExitStack
+    """Closed at the end of this start."""
+    dry_run: bool
+    fresh: bool
+    measure: bool
+
+    @cached_property
+    def joined(self) -> PartialState:
+        """The processes, which find each other on first use: a second time is unreliable."""
+        from lora_trainer.runtime.runtime import joined_processes
+
+        return self.stack.enter_context(joined_processes(self.launch))
+
+    def writing(self, config: RunConfig) -> AbstractContextManager[None]:
+        """Be the only writer of a directory, where this process writes at all."""
+        if self.dry_run or not self.launch.is_main:
+            return nullcontext()
+        return writing(run_directory(config), self.screen, fresh=self.fresh)
+
+    def train_run(self, prepared: Prepared) -> None:
+        """Train a run to its end, and report."""
+        from lora_trainer.training.fit import fit
+
+        name, run_dir = prepared.config.name, prepared.run_dir
+        result = fit(solo_group(prepared), screen=self.screen, should_stop=self.stop)
+        if (ending := result.endings[name]) is not None:
+            what = f"training stopped after step {ending.step}, which is saved: {ending.reason}"
+            fix = (
+                "lower optimizer.lr (a tenth), use bf16 or fp32, look at the images named; the run goes on "
+                "with the change and 'resume.allow_changes=[optimizer.lr]' (the key that you changed)"
+            )
+            raise NumericStop(Problem(what, str(run_dir), fix=fix))
+        if result.was_finished:
+            self.screen.say("this run is finished; nothing to do")
+        if self.launch.is_main:
+            record_exit(run_dir, ExitCode.DONE, "finished", f"{result.step} updates")  # the report tells of it
+            if not (result.was_finished and report_file(prepared.config).is_file()):
+                draw_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE, name)
+                write_report([run_dir], report_file(prepared.config))
+        self.screen.table("Done", [(file.name, str(file)) for file in files_to_come(prepared.config)])
+
+    def agree(self, screened: dict[str, str]) -> dict[str, str]:
+        """What the main process read, where several train: the others may have read before it wrote."""
+        if self.launch.num_processes == 1 or (self.dry_run and not self.measure):
+            return screened
+        from lora_trainer.runtime.runtime import from_main
+
+        return dict(from_main(self.launch, screened))
+
+    def train_sweep(
+        self, config: RunConfig, trials: Sequence[TrialConfig], screened: Mapping[str, str] | None = None
+    ) -> None:
+        """Plan a sweep and train it to its end.
+
+        Args:
+            screened: arms that short runs left out, with the reason.
+        """
+        with self.writing(config):
+            whole = prepare_sweep(config, trials, self.launch, self.screen.track)
+            left_out = {k: v for group in whole.groups for k, v in trials_of(group, screened or {}).items()}
+            prepared = whole.left_with(left_out)
+            self.screen.table(f"Plan of {config.name}", [*sweep_rows(prepared), *left_out.items()])
+            if self.dry_run:
+                self._show(prepared)
+            else:
+                described = record.describe_sweep(config.name, whole.groups, whole.before)
+                self._train_groups(prepared, record.without_dropped(described, left_out))
+
+    def _show(self, prepared: PreparedSweep) -> None:
+        """What a plan shows beyond its rows."""
+        if curves := _curves(prepared.groups):
+            width = min(100, shutil.get_terminal_size().columns)
+            self.screen.say("\n" + terminal_plot(curves, title=prepared.config.name, width=width))
+        if self.measure:
+            self.screen.table("Measured on this machine", list(self._measured_rows(prepared)))
+
+    def _measured_rows(self, prepared: PreparedSweep) -> Iterator[tuple[str, str]]:
+        """Time and memory of each group, by a few updates of it."""
+        from lora_trainer.training.fit import estimate
+
+        joined, seconds = self.joined, 0.0
+        for group in prepared.groups:
+            cost = estimate(group, screen=self.screen, joined=joined)
+            seconds += cost.seconds
+            activations = f"activations of {disk_space.mib(cost.activation_bytes)} per trial"
+            peak = f"peak memory {cost.peak_memory_gib:.1f} GiB"
+            yield (
+                group.name,
+                f"{cost.trials_per_pass} trials per pass, {activations}, {peak}, {_duration(cost.seconds)}",
+            )
+        yield "in all", f"{_duration(seconds)}, without exports and samples"
+
+    def _train_groups(self, prepared: PreparedSweep, content: Json) -> None:
+        """Train group after group, keep `sweep.json` up to date, and report.
+
+        Args:
+            content: of `sweep.json`, as planned.
+        """
+        from lora_trainer.runtime.runtime import from_main
+        from lora_trainer.training.fit import fit
+
+        sweep_dir, finished = run_directory(prepared.config), list[str]()
+
+        def save() -> None:
+            if self.launch.is_main:
+                atomic_files.write_json(sweep_dir / record.FILE, record.refreshed(content, sweep_dir, finished))
+
+        if self.launch.is_main:
+            atomic_files.write_file(sweep_dir / CONFIG_FILE, to_yaml(prepared.config).encode())
+            if prepared.groups:
+                draw_schedules(_curves(prepared.groups), sweep_dir / LR_CURVES, title=prepared.config.name)
+        save()
+        joined = self.joined
+        for number, planned in enumerate(prepared.groups, start=1):
+            now = record.refreshed(content, sweep_dir, finished)
+            dropped = from_main(self.launch, trials_to_drop(planned, now))
+            content = record.without_dropped(content, dropped)
+            place = f"{number} of {len(prepared.groups)}"
+            self.screen.say(f"\ngroup {planned.name} ({place}): {len(planned.members) - len(dropped)} trials")
+            for name, reason in dropped.items():
+                self.screen.say(f"{name} is not trained: {reason}")
+            save()
+            if (group := without(planned, dropped)) is not None:
+                fit(group, screen=self.screen, should_stop=self.stop, on_save=save, joined=joined)
+            finished.append(planned.name)
+            save()
+        if self.launch.is_main:
+            sentence = write_report([sweep_dir], sweep_dir / REPORT_FILE)
+            record_exit(sweep_dir, ExitCode.DONE, "finished", f"{len(content['trials'])} trials")
+            self.screen.table("Done", result_rows(record.refreshed(content, sweep_dir, finished)))
+            self.screen.say(f"\n{sentence}\nresults: {sweep_dir / record.FILE}\nreport: {sweep_dir / REPORT_FILE}")
+
+
+@contextmanager
+def starting(config: RunConfig, *, dry_run: bool, fresh: bool, measure: bool = False) -> Iterator[Start]:
+    """Listen to signals inside the block, and say in words where the disk is full."""
+    launch = read_launch(config)
     with ExitStack() as stack:
         stack.enter_context(disk_space.faults_in_words())
         stop = stack.enter_context(StopRequest().listening())
-        if launch.is_main and not dry_run:
-            stack.enter_context(atomic_files.sole_writer(run_dir, screen.say))
-            if fresh:
-                set_aside(run_dir, screen)
-        try:
-            with disk_space.faults_in_words():
-                prepared = prepare(config, launch, screen.track)
-                screen.table(f"Plan of {config.name}", plan_rows(prepared))
-                if not dry_run:
-                    _train(prepared, launch, screen, stop)
-        except TrainerError as error:
-            if launch.is_main and not dry_run:
-                record_exit(run_dir, error.exit_code, error.title, str(error.problems[0].what))
-            raise
+        yield Start(launch, Screen(silent=not launch.is_main), stop, stack, dry_run, fresh, measure)
 
 
-def _train(prepared: Prepared, launch: Launch, screen: Screen, stop: StopRequest) -> None:
-    from lora_trainer.training.fit import fit
-    from lora_trainer.training.group import solo_group
+def _duration(seconds: float) -> str:
+    return f"about {timedelta(seconds=round(seconds))} h"
 
-    name, run_dir = prepared.config.name, prepared.run_dir
-    result = fit(solo_group(prepared), screen=screen, should_stop=stop)
-    if (ending := result.endings[name]) is not None:
-        raise NumericStop(
-            Problem(
-                f"training stopped after step {ending.step}, which is saved: {ending.reason}",
-                str(run_dir),
-                fix="lower optimizer.lr (a tenth), use bf16 or fp32, look at the images named; the run goes on "
-                "with the change and 'resume.allow_changes=[optimizer.lr]' (the key that you changed)",
-            )
-        )
-    if result.was_finished:
-        screen.say("this run is finished; nothing to do")
-    if launch.is_main:
-        record_exit(run_dir, ExitCode.DONE, "finished", f"{result.step} updates")  # the report tells of it
-        if not (result.was_finished and report_file(prepared.config).is_file()):
-            draw_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE, name)
-            write_report([run_dir], report_file(prepared.config))
-    screen.table("Done", [(file.name, str(file)) for file in files_to_come(prepared.config)])
+
+def _curves(groups: Sequence[TrialGroup]) -> list[Curve]:
+    """The LR of each arm of the first seed; other seeds have the same."""
+    curves: dict[str, Curve] = {}
+    for member in (member for group in groups for member in group.members):
+        if (arm := member.trial.arm) not in curves:
+            first = member.prepared.lr_groups()[0]
+            curves[arm] = Curve(arm, [first.lr(k) for k in range(member.prepared.plan.num_updates)])
+    return list(curves.values())
+
+
+def show_status(config_file: Path, overrides: Sequence[str], *, confirmation: bool = False) -> None:
+    """Say where a sweep stands, or its confirmation, from its files alone.
+
+    Raises:
+        ConfigError: it was never started.
+    """
+    config = load_config(config_file, overrides)
+    sweep_dir = confirmation_directory(config) if confirmation else run_directory(config)
+    content = record.read_sweep(sweep_dir)
+    if content is None:
+        raise ConfigError(Problem("no sweep has been started here", str(sweep_dir), fix="start it without --status"))
+    now = record.refreshed(content, sweep_dir)
+    num_ended = len(now["trials"]) - len(unfinished_trials(now))
+    groups = [
+        (g["name"], f"{g['status']}, update {g['step']} of {g['num_updates']}, {len(g['trials'])} trials")
+        for g in now["groups"]
+    ]
+    screen = Screen()
+    screen.table(f"{now['name']}: {num_ended} of {len(now['trials'])} trials ended", groups)
+    screen.table("Trials, the best so far first", result_rows(now))
+
+
+def result_rows(content: Json) -> Iterator[tuple[str, str]]:
+    """Trials by their last held-out loss, or their smallest while they are trained, relative to the base's.
+
+    Those of equal loss stand in the order of the sweep.
+    """
+
+    def loss(trial: Json) -> float:
+        probe = trial["final"] or trial["best"]
+        return probe["relative"] if probe else float("inf")
+
+    level = levels(map(loss, content["trials"]))
+    for trial in sorted(content["trials"], key=lambda trial: level[loss(trial)]):
+        words = [f"{trial['status']} at {trial['step']}/{trial['num_updates']}"]
+        probes = {name: trial[name] for name in ("final", "best") if trial[name] is not None}
+        words += [f"{name} {probe['relative']:.4f} (step {probe['step']})" for name, probe in probes.items()]
+        if trial["reason"]:
+            words.append(trial["reason"])
+        yield trial["name"], ", ".join(words)

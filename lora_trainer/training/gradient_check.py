@@ -7,8 +7,9 @@ first updates; the steady loop pays nothing for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -34,39 +35,29 @@ def checks_due(trial: Trial, bank: AdapterBank, seed: int, step: int) -> Iterato
     """The checks that fall after this many updates, the last of which was applied and still has its gradients."""
     applied = step - trial.skips.total
     if applied == 1:
-        yield _gradients(trial)
+        up = {name: p for name, p in trial.parameters.items() if ".lora_B" in name}
+        flags = {name: (p.new_zeros(1) if p.grad is None else p.grad).any() for name, p in up.items()}
+        reason = "its gradient is exactly 0: the layer takes no part in the forward pass, or its input is 0"
+        yield GradientCheck("every B has a gradient", len(flags), dict.fromkeys(_unset(flags), reason))
     if applied == _second_moving_update(trial):
-        yield _movement(trial, bank, seed, step)
+        initial = bank.initial(trial.adapter, seed)
+        weights = {name: p.detach() for name, p in trial.parameters.items() if ".lora_A" in name or ".lora_B" in name}
+        flags = {name: (p != initial(name).to(p.device)).any() for name, p in weights.items()}
+        reasons = {name: _reason(trial.group_of[name], step) for name in _unset(flags)}
+        yield GradientCheck("every A and B has moved", len(flags), reasons)
+
+
+def _unset(flags: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of the flags that are False; one wait for the device."""
+    values = torch.stack([*flags.values()]).tolist()
+    return [name for name, value in zip(flags, values, strict=True) if not value]
 
 
 def _second_moving_update(trial: Trial) -> int | None:
     """The 1-based number of the second update in which any group has a learning rate above 0."""
-    moving = 0
-    for k in range(trial.groups[0].schedule.horizon.num_updates):
-        moving += any(group.lr(k) > 0 for group in trial.groups)
-        if moving == 2:
-            return k + 1
-    return None
-
-
-def _gradients(trial: Trial) -> GradientCheck:
-    tensors = {name: p for name, p in trial.parameters.items() if ".lora_B" in name}
-    nonzero = [p.new_zeros(()) if p.grad is None else p.grad.count_nonzero().float() for p in tensors.values()]
-    counts = torch.stack(nonzero).tolist()
-    silent = [name for name, count in zip(tensors, counts, strict=True) if count == 0]
-    reason = "its gradient is exactly 0: the layer takes no part in the forward pass, or its input is 0"
-    return GradientCheck("every B has a gradient", len(tensors), dict.fromkeys(silent, reason))
-
-
-def _movement(trial: Trial, bank: AdapterBank, seed: int, step: int) -> GradientCheck:
-    tensors = {name: p.detach() for name, p in trial.parameters.items() if ".lora_A" in name or ".lora_B" in name}
-    initial = bank.initial(trial.adapter, seed)
-    moved = [(p != initial(name).to(p.device)).any() for name, p in tensors.items()]
-    flags = torch.stack(moved).tolist()
-    still = [name for name, flag in zip(tensors, flags, strict=True) if not flag]
-    return GradientCheck(
-        "every A and B has moved", len(tensors), {name: _reason(trial.group_of(name), step) for name in still}
-    )
+    num_updates = trial.groups[0].schedule.horizon.num_updates
+    moving = (k + 1 for k in range(num_updates) if any(group.lr(k) > 0 for group in trial.groups))
+    return next(islice(moving, 1, None), None)
 
 
 def _reason(group: LRGroup, step: int) -> str:

@@ -16,8 +16,6 @@ from lora_trainer.config.schema import PruneConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.planning.prepare import Prepared
 
-MAX_SKIPS_IN_A_ROW = 3
-
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefix:
@@ -51,7 +49,7 @@ class TrialGroup:
     trials_per_pass: int | Literal["auto"] = 1
     """Adapters that share a forward."""
     prune: PruneConfig = field(default_factory=PruneConfig)
-    max_skips: int = MAX_SKIPS_IN_A_ROW
+    max_skips: int = 3
     """Updates in a row with non-finite numbers after which a trial has failed."""
     log_only: bool = False
     """Write logs and nothing else: no checkpoints, exports, samples or diagnosis."""

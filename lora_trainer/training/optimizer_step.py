@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_trainer.config.schema import RunConfig
 from lora_trainer.data.batches import BatchSource
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Conditioning, Slot
@@ -67,21 +68,15 @@ class OptimizerStep:
 
     Args:
         passes: the trials of each forward; together they are all K trials.
+        config: any trial's; seed and period of the base's loss are those of all.
         max_skips: non-finite updates in a row after which a trial has failed.
     """
 
     def __init__(
-        self,
-        denoiser: AdaptedDenoiser,
-        batches: BatchSource,
-        passes: Passes,
-        *,
-        seed: int,
-        base_loss_every: int | None,
-        max_skips: int,
+        self, denoiser: AdaptedDenoiser, batches: BatchSource, passes: Passes, config: RunConfig, *, max_skips: int
     ) -> None:
         self._denoiser, self._batches, self._runtime = denoiser, batches, denoiser.runtime
-        self._seed, self._base_loss_every, self._max_skips = seed, base_loss_every, max_skips
+        self._seed, self._base_loss_every, self._max_skips = config.seed, config.tracking.base_loss_every, max_skips
         self._passes = [tuple(members) for members in passes]
         self.trials = [trial for members in self._passes for trial in members]
         self._rows = {trial.name: row for row, trial in enumerate(self.trials)}
@@ -120,9 +115,10 @@ class OptimizerStep:
         applied: dict[Trial, TrialUpdate] = {}
         faults: dict[Trial, str] = {}
         for trial, norm in norms_of.items():
-            loss = losses[self._rows[trial.name]]
+            loss, limit = losses[self._rows[trial.name]], trial.config.train.max_grad_norm
             if (fault := trial.fault(loss, norm)) is None:
-                applied[trial] = _apply(trial, k, loss, norm)
+                lrs, clipped = trial.apply_update(k), limit is not None and norm > limit
+                applied[trial] = TrialUpdate(loss, norm, clipped, lrs, step_size(trial.optimizer))
             else:
                 faults[trial] = fault
         files = tuple(self._runtime.from_all(sums.files) if faults else sums.files)
@@ -147,7 +143,7 @@ class OptimizerStep:
                 self._reduce(self._gradients(0, with_base=False).losses, stop_asked=False)
                 unsettled = [trial for trial in unsettled if not trial.settle_scale(has_halved=halvings > 0)]
         for trial in self.trials:
-            trial.clear_gradients()
+            trial.optimizer.zero_grad()
 
     def activation_bytes(self) -> int:
         """What the forward of one micro-batch keeps for its backward, per trial. Changes nothing."""
@@ -173,7 +169,7 @@ class OptimizerStep:
     def _gradients(self, k: int, *, with_base: bool) -> _Sums:
         """Gradients of update k from the slots of this process, in the parameters; and what they come from."""
         for trial in self.trials:
-            trial.clear_gradients()
+            trial.optimizer.zero_grad()
         losses = torch.zeros(len(self.trials) + 1, device=self._runtime.device)
         sums = _Sums(self._batches.num_samples_of(k), losses)
         for micro_step in range(self._batches.accumulation):
@@ -220,19 +216,9 @@ class OptimizerStep:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in parameters if p.grad is not None]
         wish = torch.full((1,), float(stop_asked), device=losses.device)
-        flat = torch.cat([*(g.reshape(-1) for g in gradients), losses, wish])
-        flat = self._runtime.sum_over_processes(flat)
-        offset = 0
-        for gradient in gradients:
-            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-            offset += gradient.numel()
-        losses.copy_(flat[offset:-1])
-        return bool(flat[-1] > 0)
-
-
-def _apply(trial: Trial, k: int, loss: float, norm: float) -> TrialUpdate:
-    limit = trial.config.train.max_grad_norm
-    lrs = trial.apply_update(k)
-    return TrialUpdate(loss, norm, limit is not None and norm > limit, lrs, step_size(trial.optimizer))
+        tensors = [*(p.grad for p in parameters if p.grad is not None), losses, wish]
+        flat = self._runtime.sum_over_processes(torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+        return bool(wish > 0)

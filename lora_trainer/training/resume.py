@@ -8,11 +8,11 @@ and a second counter for skipped updates; it is read as if format 2 had written 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_trainer.config.identity import Identity, compare, difference, refusal
+from lora_trainer.config.identity import compare, difference, refusal
 from lora_trainer.config.places import METRICS_FILE, lora_file
 from lora_trainer.errors import ConfigError, HostError, Problem
 from lora_trainer.planning.prepare import Prepared
@@ -20,8 +20,7 @@ from lora_trainer.runtime.runtime import Runtime, from_main
 from lora_trainer.storage.checkpoint import Checkpoint, newest_checkpoint
 from lora_trainer.tracking.console import Screen
 from lora_trainer.training.group import TrialGroup
-from lora_trainer.training.setup import Setup
-from lora_trainer.training.trial import Skips, Tensors
+from lora_trainer.training.trial import Ending, Skips, Tensors, Trial
 
 FORMAT_1_COMPONENT = "unet"
 """What every adapter of format 1 was on."""
@@ -39,9 +38,11 @@ class ResumePoint:
     names: Mapping[str, str]
     """The name that each member had when it was saved."""
 
-    def is_over(self, num_updates: int) -> bool:
-        """Whether no trial goes on."""
-        return self.step >= num_updates or all(trial["ending"] is not None for trial in self.trials.values())
+    @property
+    def endings(self) -> dict[str, Ending | None]:
+        """By trial; None where it goes on, or came to the planned end."""
+        stored = {name: trial["ending"] for name, trial in self.trials.items()}
+        return {name: None if ending is None else Ending(**ending) for name, ending in stored.items()}
 
 
 def find_resume_point(group: TrialGroup, runtime: Runtime, screen: Screen) -> ResumePoint | None:
@@ -70,14 +71,10 @@ def _newest(group: TrialGroup, screen: Screen) -> Checkpoint | None:
     silent = checkpoint is not None or group.log_only
     for prepared in (member.prepared for member in group.members) if not silent else ():
         if lora_file(prepared.config).exists():
-            raise HostError(
-                Problem(
-                    "this run has its LoRA but no checkpoint, so nothing could be continued",
-                    str(prepared.run_dir),
-                    "its checkpoints were removed, or the disk never took one",
-                    "start anew with --fresh (the old run is kept beside it), or give the new run another `name`",
-                )
-            )
+            what = "this run has its LoRA but no checkpoint, so nothing could be continued"
+            why = "its checkpoints were removed, or the disk never took one"
+            fix = "start anew with --fresh (the old run is kept beside it), or give the new run another `name`"
+            raise HostError(Problem(what, str(prepared.run_dir), why, fix))
         if (prepared.run_dir / METRICS_FILE).exists():
             screen.say("an earlier start ended before its first checkpoint; this one begins at step 0 again")
             break
@@ -85,46 +82,34 @@ def _newest(group: TrialGroup, screen: Screen) -> Checkpoint | None:
 
 
 def _point(checkpoint: Checkpoint, group: TrialGroup) -> ResumePoint:
-    state = checkpoint.state if checkpoint.state["format"] > 1 else _as_format_2(checkpoint.state)
+    state = _as_format_2(checkpoint.state)
     stored, now = state["trials"], [member.name for member in group.members]
     names = dict(zip(now, stored, strict=True)) if len(now) == len(stored) == 1 else {name: name for name in now}
     if missing := [name for name, before in names.items() if before not in stored]:
         fix = "restore sweep.json beside it, or start anew with --fresh"
         raise ConfigError(Problem(f"no checkpoint knows {', '.join(missing)}", str(group.folder), fix=fix))
-    return ResumePoint(
-        checkpoint,
-        state["step"],
-        state["trials_per_pass"],
-        {name: stored[before] for name, before in names.items()},
-        names,
-    )
+    trials = {name: stored[before] for name, before in names.items()}
+    return ResumePoint(checkpoint, state["step"], state["trials_per_pass"], trials, names)
 
 
-def _as_format_2(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a checkpoint that format 1 wrote."""
+def _as_format_2(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The JSON of a checkpoint, whichever format wrote it."""
+    if state["format"] > 1:
+        return state
     progress, identity, scaler = state["progress"], state["identity"], state["scaler"]
-    of_group = "trials" in identity
     trials = {}
     for name, plain in state["plain"].items():
-        values = {_with_component(place): value for place, value in plain["optimizer"]["values"].items()}
+        values = {f"{FORMAT_1_COMPONENT}.{place}": value for place, value in plain["optimizer"]["values"].items()}
         trials[name] = {
             **plain,
             "optimizer": {**plain["optimizer"], "values": values},
-            "identity": identity["trials"][name] if of_group else identity,
+            "identity": identity["trials"][name] if "trials" in identity else identity,
             "metrics_bytes": plain.get("metrics_bytes", progress["metrics_bytes"]),
             "parent": plain.get("trunk"),
             "skips": asdict(Skips(progress["attempt"] - progress["step"])),
             "scaler": scaler,
         }
-    return {
-        "step": progress["step"],
-        "trials_per_pass": identity["trials_per_pass"] if of_group else 1,
-        "trials": trials,
-    }
-
-
-def _with_component(name: str) -> str:
-    return f"{FORMAT_1_COMPONENT}.{name}"
+    return {"step": progress["step"], "trials_per_pass": identity.get("trials_per_pass", 1), "trials": trials}
 
 
 def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, screen: Screen) -> ResumePoint:
@@ -138,7 +123,7 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, screen: Scr
     problems, notes, trials = list[Problem](), dict[str, None](), dict(point.trials)
     for member in group.members:
         prepared, stored = member.prepared, point.trials[member.name]
-        now = identity_of(prepared, runtime)
+        now = prepared.identity() | runtime.facts()
         changes = compare(stored["identity"], now, prepared.config.resume, str(group.folder))
         if changes.refused:
             problems.append(refusal(member.name, stored["identity"], now, changes.refused, str(group.folder)))
@@ -148,51 +133,40 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, screen: Scr
         )
         if changes.unknown:
             notes[f"not recorded by the earlier version, taken as unchanged: {', '.join(changes.unknown)}"] = None
-        failed = stored["ending"] is not None and stored["ending"]["status"] == "failed"
-        if failed and changes.accepted and group.folder == prepared.run_dir:  # a run that is trained alone
+        ending, is_alone = point.endings[member.name], group.folder == prepared.run_dir
+        if is_alone and changes.accepted and ending is not None and ending.status == "failed":
             trials[member.name] = stored | {"ending": None, "skips": asdict(Skips(stored["skips"]["total"]))}
     if problems:
         raise ConfigError(*problems)
     for member in group.members:
-        check_kept_curve(member.prepared)
+        _check_kept_curve(member.prepared)
     for note in notes:
         screen.say(note)
     return replace(point, trials=trials)
 
 
-def identity_of(prepared: Prepared, runtime: Runtime) -> Identity:
-    """Settings and contents of a run with what only the running process knows."""
-    return prepared.identity() | runtime.facts()
-
-
-def check_kept_curve(prepared: Prepared) -> None:
+def _check_kept_curve(prepared: Prepared) -> None:
     """Refuse to go on along a curve that ended at 0.
 
     Raises:
         ConfigError: the updates after its end would do nothing.
     """
-    plan = prepared.plan
-    length = plan.lr_horizon.num_updates
-    groups = prepared.lr_groups()
-    if plan.num_updates > length and all(group.lr(length) == 0 for group in groups):
-        raise ConfigError(
-            Problem(
-                f"the LR curve of this run ends at 0 after {length} updates: {plan.num_updates - length} more would "
-                "learn nothing",
-                f"{prepared.config.name}, resume.schedule",
-                "`keep` holds the curve's last value",
-                "write resume.schedule: stretch, which lays the curve over the new length",
-            )
-        )
+    length = prepared.plan.lr_horizon.num_updates
+    num_more = prepared.plan.num_updates - length
+    if num_more > 0 and all(group.lr(length) == 0 for group in prepared.lr_groups()):
+        what = f"the LR curve of this run ends at 0 after {length} updates: {num_more} more would learn nothing"
+        where, why = f"{prepared.config.name}, resume.schedule", "`keep` holds the curve's last value"
+        fix = "write resume.schedule: stretch, which lays the curve over the new length"
+        raise ConfigError(Problem(what, where, why, fix))
 
 
-def restore(point: ResumePoint | None, group: TrialGroup, setup: Setup) -> int:
+def restore(point: ResumePoint | None, group: TrialGroup, trials: Sequence[Trial]) -> int:
     """Bring every trial to its state at the resume point, and let those share updates that do; the first step."""
-    by_name = {trial.name: trial for trial in setup.trials}
+    by_name = {trial.name: trial for trial in trials}
     if point is not None:
         tensors = _tensors(point.checkpoint)
-        for trial in setup.trials:
-            trial.load_state(tensors, point.trials[trial.name], saved_as=point.names[trial.name])
+        for trial in trials:
+            trial.load_state(tensors[point.names[trial.name]], point.trials[trial.name])
     for member in group.members:
         prefix = member.prefix
         if prefix is not None and (point is None or point.trials[member.name]["parent"] == prefix.parent):
@@ -202,21 +176,16 @@ def restore(point: ResumePoint | None, group: TrialGroup, setup: Setup) -> int:
 
 def stored_trial(checkpoint: Checkpoint) -> tuple[int, dict[str, Tensors]]:
     """Step and tensors, by part and name, of the one trial in a run's checkpoint."""
-    parts = _tensors(checkpoint)
-    unprefixed = {part: {key.partition("/")[2]: value for key, value in named.items()} for part, named in parts.items()}
-    state = checkpoint.state
-    return state["step"] if state["format"] > 1 else state["progress"]["step"], unprefixed
+    (parts,) = _tensors(checkpoint).values()
+    return _as_format_2(checkpoint.state)["step"], parts
 
 
-def _tensors(checkpoint: Checkpoint) -> dict[str, Tensors]:
-    """By part and by their names in format 2."""
-    parts = checkpoint.tensors()
-    if checkpoint.state["format"] > 1:
-        return parts
-    return {part: {_renamed(key): value for key, value in named.items()} for part, named in parts.items()}
-
-
-def _renamed(key: str) -> str:
-    """A tensor's name in format 2."""
-    trial, _, name = key.partition("/")
-    return f"{trial}/{_with_component(name)}"
+def _tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Tensors]]:
+    """By the trial's name in the checkpoint, by part, and by their names in format 2."""
+    trials: dict[str, dict[str, Tensors]] = {}
+    for part, tensors in checkpoint.tensors().items():
+        for key, tensor in tensors.items():
+            trial, _, name = key.partition("/")
+            name = name if checkpoint.state["format"] > 1 else f"{FORMAT_1_COMPONENT}.{name}"
+            trials.setdefault(trial, {}).setdefault(part, {})[name] = tensor
+    return trials

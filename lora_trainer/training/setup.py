@@ -56,10 +56,12 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     shared, config = group.shared, group.shared.config
     family = open_family(shared.base)
     cache = build_cache(config, family, shared.split, shared.base_digests, runtime, progress=screen.track)
-    _say_cache(cache, screen)
+    if cache.num_cut_captions:
+        screen.say(f"{cache.num_cut_captions} captions are longer than the text encoder reads and were cut")
+    screen.say(f"cache: {cache.num_encoded} encoded now, {cache.latents.mean_NChw.shape[0]} latents in all")
     model = family.load_denoiser(runtime.device, runtime.dtype)
-    wanted = [peft_config(member.prepared.config.adapter, [*member.prepared.target_shapes]) for member in group.members]
-    adapters = {f"trial{index}": config for index, config in enumerate(wanted)}
+    runs = {f"trial{index}": member.prepared for index, member in enumerate(group.members)}
+    adapters = {name: peft_config(run.config.adapter, [*run.target_shapes]) for name, run in runs.items()}
     bank = AdapterBank(model, family.denoiser, adapters, seed=config.seed)
     if config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -68,16 +70,13 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
     schedule = shared.base.component_config("scheduler")
     path = noise_path(schedule, shared.prediction_type, config.objective.min_snr_gamma, runtime.device)
     denoiser = AdaptedDenoiser(family, bank, path, runtime)
-    members = zip(group.members, adapters, strict=True)
-    trials = tuple(_trial(member.prepared, adapter, bank, runtime) for member, adapter in members)
-    optimizer_step = OptimizerStep(
-        denoiser,
-        _batches(shared, cache, runtime),
-        passes_of(trials, 1),
-        seed=config.seed,
-        base_loss_every=config.tracking.base_loss_every,
-        max_skips=group.max_skips,
+    has_scale, device = runtime.precision == "fp16", runtime.device.type
+    trials = tuple(
+        Trial(run.config, name, bank.parameters(name), run.lr_groups(), torch.amp.GradScaler(device, enabled=has_scale))
+        for name, run in runs.items()
     )
+    batches, one_by_one = _batches(shared, cache, runtime), passes_of(trials, 1)
+    optimizer_step = OptimizerStep(denoiser, batches, one_by_one, config, max_skips=group.max_skips)
     if trials_per_pass == "auto":
         activations = optimizer_step.activation_bytes()
         trials_per_pass = int(from_main(runtime.launch, fitting_trials_per_pass(trials, activations, runtime)))
@@ -87,10 +86,8 @@ def set_up(group: TrialGroup, runtime: Runtime, screen: Screen, *, trials_per_pa
         screen.say(f"trials per forward: {', '.join(str(len(members)) for members in passes)}")
     validation, planned = None, shared.plan.validation
     if config.validation is not None and planned is not None:
-        probe = config.validation
-        validator = Validator(denoiser, cache.probes, cache.prompts, seed=probe.seed, batch_size=probe.batch_size)
-        diverged = group.prune.diverged
-        validation = ValidationSchedule(validator, passes, planned.every, group.num_updates, diverged)
+        validator = Validator(denoiser, cache.probes, cache.prompts, config.validation)
+        validation = ValidationSchedule(validator, passes, planned.every, group.num_updates, group.prune.diverged)
     return Setup(denoiser, cache.prompts, trials, trials_per_pass, optimizer_step, validation, group.num_updates)
 
 
@@ -107,11 +104,6 @@ def fitting_trials_per_pass(trials: Sequence[Trial], activation_bytes: int, runt
     return math.ceil(len(trials) / num_passes)
 
 
-def _trial(prepared: Prepared, adapter: str, bank: AdapterBank, runtime: Runtime) -> Trial:
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-    return Trial(prepared.config, adapter, bank.parameters(adapter), prepared.lr_groups(), scaler)
-
-
 def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:
     config, plan = prepared.config, prepared.plan
     return BatchSource(
@@ -126,9 +118,3 @@ def _batches(prepared: Prepared, cache: Cache, runtime: Runtime) -> BatchSource:
         caption_dropout=config.data.captions.dropout,
         device=runtime.device,
     )
-
-
-def _say_cache(cache: Cache, screen: Screen) -> None:
-    if cache.num_cut_captions:
-        screen.say(f"{cache.num_cut_captions} captions are longer than the text encoder reads and were cut")
-    screen.say(f"cache: {cache.num_encoded} encoded now, {cache.latents.mean_NChw.shape[0]} latents in all")

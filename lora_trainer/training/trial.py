@@ -80,11 +80,14 @@ class Trial:
         patterns = {group.name: group.match for group in config.optimizer.groups}
         members = assign_groups(list(self.parameters), patterns, self.groups[0].name)
         self._order = [name for group in self.groups for name in members[group.name]]
-        self._group_of = {name: group for group in self.groups for name in members[group.name]}
+        self.group_of = {name: group for group in self.groups for name in members[group.name]}
+        """The LR group of each parameter."""
         grouped = [[self.parameters[name] for name in members[group.name]] for group in self.groups]
         self.optimizer = build_optimizer(config.optimizer, grouped, self.groups[0].schedule.horizon)
-        ema_decay = config.train.ema_decay
-        self.average = None if ema_decay is None else Average(self.parameters, ema_decay)
+        self.average: Tensors | None = None
+        """Exponential moving average of the parameters, fp32, where `train.ema_decay` asks for one."""
+        if config.train.ema_decay is not None:
+            self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @property
     def is_live(self) -> bool:
@@ -103,15 +106,13 @@ class Trial:
     def branch_off_if_due(self, k: int) -> None:
         """Before update k: leave the parent with a copy of all its state, where the shared updates end."""
         if self.parent is not None and k >= self._branches_at:
-            tensors, plain = self.state()
-            copied = {part: {key: value.clone() for key, value in named.items()} for part, named in tensors.items()}
+            parts, plain = copy.deepcopy(self.state())
             self.parent = None
-            self.load_state(copied, copy.deepcopy(plain))
+            self.load_state(parts, plain)
 
     def clip(self) -> torch.Tensor:
         """Take the loss scale off and scale the gradients down to the norm allowed; the norm before, on the device."""
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)  # nothing where the scaler is off, as are `update` and `load_state_dict`
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         limit = self.config.train.max_grad_norm
@@ -133,11 +134,18 @@ class Trial:
         for param_group, lr in zip(self.optimizer.param_groups, lrs.values(), strict=True):
             param_group["lr"] = lr
         self.optimizer.step()
-        if self.average is not None:
-            self.average.follow(self.parameters, k)
-        self._update_scale()
+        self._move_average(k)
+        self.scaler.update()
         self.skips.faults_in_a_row = self.skips.overflows_in_a_row = 0
         return lrs
+
+    @torch.no_grad()
+    def _move_average(self, k: int) -> None:
+        """By 1 - min(decay, (1 + k) / (10 + k)), as TensorFlow's and diffusers' EMA: the start is forgotten soon."""
+        if self.average is not None and self.config.train.ema_decay is not None:
+            decay = min(self.config.train.ema_decay, (1 + k) / (10 + k))
+            parameters = [p.detach() for p in self.parameters.values()]
+            torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
 
     def skip(self, k: int, fault: str, files: Sequence[str], max_faults: int) -> None:
         """Leave everything as it was before update k; fail where that happens too often in a row."""
@@ -146,7 +154,7 @@ class Trial:
         skips.overflows_in_a_row = skips.overflows_in_a_row + 1 if overflow else 0
         skips.faults_in_a_row = 0 if overflow else skips.faults_in_a_row + 1
         if self.parent is None:
-            self._update_scale()
+            self.scaler.update()
         if skips.overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW or skips.faults_in_a_row >= max_faults:
             times = skips.overflows_in_a_row or skips.faults_in_a_row
             often = "" if times == 1 else f" in {times} updates in a row"
@@ -159,46 +167,32 @@ class Trial:
             has_halved: they were not before: the largest scale that fits one batch would overflow in the next.
         """
         fits = math.isfinite(float(self.clip()))
-        self._update_scale()
+        self.scaler.update()
         if fits and has_halved:
             self.scaler.update(self.scaler.get_scale() / SETTLING_MARGIN)
         return fits
-
-    def _update_scale(self) -> None:
-        if self.scaler.is_enabled():
-            self.scaler.update()
 
     def weights(self) -> Tensors:
         """What is exported, sampled and validated: the average where one is kept, else the adapter itself."""
         if self.parent is not None:
             return self.computed_by.weights()
         if self.average is not None:
-            return self.average.tensors
+            return self.average
         evaluated = evaluated_weights(self.optimizer)
         if evaluated is not None:
             return dict(zip(self._order, evaluated, strict=True))
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def group_of(self, parameter: str) -> LRGroup:
-        """The LR group of a parameter."""
-        return self._group_of[parameter]
-
-    def clear_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
     def state(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
-        """All that a resume needs: tensors by part and `<trial>/<name>`, and JSON values."""
+        """All that a resume needs: tensors by part and name, and JSON values."""
         source = self.computed_by
         tensors, optimizer = source._optimizer_state()
-        parts: dict[str, Tensors] = {
-            "adapter": {name: p.detach() for name, p in source.parameters.items()},
-            "optimizer": tensors,
-        }
+        adapter = {name: p.detach() for name, p in source.parameters.items()}
+        parts = {"adapter": adapter, "optimizer": tensors}
         if source.average is not None:
-            parts["average"] = source.average.tensors
-        prefixed = {part: {f"{self.name}/{k}": v for k, v in named.items()} for part, named in parts.items()}
+            parts["average"] = source.average
         feedback = [None if g.schedule.feedback is None else g.schedule.feedback.state() for g in self.groups]
-        return prefixed, {
+        return parts, {
             "optimizer": optimizer,
             "feedback": feedback,
             "best": None if self.best is None else asdict(self.best),
@@ -208,32 +202,19 @@ class Trial:
         }
 
     @torch.no_grad()
-    def load_state(
-        self, parts: Mapping[str, Tensors], plain: Mapping[str, Any], *, saved_as: str | None = None
-    ) -> None:
-        """The inverse of `state`; `parts` may hold other trials too.
-
-        Args:
-            saved_as: the trial's name when it was saved, where it has another now.
-        """
-        prefix = f"{saved_as or self.name}/"
-        stored = {
-            part: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            for part, tensors in parts.items()
-        }
-        for name, parameter in self.parameters.items():
-            parameter.copy_(stored["adapter"][name])
-        self._load_optimizer_state(stored["optimizer"], plain["optimizer"])
+    def load_state(self, parts: Mapping[str, Tensors], plain: Mapping[str, Any]) -> None:
+        """The inverse of `state`; a part that holds no tensor may be missing."""
+        for part, tensors in ("adapter", self.parameters), ("average", self.average or {}):
+            for name, tensor in tensors.items():
+                tensor.copy_(parts[part][name])
+        self._load_optimizer_state(parts.get("optimizer", {}), plain["optimizer"])
         self.best = None if plain["best"] is None else BestProbe(**plain["best"])
         self.ending = None if plain["ending"] is None else Ending(**plain["ending"])
         self.skips = Skips(**plain["skips"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(plain["scaler"])
+        self.scaler.load_state_dict(plain["scaler"])
         for group, state in zip(self.groups, plain["feedback"], strict=True):
             if group.schedule.feedback is not None and state is not None:
                 group.schedule.feedback.load(state)
-        if self.average is not None:
-            self.average.load(stored["average"])
 
     def _optimizer_state(self) -> tuple[Tensors, dict[str, Any]]:
         """The optimizer's tensors by `<parameter>/<key>`, and its plain values."""
@@ -275,26 +256,3 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     return float(value["float"]) if isinstance(value, dict) else value
-
-
-class Average:
-    """Exponential moving average of a trial's parameters, in fp32.
-
-    Update k (0-based) moves it by 1 - min(decay, (1 + k) / (10 + k)): the short start of TensorFlow's and diffusers'
-    EMA, so that the random start is forgotten soon.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.decay = decay
-        self.tensors: Tensors = {name: p.detach().clone() for name, p in parameters.items()}
-
-    @torch.no_grad()
-    def follow(self, parameters: Mapping[str, nn.Parameter], k: int) -> None:
-        """Move towards the parameters after update k."""
-        decay = min(self.decay, (1 + k) / (10 + k))
-        torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in parameters.values()], 1 - decay)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, average in self.tensors.items():
-            average.copy_(tensors[name])

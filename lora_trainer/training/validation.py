@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_trainer.config.schema import ValidationConfig
 from lora_trainer.data.batches import PromptStore
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import ProbeItems
@@ -74,45 +75,37 @@ class ProbeReading:
 
 
 @dataclass(frozen=True, slots=True)
-class _Grid:
-    """The M = N x S noised images of a probe, ready for the denoiser."""
+class _Views:
+    """R of a probe's M = N x S noised images, on the device: what one forward of the denoiser takes."""
 
+    rows_R: torch.Tensor
     noised: NoisedLatents
     view_tensors: Mapping[str, torch.Tensor]
-    """[M, ...] by name."""
-    prompts: tuple[str, ...]
-
-    def rows(self, rows_R: torch.Tensor) -> NoisedLatents:
-        """Some of its rows, on its device."""
-        noised = self.noised
-        return NoisedLatents(
-            noised.noisy_BChw[rows_R], noised.target_BChw[rows_R], noised.model_times_B[rows_R], noised.weight_B[rows_R]
-        )
+    """[R, ...] by name."""
+    prompts: list[str]
 
 
 class Validator:
-    """Measures every probe with any adapter; the noised images are made once and kept on the device.
-
-    Args:
-        seed: of the probe's noise.
-        batch_size: images per forward.
-    """
+    """Measures every probe with any adapter; the noised images are made once and kept on the device."""
 
     def __init__(
         self,
         denoiser: AdaptedDenoiser,
         probes: Mapping[str, ProbeItems],
         prompts: PromptStore,
-        *,
-        seed: int,
-        batch_size: int,
+        config: ValidationConfig,
     ) -> None:
-        self._denoiser, self._prompts, self._batch_size = denoiser, prompts, batch_size
-        self._grids = {name: _grid(items, denoiser.path, seed) for name, items in probes.items()}
+        self._denoiser, self._prompts, launch = denoiser, prompts, denoiser.runtime.launch
+        self._probes: dict[str, list[_Views]] = {}
+        for name, items in probes.items():
+            rows = range(launch.rank, len(items.keys) * PROBE_STRATA, launch.num_processes)
+            parts = [rows[first : first + config.batch_size] for first in range(0, len(rows), config.batch_size)]
+            self._probes[name] = [_noised(items, denoiser.path, config.seed, part) for part in parts]
+        self._num_images = {name: len(items.keys) for name, items in probes.items()}
         self._base: dict[str, Losses] = {}
 
-    def measure(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> list[dict[str, ProbeReading]]:
-        """Each probe with these weights in these adapters, all in one forward: the readings of each, in their order.
+    def measure(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, ProbeReading]]:
+        """By adapter and probe, with these weights in these adapters, all in one forward.
 
         The training's state and randomness stay untouched.
         """
@@ -121,50 +114,47 @@ class Validator:
             stack.enter_context(bank.active(list(weights)))
             for adapter, tensors in weights.items():
                 stack.enter_context(bank.swapped(adapter, tensors))
-            losses = {name: self._losses(grid, len(weights)) for name, grid in self._grids.items()}
-        return [
-            {name: ProbeReading(losses_PNS[place], base[name]) for name, losses_PNS in losses.items()}
-            for place in range(len(weights))
-        ]
+            losses = {probe: self._losses(probe, len(weights)) for probe in self._probes}
+        return {
+            adapter: {probe: ProbeReading(losses_PNS[place], base[probe]) for probe, losses_PNS in losses.items()}
+            for place, adapter in enumerate(weights)
+        }
 
     def base(self) -> dict[str, Losses]:
         """Each probe with the frozen base alone; measured once."""
         if not self._base:
             with self._denoiser.bank.disabled():
-                self._base = {name: self._losses(grid, 1)[0] for name, grid in self._grids.items()}
+                self._base = {name: self._losses(name, 1)[0] for name in self._probes}
         return self._base
 
     @torch.no_grad()
-    def _losses(self, grid: _Grid, num_trials: int) -> Losses:
+    def _losses(self, probe: str, num_trials: int) -> Losses:
         """Losses [P, N, S] of the trials that act; with several processes each measures its share."""
         runtime, model = self._denoiser.runtime, self._denoiser.bank.denoiser
-        losses_PM = torch.zeros(num_trials, len(grid.prompts), dtype=torch.float64, device=runtime.device)
-        own_M = torch.arange(runtime.launch.rank, len(grid.prompts), runtime.launch.num_processes)
+        num_rows = self._num_images[probe] * PROBE_STRATA
+        losses_PM = torch.zeros(num_trials, num_rows, dtype=torch.float64, device=runtime.device)
         was_training = model.training
         model.eval()
         try:
-            for rows_R in own_M.split(self._batch_size):
-                prompts = [grid.prompts[row] for row in rows_R.tolist()]
-                rows_R = rows_R.to(runtime.device)
-                views = {name: values[rows_R] for name, values in grid.view_tensors.items()}
-                conditioning = self._prompts.conditioning(prompts, views, runtime.device)
-                errors_PR = self._denoiser.squared_errors(grid.rows(rows_R), conditioning, num_trials)
-                losses_PM[:, rows_R] = errors_PR.double()
+            for views in self._probes[probe]:
+                conditioning = self._prompts.conditioning(views.prompts, views.view_tensors, runtime.device)
+                errors_PR = self._denoiser.squared_errors(views.noised, conditioning, num_trials)
+                losses_PM[:, views.rows_R] = errors_PR.double()
         finally:
             model.train(was_training)
         return runtime.sum_over_processes(losses_PM).unflatten(1, (-1, PROBE_STRATA)).cpu().numpy()
 
 
-def _grid(items: ProbeItems, path: NoisePath, seed: int) -> _Grid:
-    """Every image at every stratum with its own noise."""
+def _noised(items: ProbeItems, path: NoisePath, seed: int, rows: Sequence[int]) -> _Views:
+    """Rows (image x strata + stratum) of a probe's grid, each with its own noise."""
     shape, device = items.latents_NChw.shape[1:], items.latents_NChw.device
-    places = [(key, stratum) for key in items.keys for stratum in range(PROBE_STRATA)]
-    noise = torch.stack([random_streams.normal(shape, seed, "probe", *place) for place in places]).to(device)
-    times = torch.tensor(path.strata(PROBE_STRATA) * len(items.keys), device=device)
-    latents_MChw = items.latents_NChw.repeat_interleave(PROBE_STRATA, dim=0)
-    views = {name: values.repeat_interleave(PROBE_STRATA, dim=0) for name, values in items.view_tensors.items()}
-    prompts = tuple(prompt for prompt in items.prompts for _ in range(PROBE_STRATA))
-    return _Grid(path.at(latents_MChw, noise, times), views, prompts)
+    images, strata = [row // PROBE_STRATA for row in rows], [row % PROBE_STRATA for row in rows]
+    places = [(items.keys[image], stratum) for image, stratum in zip(images, strata, strict=True)]
+    noise_RChw = torch.stack([random_streams.normal(shape, seed, "probe", *place) for place in places]).to(device)
+    times_R = torch.tensor(path.strata(PROBE_STRATA), device=device)[strata]
+    noised = path.at(items.latents_NChw[images], noise_RChw, times_R)
+    views = {name: values[images] for name, values in items.view_tensors.items()}
+    return _Views(torch.tensor(rows, device=device), noised, views, [items.prompts[image] for image in images])
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,25 +194,19 @@ class ValidationSchedule:
 
     def measure(self, step: int) -> list[Measurement]:
         """Measure every live trial's exported weights, feed its schedules and compare with its best."""
-        readings = self._readings()
+        readings: dict[str, dict[str, ProbeReading]] = {}
+        for members in self.passes:
+            measured_apart = [trial for trial in members if trial.parent is None]  # the others with their parent
+            if any(trial.is_live for trial in measured_apart):
+                readings |= self.validator.measure({trial.adapter: trial.weights() for trial in measured_apart})
         trials = [trial for members in self.passes for trial in members if trial.is_live]
-        measured = [_conclude(trial, step, readings[trial.computed_by.name]) for trial in trials]
+        measured = [_conclude(trial, step, readings[trial.computed_by.adapter]) for trial in trials]
         if step < self.num_updates and self.diverged is not None:
             for measurement in measured:
                 if not (loss := measurement.held_out.relative) < self.diverged:  # NaN too
                     reason = f"held-out loss {loss:.4g} times the base's, {self.diverged:g} allowed"
                     measurement.trial.ending = Ending(step, "stopped", f"sweep.prune.diverged: {reason}")
         return measured
-
-    def _readings(self) -> dict[str, dict[str, ProbeReading]]:
-        """By trial; those that share a parent's updates are measured with it."""
-        readings: dict[str, dict[str, ProbeReading]] = {}
-        for trials in self.passes:
-            members = [trial for trial in trials if trial.parent is None]
-            if any(trial.is_live for trial in members):
-                measured = self.validator.measure({trial.adapter: trial.weights() for trial in members})
-                readings |= {trial.name: reading for trial, reading in zip(members, measured, strict=True)}
-        return readings
 
 
 def _conclude(trial: Trial, step: int, readings: dict[str, ProbeReading]) -> Measurement:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from toys import WATCHED
 
-from lora_trainer.cli.confirm import confirm
+from lora_trainer.cli.train import confirm
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError
-from lora_trainer.experiments.sweep.confirmation import plan_confirmation
+from lora_trainer.experiments.sweep.derived import plan_confirmation
 from lora_trainer.training import fit as fit_module
 
 Sweep = Callable[..., Path]

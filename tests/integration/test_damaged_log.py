@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from test_resume import outputs, stop_after
 
-from lora_trainer.cli import sweep as sweep_command
-from lora_trainer.cli.diagnose import diagnose_run
-from lora_trainer.cli.report import report
+from lora_trainer.cli import train as train_command
+from lora_trainer.cli.report import diagnose_run, report
 from lora_trainer.errors import StoppedBySignal
 from lora_trainer.tracking.metrics import read_lines, read_rows, step_rows
 
@@ -131,7 +130,7 @@ def test_a_sweep_tells_which_trials_log_is_damaged(
 ) -> None:
     grid = "{grid: {optimizer.lr: [1e-3, 2e-3]}}"
 
-    class Stop(sweep_command.StopRequest):
+    class Stop(train_command.StopRequest):
         polls = 0
 
         def __call__(self) -> bool:
@@ -139,7 +138,7 @@ def test_a_sweep_tells_which_trials_log_is_damaged(
             return self.polls >= 3
 
     with monkeypatch.context() as patch, pytest.raises(StoppedBySignal):
-        patch.setattr(sweep_command, "StopRequest", Stop)
+        patch.setattr(train_command, "StopRequest", Stop)
         sweep(grid)
     log = tmp_path / "runs" / "toy" / "trials" / "lr1e-3-seed42" / "metrics.jsonl"
     damage_line(log, 3, "NULs inside")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from lora_trainer.cli.sweep import sweep
+from lora_trainer.cli.train import sweep
 
 pytestmark = pytest.mark.usefixtures("plain_pictures")
 

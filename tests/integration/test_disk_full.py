@@ -19,7 +19,7 @@ from lora_trainer.storage.atomic_files import AppendLog
 from lora_trainer.storage.checkpoint import newest_checkpoint, open_checkpoint, save_checkpoint
 from lora_trainer.tracking import tensorboard
 from lora_trainer.tracking.metrics import read_rows
-from lora_trainer.training import trial_writer
+from lora_trainer.training import writers
 
 Train = Callable[..., Path]
 
@@ -75,7 +75,7 @@ def test_stop_leaves_a_lora_of_its_step_and_whole_checkpoints(train_toy: Train, 
     assert open_checkpoint(run_dir / "checkpoints", None).state["step"] == 2
     train_toy(*overrides)
     assert (run_dir / "toy.safetensors").is_file()
-    assert not (run_dir / trial_writer.RESERVE_FILE).exists()
+    assert not (run_dir / writers.RESERVE_FILE).exists()
 
 
 @pytest.mark.parametrize(("operation", "name"), [("write", "config.yaml"), ("reserve", ".reserve")])
@@ -180,15 +180,15 @@ def test_a_real_full_disk(program: Callable[..., Any], toy_config: Path, tmp_pat
     if can_mount.returncode:
         pytest.skip("no user namespaces here")
     script = (
-        "import sys; from pathlib import Path; from lora_trainer.training import trial_writer\n"
+        "import sys; from pathlib import Path; from lora_trainer.training import writers\n"
         "from lora_trainer.cli.train import train\n"
-        "mount, honest = Path(sys.argv[1]), trial_writer.TrialWriter.row\n"
+        "mount, honest = Path(sys.argv[1]), writers.TrialWriter.row\n"
         "def row(self, step, *rest):\n"
         "    if step == 3:\n"
         "        try: (mount / 'other').write_bytes(bytes(2**27))\n"
         "        except OSError as error: print('full:', error.errno)\n"
         "    return honest(self, step, *rest)\n"
-        "trial_writer.TrialWriter.row = row\n"
+        "writers.TrialWriter.row = row\n"
         "train(Path(sys.argv[2]), sys.argv[3:])\n"
         "print('kept', sorted(f.name for f in mount.rglob('*.safetensors') if 'toy' in f.name))\n"
     )

@@ -19,9 +19,9 @@ from lora_trainer.cli.find_lr import find_lr as find_lr_command
 from lora_trainer.cli.program import main
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import ConfigError, StoppedBySignal
+from lora_trainer.experiments.lr_finder.analysis import Found, ShortRun
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
-from lora_trainer.experiments.lr_finder.run import Found, find_lr, run_short
-from lora_trainer.experiments.lr_finder.verification import ShortRun
+from lora_trainer.experiments.lr_finder.run import find_lr, run_short
 from lora_trainer.models.stable_diffusion import StableDiffusion
 from lora_trainer.planning.run_plan import lay_groups
 from lora_trainer.runtime.launch import Launch

@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_trainer.cli.find_lr import find_lr
-from lora_trainer.cli.sweep import sweep
-from lora_trainer.cli.train import train
+from lora_trainer.cli.train import sweep, train
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions
 
 pytestmark = pytest.mark.usefixtures("plain_pictures")

@@ -298,16 +298,12 @@ def test_a_resume_in_fp16_restores_each_trials_scale(
 ) -> None:
     from faults import stop_after
 
-    from lora_trainer.cli import sweep as sweep_command
-    from lora_trainer.cli import train as train_command
-
     section = "{grid: {optimizer.lr: [1e-3, 3e-3]}, trials_per_pass: 2}"
     spoil_gradients(monkeypatch, [1], trial="lr3e-3-seed42", value=float("inf"))
     straight = sweep(section, FP16, name="straight")
     for stop in (2, 2):
         with monkeypatch.context() as patch:
             stop_after(patch, stop)
-            patch.setattr(sweep_command, "StopRequest", train_command.StopRequest)
             with pytest.raises(Exception, match="stopped as asked"):
                 sweep(section, FP16)
     resumed = sweep(section, FP16)

@@ -101,7 +101,7 @@ def in_float64(setup: Setup) -> None:
     setup.denoiser.bank.denoiser.double()
     for trial in setup.trials:
         if trial.average is not None:
-            trial.average.tensors = {name: own.double() for name, own in trial.average.tensors.items()}
+            trial.average = {name: own.double() for name, own in trial.average.items()}
     family = setup.denoiser.family
     honest = family.predict
 
@@ -229,8 +229,8 @@ def test_probes_of_a_packed_pass_equal_those_of_single_trials(train: Train) -> N
     assert setup.validation is not None
     validator = setup.validation.validator
     together = validator.measure({trial.adapter: trial.weights() for trial in setup.trials})
-    for trial, readings in zip(setup.trials, together, strict=True):
-        (alone,) = validator.measure({trial.adapter: trial.weights()})
-        for probe, reading in readings.items():
+    for trial in setup.trials:
+        (alone,) = validator.measure({trial.adapter: trial.weights()}).values()
+        for probe, reading in together[trial.adapter].items():
             assert reading.items == pytest.approx(alone[probe].items, rel=1e-5)
-    assert len({reading["held_out"].relative for reading in together}) == 6
+    assert len({reading["held_out"].relative for reading in together.values()}) == 6

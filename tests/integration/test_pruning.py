@@ -13,12 +13,10 @@ import pytest
 from faults import stop_after
 from toys import WATCHED
 
-from lora_trainer.cli import sweep as sweep_command
-from lora_trainer.cli import train as train_command
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
-from lora_trainer.experiments.sweep.fewer_seeds import worse_arms
-from lora_trainer.experiments.sweep.short_runs import plan_short_runs
+from lora_trainer.experiments.sweep.derived import plan_short_runs
+from lora_trainer.experiments.sweep.record import worse_arms
 from lora_trainer.schedules.registry import SCHEDULES
 
 Sweep = Callable[..., Path]
@@ -94,7 +92,6 @@ def test_a_stopped_sweep_keeps_what_it_decided(sweep: Sweep, monkeypatch: pytest
     straight = sweep(section, name="straight")
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
-        patch.setattr(sweep_command, "StopRequest", train_command.StopRequest)
         with pytest.raises(StoppedBySignal):
             sweep(section)
     resumed = sweep(section)

@@ -315,13 +315,10 @@ def test_what_an_older_identity_lacks_counts_as_default_or_as_unchanged(
 def test_a_group_says_once_what_all_its_trials_have_in_common(
     sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Text
 ) -> None:
-    from lora_trainer.cli import sweep as sweep_command
-    from lora_trainer.cli import train as train_command
 
     section = "{grid: {optimizer.lr: [1e-3, 2e-3, 3e-3]}}"
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
-        patch.setattr(sweep_command, "StopRequest", train_command.StopRequest)
         with pytest.raises(StoppedBySignal):
             sweep(section)
     honest = Runtime.facts

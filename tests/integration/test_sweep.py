@@ -18,12 +18,10 @@ from faults import stop_after
 from toys import WATCHED
 from worlds import run_in_a_process, run_in_world
 
-from lora_trainer.cli import sweep as sweep_command
-from lora_trainer.cli import sweep_status
 from lora_trainer.cli import train as train_command
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
-from lora_trainer.experiments.sweep.confirmation import plan_confirmation
+from lora_trainer.experiments.sweep.derived import plan_confirmation
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows, step_rows
 from lora_trainer.training import fit as fit_module
@@ -110,7 +108,6 @@ def test_a_stopped_sweep_resumes_to_the_byte_and_repeats_no_group(
     for stop in (4, 3, 2):  # in the first group, in its second start and on into the second group, and there
         with monkeypatch.context() as patch:
             stop_after(patch, stop)
-            patch.setattr(sweep_command, "StopRequest", train_command.StopRequest)
             with pytest.raises(StoppedBySignal):
                 sweep(section, "train.ema_decay=0.9")
     resumed = sweep(section, "train.ema_decay=0.9")
@@ -225,7 +222,6 @@ def test_a_fork_resumes_to_the_byte(sweep: Sweep, monkeypatch: pytest.MonkeyPatc
     for stop in (2, 1, 1, 1):  # before, at and after the forks
         with monkeypatch.context() as patch:
             stop_after(patch, stop)
-            patch.setattr(sweep_command, "StopRequest", train_command.StopRequest)
             with pytest.raises(StoppedBySignal):
                 sweep(section)
     resumed = sweep(section)
@@ -283,10 +279,10 @@ def test_a_probe_that_is_not_finite_breaks_no_record(
         """NaN for the first trial always; infinite for the second at its first probe only."""
         readings = honest(self, weights)
         seen.append(len(readings))
-        broken = {0: np.nan, 1: np.inf} if len(seen) == 1 else {0: np.nan}
-        for place, value in broken.items():
-            own = readings[place]["held_out"]
-            readings[place]["held_out"] = replace(own, losses_NS=own.losses_NS * value)
+        broken = [np.nan, np.inf] if len(seen) == 1 else [np.nan]
+        for of_trial, value in zip(readings.values(), broken, strict=False):
+            own = of_trial["held_out"]
+            of_trial["held_out"] = replace(own, losses_NS=own.losses_NS * value)
         return readings
 
     monkeypatch.setattr(Validator, "measure", measure)
@@ -304,7 +300,7 @@ def test_a_probe_that_is_not_finite_breaks_no_record(
     assert f"failed at step 6: {reason}" in page
     assert "plateau-patience1 failed on seed 42" in page
     capsys.readouterr()
-    sweep_status.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
+    train_command.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
     said = capsys.readouterr().out
     assert "3 of 3 trials ended" in said
     assert re.search(rf"lost-seed42 +failed at 6/6, {reason}", said)
@@ -318,8 +314,9 @@ def test_a_probe_that_is_no_number_is_stopped_as_diverged(sweep: Sweep, monkeypa
     honest = Validator.measure
 
     def measure(self: Validator, weights: Any) -> Any:
-        (own,) = honest(self, weights)
-        return [{name: replace(reading, losses_NS=reading.losses_NS * np.nan) for name, reading in own.items()}]
+        ((adapter, own),) = honest(self, weights).items()
+        lost = {name: replace(reading, losses_NS=reading.losses_NS * np.nan) for name, reading in own.items()}
+        return {adapter: lost}
 
     monkeypatch.setattr(Validator, "measure", measure)
     (trial,) = results(sweep("{prune: {diverged: 2}}")).values()
@@ -341,11 +338,10 @@ def test_status_reads_a_stopped_sweep(
     section = "{grid: {optimizer.lr: [1e-3, 2e-3]}, seeds: [1, 2]}"
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
-        patch.setattr(sweep_command, "StopRequest", train_command.StopRequest)
         with pytest.raises(StoppedBySignal):
             sweep(section)
     capsys.readouterr()
-    sweep_status.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
+    train_command.show_status(toy_config, ["name=toy", WATCHED, f"sweep={section}"])
     said = capsys.readouterr().out
     assert "0 of 4 trials ended" in said
     assert "seed1  running, update 5 of 6, 2 trials" in said
@@ -357,12 +353,12 @@ def test_trials_that_differ_by_rounding_are_shown_in_their_order(rounding: float
     row = {"status": "finished", "step": 6, "num_updates": 6, "reason": None, "best": None}
     losses = {"b": 0.9, "a": 0.9 + rounding, "best": 0.8, "none": None}
     trials = [{**row, "name": name, "final": loss and {"relative": loss, "step": 6}} for name, loss in losses.items()]
-    assert [name for name, _ in sweep_status.result_rows({"trials": trials})] == ["best", "b", "a", "none"]
+    assert [name for name, _ in train_command.result_rows({"trials": trials})] == ["best", "b", "a", "none"]
 
 
 def test_a_config_without_a_sweep_section_is_told(toy_config: Path) -> None:
     with pytest.raises(ConfigError, match="there is no `sweep` section"):
-        sweep_command.sweep(toy_config, [])
+        train_command.sweep(toy_config, [])
 
 
 def test_train_runs_a_sweep_where_the_config_has_one(toy_config: Path, tmp_path: Path) -> None:

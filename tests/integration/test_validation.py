@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from lora_trainer.config.schema import ValidationConfig
 from lora_trainer.data.batches import PromptStore
 from lora_trainer.diffusion.batch import Conditioning, ProbeItems
 from lora_trainer.diffusion.noise_paths import noise_path
@@ -80,7 +81,8 @@ def validator(world: GaussianWorld, seed: int = 0, batch_size: int = 64, items: 
     prompts = PromptStore({}, {"": 0})
     probes = {"held_out": items or world.items}
     parts: Any = (world, NoBank(), path, OneProcess())
-    return Validator(AdaptedDenoiser(*parts), probes, prompts, seed=seed, batch_size=batch_size)
+    config = ValidationConfig(fraction=0.1, seed=seed, batch_size=batch_size)
+    return Validator(AdaptedDenoiser(*parts), probes, prompts, config)
 
 
 def losses(world: GaussianWorld, **options: Any) -> np.ndarray:

@@ -51,7 +51,7 @@ def test_config_only_leaves_base_and_images_alone(toy_config: Path) -> None:
 @pytest.mark.process
 def test_torch_stays_unloaded(toy_config: Path, program: object) -> None:
     code = (
-        "import sys; from lora_trainer.cli.check import check; from pathlib import Path;"
+        "import sys; from lora_trainer.cli.plan import check; from pathlib import Path;"
         f"check(Path({str(toy_config)!r}), []); sys.exit('torch' in sys.modules)"
     )
     done = program([sys.executable, "-c", code])  # type: ignore[operator]

@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from lora_trainer.experiments.lr_finder.analysis import (
     Point,
     RampReading,
+    ShortRun,
     analyse,
     debiased_average,
     has_diverged,
+    judge,
+    lrs_around,
     paired_gain,
     round_down,
     usual_rules,
     valley_index,
 )
-from lora_trainer.experiments.lr_finder.verification import ShortRun, judge, lrs_around
 from lora_trainer.schedules.cycles import Ramp
 from lora_trainer.schedules.schedule import Horizon
 

@@ -2,11 +2,12 @@
 
 After each update the same noised images are measured; the gain of a point is the mean fall of the relative loss since
 the start, paired over these measurements. So a change of a thousandth is seen without any smoothing, which would shift
-the curve along the ramp.
+the curve along the ramp. The suggestion is checked by short runs at learning rates around it, from one start.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ DIVERGED_LOSS = 0.25
 START_CORRECTION = 2.0
 """A ramp from B = 0 overstates the largest safe LR: with an adapter that had trained, the loss crossed its start at
 half the LR (measured on a toy UNet)."""
-Verdict = Literal["found", "no signal", "too few points"]
 SMOOTHING = 0.98  # fastai's and Lightning's
+FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
+"""Learning rates of the short runs, by the suggestion."""
+OVERLAP_SE = 2.0
+Verdict = Literal["found", "no signal", "too few points"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +66,17 @@ class RampReading:
     verdict: Verdict
     suggestion: float
     """LR to use, two digits, rounded down; the fallback where nothing was found."""
-    low: float | None
-    high: float | None
-    """Range of sensible LRs: from the onset to the crossing corrected for the start at B = 0, or to the best LR where
-    nothing crossed."""
-    onset: float | None
-    """First LR from which a tenth of the best gain is kept."""
-    crossing: float | None
-    """First LR after the best at which the probe is above its start; None where the ramp ended before."""
-    best: Point | None
     num_points: int
     """Updates before the crossing, or before the ramp's end."""
+    low: float | None = None
+    high: float | None = None
+    """Range of sensible LRs: from the onset to the crossing corrected for the start at B = 0, or to the best LR where
+    nothing crossed."""
+    onset: float | None = None
+    """First LR from which a tenth of the best gain is kept."""
+    crossing: float | None = None
+    """First LR after the best at which the probe is above its start; None where the ramp ended before."""
+    best: Point | None = None
 
 
 def paired_gain(now: np.ndarray, start: np.ndarray) -> tuple[float, float]:
@@ -99,21 +103,20 @@ def analyse(points: Sequence[Point], fallback_lr: float) -> RampReading:
     """
     best = best_index(points)
     if best is None:
-        return RampReading("no signal", fallback_lr, None, None, None, None, None, len(points))
-    crossing = crossing_index(points, best)
-    onset_lr = points[onset_index(points, best)].lr
-    crossing_lr = None if crossing is None else points[crossing].lr
-    num_points = len(points) if crossing is None else crossing
+        return RampReading("no signal", fallback_lr, len(points))
+    end = crossing_index(points, best)
+    onset, crossing = points[onset_index(points, best)].lr, None if end is None else points[end].lr
+    num_points = len(points) if end is None else end
     if num_points < MIN_POINTS:
-        return RampReading("too few points", fallback_lr, None, None, onset_lr, crossing_lr, points[best], num_points)
-    if crossing_lr is None:  # nothing is known to be too large, so no more than what was seen to be best
+        return RampReading("too few points", fallback_lr, num_points, onset=onset, crossing=crossing, best=points[best])
+    if crossing is None:  # nothing is known to be too large, so no more than what was seen to be best
         high = points[best].lr
-        middle = math.sqrt(onset_lr * high)
+        middle = math.sqrt(onset * high)
     else:
-        high = crossing_lr / START_CORRECTION
-        middle = math.sqrt(onset_lr * crossing_lr)
+        high = crossing / START_CORRECTION
+        middle = math.sqrt(onset * crossing)
     suggestion = round_down(min(middle, high))
-    return RampReading("found", suggestion, min(onset_lr, high), high, onset_lr, crossing_lr, points[best], num_points)
+    return RampReading("found", suggestion, num_points, min(onset, high), high, onset, crossing, points[best])
 
 
 def best_index(points: Sequence[Point]) -> int | None:
@@ -152,15 +155,15 @@ def usual_rules(points: Sequence[Point]) -> dict[str, float | None]:
     A rule is None where it has too little to look at.
     """
     best = best_index(points)
-    kept = list(points) if best is None else list(points[: crossing_index(points, best)])
-    kept = [point for point in kept if point.is_finite]
-    lrs, losses = [p.lr for p in kept], [-p.gain for p in kept]
-    said = {f"probe: {name}": value for name, value in _rules(lrs, losses).items()}
-    finite = [point for point in points if np.isfinite(point.training_loss)]
-    first, last = len(finite) // 10, len(finite) - 5  # as fastai trims
-    smooth = debiased_average([p.training_loss for p in finite])[first:last]
-    said |= {f"training loss: {n}": v for n, v in _rules([p.lr for p in finite[first:last]], smooth).items()}
-    return said
+    probed = [p for p in points[: None if best is None else crossing_index(points, best)] if p.is_finite]
+    trained = [point for point in points if np.isfinite(point.training_loss)]
+    kept = slice(len(trained) // 10, len(trained) - 5)  # as fastai trims
+    smooth = debiased_average([point.training_loss for point in trained])
+    by_loss = {
+        "probe": _rules([point.lr for point in probed], [-point.gain for point in probed]),
+        "training loss": _rules([point.lr for point in trained[kept]], smooth[kept]),
+    }
+    return {f"{loss}: {rule}": lr for loss, rules in by_loss.items() for rule, lr in rules.items()}
 
 
 def _rules(lrs: Sequence[float], losses: Sequence[float]) -> dict[str, float | None]:
@@ -186,8 +189,98 @@ def valley_index(losses: Sequence[float]) -> int:
 
 def debiased_average(values: Sequence[float]) -> list[float]:
     """Exponential moving average, divided by the weight that it has so far."""
-    average, smooth = 0.0, []
-    for count, value in enumerate(values, start=1):
-        average = SMOOTHING * average + (1 - SMOOTHING) * value
-        smooth.append(average / (1 - SMOOTHING**count))
-    return smooth
+    averages = itertools.accumulate(values, lambda mean, v: SMOOTHING * mean + (1 - SMOOTHING) * v, initial=0.0)
+    return [average / (1 - SMOOTHING**count) for count, average in enumerate(averages) if count]
+
+
+@dataclass(frozen=True, slots=True)
+class ShortRun:
+    """A short run and the probe after it."""
+
+    lr: float
+    relative_NS: np.ndarray | None
+    """Relative losses of the probe's N images at S strata; None where the run diverged."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunReading:
+    """A short run's gain since the common start, and how far it stays behind the best one; None where it diverged."""
+
+    lr: float
+    gain: float | None = None
+    se: float | None = None
+    items: tuple[float, ...] | None = None
+    """Relative loss of each image, averaged over strata."""
+    behind: float | None = None
+    behind_se: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """`choice` is None where no run gained more than noise."""
+
+    choice: float | None
+    reason: str
+    readings: tuple[RunReading, ...]
+
+
+def lrs_around(suggestion: float, highest: float) -> list[float]:
+    """Five learning rates around a suggestion, half a decade apart, none above `highest`."""
+    return sorted({suggestion if factor == 1 else min(round_down(suggestion * factor), highest) for factor in FACTORS})
+
+
+def judge(runs: Sequence[ShortRun], start_NS: np.ndarray) -> Verification:
+    """The run of largest gain, or the smaller one of the two best where their paired difference is within 2 SE.
+
+    Args:
+        runs: at different learning rates.
+    """
+    finite = {r.lr: r.relative_NS for r in runs if r.relative_NS is not None and np.isfinite(r.relative_NS).all()}
+    gains = {lr: paired_gain(relative_NS, start_NS) for lr, relative_NS in finite.items()}
+    if not gains:
+        return Verification(None, "all of them diverged", tuple(RunReading(run.lr) for run in runs))
+    best, *others = sorted(gains, key=lambda lr: gains[lr][0], reverse=True)
+    behind = {lr: paired_gain(finite[best], relative_NS) for lr, relative_NS in finite.items()}
+    items = {lr: tuple(relative_NS.mean(axis=1).tolist()) for lr, relative_NS in finite.items()}
+    lrs = [run.lr for run in runs]
+    readings = tuple(
+        RunReading(lr, *gains[lr], items[lr], *behind[lr]) if lr in finite else RunReading(lr) for lr in lrs
+    )
+    gain, se = gains[best]
+    if gain <= SIGNAL_SE * se:
+        return Verification(None, "none gained more than three standard errors", readings)
+    if others and behind[others[0]][0] <= OVERLAP_SE * behind[others[0]][1]:
+        smaller, larger = sorted((best, others[0]))
+        return Verification(smaller, f"{smaller:.1e} and {larger:.1e} cannot be told apart: the smaller one", readings)
+    return Verification(best, "it gained most", readings)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One update of the ramp as it was measured."""
+
+    point: Point
+    relative_NS: np.ndarray | None
+    """Relative losses of the probe's N images at S strata; None where the update's numbers were not finite."""
+    grad_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """All that the finder saw and says."""
+
+    reading: RampReading
+    measured: tuple[Measured, ...]
+    start_NS: np.ndarray
+    verification: Verification | None
+    seconds: float
+
+    @property
+    def lr(self) -> float:
+        """The learning rate to use: the verified one where there is one."""
+        verified = None if self.verification is None else self.verification.choice
+        return self.reading.suggestion if verified is None else verified
+
+    @property
+    def points(self) -> list[Point]:
+        return [measured.point for measured in self.measured]

@@ -11,19 +11,17 @@ from pydantic_core import PydanticUndefined
 from lora_trainer.config.optimizers import Prodigy
 from lora_trainer.config.places import cache_folder
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.trials import TrialConfig
 from lora_trainer.data.holdout import with_watched
 from lora_trainer.data.records import Progress
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.experiments.lr_finder.analysis import MIN_POINTS
-from lora_trainer.experiments.lr_finder.verification import FACTORS
+from lora_trainer.experiments.lr_finder.analysis import FACTORS, MIN_POINTS
 from lora_trainer.planning.prepare import Prepared, prepare, prepare_like
 from lora_trainer.planning.run_plan import PROBE_STRATA, TRAINING_FORWARDS
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.schedules.curves import Constant
 from lora_trainer.schedules.cycles import Ramp
 from lora_trainer.tracking.metrics import HELD_OUT
-from lora_trainer.training.group import Member, TrialGroup
+from lora_trainer.training.group import TrialGroup, solo_group
 
 BELOW_USUAL, ABOVE_USUAL = 100, 10_000
 HIGHEST_LR = 1.0
@@ -57,29 +55,18 @@ class PreparedFinder:
     def folder(self) -> Path:
         return self.prepared.run_dir
 
-    @property
-    def ratio(self) -> float:
-        """Factor from each update's LR to the next one's."""
-        return (self.end_lr / self.start_lr) ** (1 / (self.options.num_updates - 1))
-
-    @property
-    def num_short_runs(self) -> int:
-        return len(FACTORS) if self.options.verify else 0
-
     def lr(self, k: int) -> float:
         """The learning rate of the ramp's update k."""
         return self.prepared.lr_groups()[0].lr(k)
 
     def ramp_group(self) -> TrialGroup:
         """The ramp as a group of one."""
-        members = (_member(self.prepared),)
-        return TrialGroup(self.prepared.config.name, self.folder, members, max_skips=1, log_only=True)
+        return replace(solo_group(self.prepared), max_skips=1, log_only=True)
 
     def verification_group(self, lrs: Sequence[float]) -> TrialGroup:
         """A short run at each of these learning rates, all on the same batches."""
-        members = tuple(_member(self._short_run(lr)) for lr in lrs)
-        folder = self.folder / "verify"
-        return TrialGroup("verify", folder, members, "auto", max_skips=1, log_only=True)
+        members = tuple(member for lr in lrs for member in solo_group(self._short_run(lr)).members)
+        return TrialGroup("verify", self.folder / "verify", members, "auto", max_skips=1, log_only=True)
 
     def _short_run(self, lr: float) -> Prepared:
         config, length = self.prepared.config, self.options.num_verify_updates
@@ -110,11 +97,10 @@ def prepare_finder(config: RunConfig, launch: Launch, options: FinderOptions, pr
     usual = _usual_lr(config)
     start = options.start_lr if options.start_lr is not None else usual / BELOW_USUAL
     end = options.end_lr if options.end_lr is not None else min(HIGHEST_LR, usual * ABOVE_USUAL)
-    problems = [*_config_problems(config), *_ramp_problems(start, end, options)]
-    if problems:
+    if problems := [*_config_problems(config), *_ramp_problems(start, end, options)]:
         raise ConfigError(*problems)
     ramp = Ramp(start_ratio=start / config.optimizer.lr, end_ratio=end / config.optimizer.lr)
-    prepared = prepare(finder_config(config, ramp, options), launch, progress)
+    prepared = prepare(_finder_config(config, ramp, options), launch, progress)
     assert config.validation is not None
     watched = with_watched(prepared.split, None, options.num_images, config.validation.seed).probes[HELD_OUT]
     prepared = replace(prepared, split=replace(prepared.split, probes={HELD_OUT: watched}))
@@ -128,26 +114,16 @@ def _validated_every(prepared: Prepared, every: int) -> Prepared:
     return replace(prepared, plan=replace(plan, validation=replace(plan.validation, every=every)))
 
 
-def _member(prepared: Prepared) -> Member:
-    return Member(TrialConfig(prepared.config.name, "base", {}, prepared.config), prepared)
-
-
-def finder_folder(config: RunConfig) -> str:
-    """Name of the folder beside the run's."""
-    return f"{config.name}-find-lr"
-
-
-def finder_config(config: RunConfig, ramp: Ramp, options: FinderOptions) -> RunConfig:
+def _finder_config(config: RunConfig, ramp: Ramp, options: FinderOptions) -> RunConfig:
     """The same training but for what would hide the LR's effect or cost time: schedule, average, samples, saves."""
     groups = tuple(group.model_copy(update={"lr_scheduler": None}) for group in config.optimizer.groups)
+    train = {"max_steps": options.num_updates, "epochs": None, "ema_decay": None}
     return config.model_copy(
         update={
-            "name": finder_folder(config),
+            "name": f"{config.name}-find-lr",
             "optimizer": config.optimizer.model_copy(update={"groups": groups}),
             "lr_scheduler": ramp,
-            "train": config.train.model_copy(
-                update={"max_steps": options.num_updates, "epochs": None, "ema_decay": None}
-            ),
+            "train": config.train.model_copy(update=train),
             "validation": config.validation and config.validation.model_copy(update={"keep_best": False}),
             "sample": type(config.sample)(),
             "checkpoint": type(config.checkpoint)(every_steps=None),
@@ -161,23 +137,22 @@ def finder_rows(finder: PreparedFinder) -> Iterator[tuple[str, str]]:
     """The plan in words, row by row."""
     prepared, options = finder.prepared, finder.options
     plan, num_images = prepared.plan, len(prepared.split.probes[HELD_OUT])
-    measurements = num_images * PROBE_STRATA
     yield "images", f"{plan.num_images} to train on, {len(prepared.split.held_out)} held out; batch {plan.global_batch}"
-    lrs = f"from {finder.start_lr:.1e} to {finder.end_lr:.1e}, x {finder.ratio:.3f} each"
+    ratio = (finder.end_lr / finder.start_lr) ** (1 / (options.num_updates - 1))
+    lrs = f"from {finder.start_lr:.1e} to {finder.end_lr:.1e}, x {ratio:.3f} each"
     yield "ramp", f"{options.num_updates} updates {lrs}"
-    all_there = (
-        f", of {options.num_images} asked for, as no more are held out" if num_images < options.num_images else ""
-    )
-    yield "probe", f"{num_images} images{all_there}, x {PROBE_STRATA} timesteps after every update"
-    updates, probes = options.num_updates, options.num_updates + 1
+    short = num_images < options.num_images
+    missing = f", of {options.num_images} asked for, as no more are held out" if short else ""
+    yield "probe", f"{num_images} images{missing}, x {PROBE_STRATA} timesteps after every update"
+    updates, measurements = options.num_updates, options.num_updates + 1
     if options.verify:
-        updates += finder.num_short_runs * options.num_verify_updates
-        probes += finder.num_short_runs
-        runs = f"{finder.num_short_runs} learning rates x {options.num_verify_updates} updates"
+        updates += len(FACTORS) * options.num_verify_updates
+        measurements += len(FACTORS)
+        runs = f"{len(FACTORS)} learning rates x {options.num_verify_updates} updates"
         yield "verify", f"{runs}, packed, from the same start"
     training = round(updates * plan.global_batch * TRAINING_FORWARDS)
-    cost = training + probes * measurements
-    yield "cost", f"about {cost:,} forwards at most: {training:,} for training, {cost - training:,} for probes"
+    probes = measurements * num_images * PROBE_STRATA
+    yield "cost", f"about {training + probes:,} forwards at most: {training:,} for training, {probes:,} for probes"
     yield "", "the ramp stops by itself where the loss diverges"
     yield "base", f"{prepared.base.family}, {prepared.prediction_type}, {prepared.config.model.path}"
     yield "output", f"{finder.folder}/find_lr.json and find_lr.png; the run's own folder is not touched"

@@ -1,21 +1,34 @@
-"""What the learning-rate finder leaves: find_lr.json with every measurement, find_lr.png, and the answer in words."""
+"""What the learning-rate finder leaves: find_lr.json with every measurement, find_lr.png, and the answer in words.
+
+Never imports torch.
+"""
 
 from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from lora_trainer.experiments.lr_finder.analysis import usual_rules
+from lora_trainer.experiments.lr_finder.analysis import (
+    MIN_POINTS,
+    Found,
+    Measured,
+    Point,
+    RampReading,
+    RunReading,
+    Verification,
+    usual_rules,
+)
 from lora_trainer.experiments.lr_finder.prepare import PreparedFinder
-from lora_trainer.experiments.lr_finder.ramp_plot import draw_ramp
-from lora_trainer.experiments.lr_finder.run import Found, Measured
-from lora_trainer.experiments.lr_finder.verification import Verification
+from lora_trainer.report.pictures import save_png
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import HELD_OUT
 
@@ -25,15 +38,13 @@ DIGITS = 9
 def write_found(finder: PreparedFinder, found: Found) -> list[Path]:
     """Write both files, each whole or not at all; their paths."""
     json_file, picture = finder.folder / "find_lr.json", finder.folder / "find_lr.png"
-    atomic_files.write_json(json_file, as_json(finder, found))
-    readings = () if found.verification is None else found.verification.readings
-    points = [each.point for each in found.measured]
-    title = f"{finder.prepared.config.name}: {found.reading.verdict}, {len(points)} updates"
-    draw_ramp(points, found.reading, readings, picture, title=title)
+    atomic_files.write_json(json_file, _as_json(finder, found))
+    title = f"{finder.prepared.config.name}: {found.reading.verdict}, {len(found.points)} updates"
+    save_png(_ramp_figure(found, title), picture)
     return [json_file, picture]
 
 
-def as_json(finder: PreparedFinder, found: Found) -> dict[str, Any]:
+def _as_json(finder: PreparedFinder, found: Found) -> dict[str, Any]:
     """Equal for equal configs, but for `time`. Losses are relative to the base's mean of their timestep stratum."""
     prepared = finder.prepared
     records = prepared.split.probes[HELD_OUT]
@@ -45,9 +56,9 @@ def as_json(finder: PreparedFinder, found: Found) -> dict[str, Any]:
             "images": {record.name: record.sha256 for record in records},
             "start": _rounded(found.start_NS),
         },
-        "points": [_point(number, each) for number, each in enumerate(found.measured, start=1)],
+        "points": [_point(number, measured) for number, measured in enumerate(found.measured, start=1)],
         "finding": _plain(asdict(found.reading)),
-        "usual_rules": usual_rules([each.point for each in found.measured]),
+        "usual_rules": usual_rules(found.points),
         "forks": None if found.verification is None else _verification(finder, found.verification),
         "lr": found.lr,
         "time": {
@@ -57,69 +68,9 @@ def as_json(finder: PreparedFinder, found: Found) -> dict[str, Any]:
     }
 
 
-def answer_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
-    """The answer in words, with the line to paste."""
-    reading = found.reading
-    if reading.verdict == "no signal":
-        yield "verdict", f"no signal: the held-out loss never fell by more than noise. Use {reading.suggestion:.1e}"
-        yield "", "or look for the cause: captions, adapter.targets, a longer ramp (--steps), more images (--images)"
-    elif reading.verdict == "too few points":
-        decades = f"{finder.start_lr:.0e} to {finder.end_lr:.0e}"
-        steps = round(finder.options.num_updates * 30 / max(1, reading.num_points) * 1.2)
-        yield "verdict", f"only {reading.num_points} updates before the probe rose above its start: too few to read"
-        yield "", f"ramp {decades} again with --steps {steps}, or a smaller --start-lr"
-    else:
-        yield from _reading_rows(finder, found)
-    yield from _lines_to_paste(finder, found.lr)
-
-
-def _lines_to_paste(finder: PreparedFinder, lr: float) -> Iterator[tuple[str, str]]:
-    optimizer = finder.prepared.config.optimizer
-    yield "in the config", f"lr: {lr:.1e}     (under optimizer)"
-    yield "on the command line", f"optimizer.lr={lr:.1e}"
-    for group in optimizer.groups:
-        if group.lr is not None:
-            own = group.lr / optimizer.lr * lr
-            yield f"group {group.name}", f"lr: {own:.1e}     (it kept its ratio to the base LR)"
-
-
-def _reading_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
-    reading = found.reading
-    assert reading.best is not None and reading.onset is not None
-    yield "suggestion", f"{reading.suggestion:.1e}, sensible from {reading.low:.1e} to {reading.high:.1e}"
-    yield "onset", f"{reading.onset:.1e}: from here on a tenth of the best gain is kept"
-    gain = f"{reading.best.gain:.2%} +- {reading.best.se:.2%} of the base's held-out loss"
-    yield "best", f"{reading.best.lr:.1e}: {gain}"
-    if reading.crossing is None:
-        yield "crossing", f"none up to {finder.end_lr:.1e}: the best LR is the upper end in its place"
-        if reading.best.lr == found.measured[-1].point.lr:
-            yield "", "the ramp ended while the gain still rose: a larger LR may do better (--end-lr)"
-    else:
-        yield "crossing", f"{reading.crossing:.1e}: the held-out loss is above its start again"
-        yield "", "half of it is the upper end: from B = 0 a ramp overstates the safe LR about twofold"
-    for name, lr in usual_rules([each.point for each in found.measured]).items():
-        yield f"rule {name}", "-" if lr is None else f"{lr:.1e}"
-    if found.verification is not None:
-        yield from _run_rows(finder, found.verification)
-    yield "note", "a short test favours large LRs: for runs of thousands of updates prefer the lower half of the range"
-
-
-def _run_rows(finder: PreparedFinder, verification: Verification) -> Iterator[tuple[str, str]]:
-    for run in verification.readings:
-        told = "diverged" if run.gain is None else f"gain {run.gain:+z.3%} +- {run.se:.3%}"
-        if run.behind:
-            told += f", {run.behind:.3%} +- {run.behind_se:.3%} behind the best"
-        yield f"short run {run.lr:.1e}", told
-    if verification.choice is None:
-        yield "verified", f"no: {verification.reason}; the suggestion stands unconfirmed"
-    else:
-        updates = finder.options.num_verify_updates
-        yield "verified", f"{verification.choice:.1e} after {updates} updates each: {verification.reason}"
-
-
-def _point(number: int, each: Measured) -> dict[str, Any]:
-    own = _plain(asdict(each.point)) | {"update": number, "grad_norm": each.grad_norm}
-    return own | {"probe": None if each.relative_NS is None else _rounded(each.relative_NS)}
+def _point(number: int, measured: Measured) -> dict[str, Any]:
+    probe = None if measured.relative_NS is None else _rounded(measured.relative_NS)
+    return _plain(asdict(measured.point)) | {"update": number, "grad_norm": measured.grad_norm, "probe": probe}
 
 
 def _verification(finder: PreparedFinder, verification: Verification) -> dict[str, Any]:
@@ -141,3 +92,104 @@ def _plain(value: Any) -> Any:
 
 def _rounded(values_NS: np.ndarray) -> list[list[float]]:
     return np.round(values_NS, DIGITS).tolist()
+
+
+def _ramp_figure(found: Found, title: str) -> Figure:
+    """The probe's gain over the LR with its standard error, onset, crossing, suggestion, range, any short runs."""
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots()
+    lrs, gains, errors = _columns(point for point in found.points if point.is_finite)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.plot(lrs, gains, color="tab:blue", linewidth=2, label="gain of the held-out probe")
+    axes.fill_between(lrs, gains - errors, gains + errors, color="tab:blue", alpha=0.2, label="standard error")
+    _draw_reading(axes, found.reading)
+    readings = () if found.verification is None else found.verification.readings
+    run_lrs, run_gains, run_errors = _columns(run for run in readings if run.gain is not None)
+    if len(run_lrs):
+        axes.errorbar(run_lrs, run_gains, run_errors, fmt="s", color="tab:red", label="short runs")
+    best = found.reading.best.gain if found.reading.best else 0.0
+    top = max([best, *run_gains, *errors[:1]])
+    if top > 0:  # a diverged end would flatten all that matters
+        axes.set_ylim(-0.6 * top, 1.3 * top)
+    axes.set(xscale="log", xlabel="Learning Rate", ylabel="Gain over the start", title=title)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    return figure
+
+
+def _columns(readings: Iterable[Point | RunReading]) -> np.ndarray:
+    """Learning rates, gains and their standard errors [3, readings]."""
+    return np.array([(reading.lr, reading.gain, reading.se) for reading in readings]).reshape(-1, 3).T
+
+
+def _draw_reading(axes: Axes, reading: RampReading) -> None:
+    marks = {"onset": (reading.onset, "tab:green", "--"), "crossing": (reading.crossing, "tab:red", "--")}
+    if reading.verdict == "found":
+        marks["suggestion"] = (reading.suggestion, "tab:orange", "-")
+    for name, (lr, colour, style) in marks.items():
+        if lr is not None:
+            axes.axvline(lr, color=colour, linestyle=style, linewidth=2, label=f"{name} {lr:.1e}")
+    if reading.low is not None and reading.high is not None:
+        axes.axvspan(reading.low, reading.high, color="tab:orange", alpha=0.1, label="sensible range")
+
+
+def answer_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
+    """The answer in words, with the line to paste."""
+    reading = found.reading
+    if reading.verdict == "no signal":
+        yield "verdict", f"no signal: the held-out loss never fell by more than noise. Use {reading.suggestion:.1e}"
+        yield "", "or look for the cause: captions, adapter.targets, a longer ramp (--steps), more images (--images)"
+    elif reading.verdict == "too few points":
+        decades = f"{finder.start_lr:.0e} to {finder.end_lr:.0e}"
+        steps = round(finder.options.num_updates * MIN_POINTS / max(1, reading.num_points) * 1.2)
+        yield "verdict", f"only {reading.num_points} updates before the probe rose above its start: too few to read"
+        yield "", f"ramp {decades} again with --steps {steps}, or a smaller --start-lr"
+    else:
+        yield from _reading_rows(finder, found)
+    yield from _lines_to_paste(finder, found.lr)
+
+
+def _lines_to_paste(finder: PreparedFinder, lr: float) -> Iterator[tuple[str, str]]:
+    optimizer = finder.prepared.config.optimizer
+    yield "in the config", f"lr: {lr:.1e}     (under optimizer)"
+    yield "on the command line", f"optimizer.lr={lr:.1e}"
+    for group in optimizer.groups:
+        if group.lr is not None:
+            yield (
+                f"group {group.name}",
+                f"lr: {group.lr / optimizer.lr * lr:.1e}     (it kept its ratio to the base LR)",
+            )
+
+
+def _reading_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
+    reading = found.reading
+    assert reading.best is not None and reading.onset is not None
+    yield "suggestion", f"{reading.suggestion:.1e}, sensible from {reading.low:.1e} to {reading.high:.1e}"
+    yield "onset", f"{reading.onset:.1e}: from here on a tenth of the best gain is kept"
+    gain = f"{reading.best.gain:.2%} +- {reading.best.se:.2%} of the base's held-out loss"
+    yield "best", f"{reading.best.lr:.1e}: {gain}"
+    if reading.crossing is None:
+        yield "crossing", f"none up to {finder.end_lr:.1e}: the best LR is the upper end in its place"
+        if reading.best.lr == found.points[-1].lr:
+            yield "", "the ramp ended while the gain still rose: a larger LR may do better (--end-lr)"
+    else:
+        yield "crossing", f"{reading.crossing:.1e}: the held-out loss is above its start again"
+        yield "", "half of it is the upper end: from B = 0 a ramp overstates the safe LR about twofold"
+    for name, lr in usual_rules(found.points).items():
+        yield f"rule {name}", "-" if lr is None else f"{lr:.1e}"
+    if found.verification is not None:
+        yield from _run_rows(finder, found.verification)
+    yield "note", "a short test favours large LRs: for runs of thousands of updates prefer the lower half of the range"
+
+
+def _run_rows(finder: PreparedFinder, verification: Verification) -> Iterator[tuple[str, str]]:
+    for run in verification.readings:
+        gain = "diverged" if run.gain is None else f"gain {run.gain:+z.3%} +- {run.se:.3%}"
+        behind = f", {run.behind:.3%} +- {run.behind_se:.3%} behind the best" if run.behind else ""
+        yield f"short run {run.lr:.1e}", gain + behind
+    if verification.choice is None:
+        yield "verified", f"no: {verification.reason}; the suggestion stands unconfirmed"
+    else:
+        updates = finder.options.num_verify_updates
+        yield "verified", f"{verification.choice:.1e} after {updates} updates each: {verification.reason}"

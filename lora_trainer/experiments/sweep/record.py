@@ -1,6 +1,9 @@
 """`sweep.json`: plan and results of a sweep, rebuilt from the trials' logs whenever asked. Never imports torch.
 
 docs/sweeps.md has the format. It is replaced atomically, so it can be read while the sweep runs.
+
+`sweep.prune.worse_after_seeds` compares only losses at the end of complete runs, under the rules of a verdict, so that
+no schedule is judged before it came to its end. The level of 5 % is divided by the number of looks.
 """
 
 from __future__ import annotations
@@ -13,19 +16,23 @@ from typing import Any
 from lora_trainer.config.identity import compare, difference, refusal
 from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
 from lora_trainer.errors import ConfigError, HostError, Problem
+from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Rules
+from lora_trainer.evidence.statistics.verdict import compare as compare_arms
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_rows
 from lora_trainer.training.group import Member, TrialGroup
 
+Json = dict[str, Any]
+
 FORMAT = 1
 FILE = "sweep.json"
-CONTENTS = ("base content", "data content", "validation content")
 ENDED = ("finished", "failed", "stopped")
 """States of a trial that will not go on."""
+NOTHING: Json = {"groups": [], "trials": []}
+"""The record of a sweep that was never started."""
+_CONTENTS = ("base content", "data content", "validation content")
 _PROBE_FIELDS = ("step", "relative", "loss", "se", "items")
-
-Json = dict[str, Any]
+FEWER_SEEDS = "sweep.prune.worse_after_seeds"
 
 
 def read_sweep(sweep_dir: Path) -> Json | None:
@@ -47,33 +54,27 @@ def read_sweep(sweep_dir: Path) -> Json | None:
     raise HostError(Problem("the record of this sweep cannot be read", str(file), fault, "restore it, or use --fresh"))
 
 
-def started_groups(before: Json | None, sweep_dir: Path) -> dict[str, list[str]]:
+def started_groups(before: Json, sweep_dir: Path) -> dict[str, list[str]]:
     """The groups that an earlier start began, with their trials in order."""
-    groups = [] if before is None else before["groups"]
     return {
-        g["name"]: g["trials"] for g in groups if any((sweep_dir / GROUPS / g["name"] / CHECKPOINTS).glob("step-*"))
+        group["name"]: group["trials"]
+        for group in before["groups"]
+        if any((sweep_dir / GROUPS / group["name"] / CHECKPOINTS).glob("step-*"))
     }
 
 
-def finished_groups(before: Json | None) -> set[str]:
-    return set() if before is None else {g["name"] for g in before["groups"] if g["status"] == "finished"}
-
-
-def settled_groups(before: Json | None, prepared: Mapping[str, Prepared]) -> set[str]:
+def settled_groups(before: Json, prepared: Mapping[str, Prepared]) -> set[str]:
     """The finished groups whose trials were not given more updates since."""
-    done = finished_groups(before)
-    longer = {
+    length = {name: trial.plan.num_updates for name, trial in prepared.items()}
+    return {
         group["name"]
-        for group in (before or {"groups": []})["groups"]
-        for name in group["trials"]
-        if name in prepared and prepared[name].plan.num_updates > group["num_updates"]
+        for group in before["groups"]
+        if group["status"] == "finished"
+        and all(length.get(name, 0) <= group["num_updates"] for name in group["trials"])
     }
-    return done - longer
 
 
-def check_continues(
-    before: Json | None, prepared: Mapping[str, Prepared], sweep_dir: Path, settled: Collection[str]
-) -> None:
+def check_continues(before: Json, prepared: Mapping[str, Prepared], sweep_dir: Path, settled: Collection[str]) -> None:
     """Refuse to mix trials of other data, other bases or other settings under the same names.
 
     Args:
@@ -82,36 +83,33 @@ def check_continues(
     Raises:
         ConfigError: naming every trial and setting that differs, and trials that began and are gone from the config.
     """
-    if before is None:
+    if before is NOTHING:
         return
     problems = []
-    now = {key: value for key, value in next(iter(prepared.values())).identity().items() if key in CONTENTS}
-    if changes := difference(before["shared"], now):
-        problems.append(
-            Problem(
-                "this sweep's trials had other data or another base",
-                str(sweep_dir),
-                "; ".join(changes),
-                "restore them, or give the new sweep another `name`",
-            )
+    if changes := difference(before["shared"], _contents(next(iter(prepared.values())))):
+        what, fix = (
+            "this sweep's trials had other data or another base",
+            "restore them, or give the new sweep another `name`",
         )
-    for name, own in prepared.items():
+        problems.append(Problem(what, str(sweep_dir), "; ".join(changes), fix))
+    for name, trial in prepared.items():
         folder = sweep_dir / TRIALS / name
-        if (identity := _stored_identity(folder)) is not None:
-            refused = compare(identity, own.identity(), own.config.resume, "resume").refused
+        if (began_with := _stored_identity(folder)) is not None:
+            identity = trial.identity()
+            refused = compare(began_with, identity, trial.config.resume, "resume").refused
             if refused:
-                problems.append(refusal(name, identity, own.identity(), refused, str(folder)))
+                problems.append(refusal(name, began_with, identity, refused, str(folder)))
     for group, names in started_groups(before, sweep_dir).items():
         if group not in settled and (gone := [name for name in names if name not in prepared]):
-            problems.append(
-                Problem(
-                    f"trials of the unfinished group {group} are no longer in the config: {', '.join(gone)}",
-                    "sweep",
-                    fix="put them back until the group is finished, or start anew with --fresh",
-                )
-            )
+            what = f"trials of the unfinished group {group} are no longer in the config: {', '.join(gone)}"
+            fix = "put them back until the group is finished, or start anew with --fresh"
+            problems.append(Problem(what, "sweep", fix=fix))
     if problems:
         raise ConfigError(*problems)
+
+
+def _contents(prepared: Prepared) -> Json:
+    return {key: value for key, value in prepared.identity().items() if key in _CONTENTS}
 
 
 def _stored_identity(folder: Path) -> Json | None:
@@ -121,10 +119,14 @@ def _stored_identity(folder: Path) -> Json | None:
         return None
 
 
-def never_begun(before: Json | None) -> dict[str, str]:
+def is_left_out(trial: Json) -> bool:
+    """Whether a rule decided not to begin this trial."""
+    return trial["status"] == "stopped" and not trial["step"]
+
+
+def left_out(content: Json) -> dict[str, str]:
     """Trials that an earlier start decided not to begin, with the rule and its reason."""
-    trials = [] if before is None else before["trials"]
-    return {trial["name"]: trial["reason"] for trial in trials if trial["status"] == "stopped" and not trial["step"]}
+    return {trial["name"]: trial["reason"] for trial in content["trials"] if is_left_out(trial)}
 
 
 def without_dropped(content: Json, dropped: Mapping[str, str]) -> Json:
@@ -139,34 +141,22 @@ def without_dropped(content: Json, dropped: Mapping[str, str]) -> Json:
     return {**content, "groups": [group for group in groups if group["trials"]], "trials": trials}
 
 
-def describe_sweep(name: str, groups: Sequence[TrialGroup], before: Json | None) -> Json:
-    """The record of a planned sweep.
+def describe_sweep(name: str, groups: Sequence[TrialGroup], before: Json) -> Json:
+    """The record of a planned sweep; trials that were recorded before keep their places.
 
     Groups that are finished and no longer in the config stay as they were; so do trials that were not begun.
     """
     planned = {group.name for group in groups}
-    kept = [g for g in (before or {"groups": []})["groups"] if g["status"] == "finished" and g["name"] not in planned]
-    stay = {name for group in kept for name in group["trials"]} | {*never_begun(before)}
-    stay -= {member.name for group in groups for member in group.members}
-    kept_trials = [t for t in (before or {"trials": []})["trials"] if t["name"] in stay]
-    identity = groups[0].shared.identity() if groups else {}
-    shared = {key: value for key, value in identity.items() if key in CONTENTS} if before is None else before["shared"]
+    kept = [g for g in before["groups"] if g["status"] == "finished" and g["name"] not in planned]
+    rows = {member.name: _trial_row(member, group) for group in groups for member in group.members}
+    stay = {name for group in kept for name in group["trials"]} | left_out(before).keys() | rows.keys()
     return {
         "format": FORMAT,
         "name": name,
-        "shared": shared,
+        "shared": before.get("shared", _contents(groups[0].shared) if groups else {}),
         "groups": kept + [_group_row(group) for group in groups],
-        "trials": _in_order(
-            [*kept_trials, *(_trial_row(member, group) for group in groups for member in group.members)], before
-        ),
+        "trials": list(({t["name"]: t for t in before["trials"] if t["name"] in stay} | rows).values()),
     }
-
-
-def _in_order(trials: Sequence[Json], before: Json | None) -> list[Json]:
-    """Trials that were recorded before stay in their order; new ones follow."""
-    known = [trial["name"] for trial in (before or {"trials": []})["trials"]]
-    place = {name: index for index, name in enumerate(known)}
-    return sorted(trials, key=lambda trial: place.get(trial["name"], len(known)))
 
 
 def _group_row(group: TrialGroup) -> Json:
@@ -211,28 +201,27 @@ def refreshed(content: Json, sweep_dir: Path, finished: Sequence[str] = ()) -> J
     Args:
         finished: groups that are known to be done, with all their files.
     """
-    done = {*finished, *finished_groups(content)}
+    done = {*finished, *(group["name"] for group in content["groups"] if group["status"] == "finished")}
     trials = [_with_results(trial, sweep_dir, done=trial["group"] in done) for trial in content["trials"]]
     groups = []
     for group in content["groups"]:
-        own = [trial for trial in trials if trial["group"] == group["name"]]
-        status = "finished" if group["name"] in done else "running" if any(t["step"] for t in own) else "waiting"
-        groups.append({**group, "status": status, "step": max((trial["step"] for trial in own), default=0)})
+        step = max((trial["step"] for trial in trials if trial["group"] == group["name"]), default=0)
+        status = "finished" if group["name"] in done else "running" if step else "waiting"
+        groups.append({**group, "status": status, "step": step})
     return {**content, "groups": groups, "trials": trials}
 
 
 def _with_results(trial: Json, sweep_dir: Path, *, done: bool) -> Json:
     """A trial's row with step, status and probes from its log; of one that was not begun, the row as it is."""
-    if never_begun({"trials": [trial]}):
+    if is_left_out(trial):
         return trial
     log = sweep_dir / trial["folder"] / METRICS_FILE
     rows = list(read_rows(log)) if log.exists() else []
-    probes = [r for r in rows if r.get("event") == "validation" and r["probe"] == HELD_OUT]
-    readings = [row for row in probes if row["step"] > 0]
-    measured = [{key: row[key] for key in _PROBE_FIELDS} for row in readings if probe_fault(row) is None]
+    probes = [r for r in rows if r.get("event") == "validation" and r["probe"] == HELD_OUT and r["step"] > 0]
+    measured = [{key: row[key] for key in _PROBE_FIELDS} for row in probes if probe_fault(row) is None]
     step = max((row["step"] for row in rows), default=0)
     ending = next((row for row in rows if row.get("event") in ("failed", "stopped")), None)
-    if ending is None and done and readings and (fault := probe_fault(readings[-1])) is not None:
+    if ending is None and done and probes and (fault := probe_fault(probes[-1])) is not None:
         ending = {"event": "failed", "step": step, "reason": fault}
     status = ending["event"] if ending else "finished" if done else "running" if rows else "waiting"
     return {
@@ -245,5 +234,46 @@ def _with_results(trial: Json, sweep_dir: Path, *, done: bool) -> Json:
     }
 
 
-def write_sweep(sweep_dir: Path, content: Json) -> None:
-    atomic_files.write_json(sweep_dir / FILE, content)
+def unfinished_trials(content: Json) -> list[str]:
+    """Trials that will go on."""
+    return [trial["name"] for trial in content["trials"] if trial["status"] not in ENDED]
+
+
+def arms_of(content: Json) -> list[Arm]:
+    """Every arm, in their order, with the held-out losses of its finished seeds and why others have none.
+
+    A seed that was begun and then stopped counts against its arm as one that failed does: else an arm would win on the
+    seeds that it survived. One that was not begun counts as nothing.
+    """
+    rows: dict[str, list[Json]] = {}
+    for trial in content["trials"]:
+        rows.setdefault(trial["arm"], []).append(trial)
+    return [_arm(name, trials) for name, trials in rows.items()]
+
+
+def _arm(name: str, trials: list[Json]) -> Arm:
+    first = trials[0]
+    losses = {t["seed"]: float(t["final"]["relative"]) for t in trials if t["final"] is not None}
+    ended = [t for t in trials if t["status"] in ("failed", "stopped") and not is_left_out(t)]
+    failed = {t["seed"]: str(t["reason"]) for t in ended}
+    return Arm(name, first["setting"], first["peak_lr"], first["lr_budget"], losses, failed)
+
+
+def worse_arms(content: Json, after: int, num_seeds: int) -> dict[str, str]:
+    """The arms that were shown to be worse than another and get no further seeds, with the reason.
+
+    Args:
+        after: finished seeds from which on an arm is judged.
+        num_seeds: of the whole sweep.
+    """
+    arms = [arm for arm in arms_of(content) if arm.losses and not arm.failed]
+    level = Rules().level / max(1, num_seeds - after)
+    reasons: dict[str, str] = {}
+    for pair in compare_arms(arms, Rules(level=level, min_seeds=after)):
+        if pair.outcome == Outcome.BETTER and pair.test is not None:
+            reasons.setdefault(
+                pair.worse.name,
+                f"{FEWER_SEEDS}: {pair.better.name} was better by {pair.test.mean:.4f} on {len(pair.seeds)} seeds "
+                f"(adjusted p {pair.adjusted_p:.2g}, {level:.2g} needed)",
+            )
+    return reasons

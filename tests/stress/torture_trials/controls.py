@@ -15,10 +15,10 @@ from stress.torture_trials.record import Trial
 from stress.torture_trials.world import Outputs, Prepare, World
 
 from lora_trainer.storage import checkpoint
-from lora_trainer.training import group_writer, resume
-from lora_trainer.training.group_writer import GroupWriter
+from lora_trainer.training import resume, writers
 from lora_trainer.training.optimizer_step import OptimizerStep
 from lora_trainer.training.trial import Trial as TrainedTrial
+from lora_trainer.training.writers import GroupWriter
 
 EXIT_STEP, EXITED = 4, 99
 PLATEAU = (
@@ -90,7 +90,7 @@ def _exit_after_save() -> None:
             os._exit(EXITED)
         return result
 
-    patch.object(group_writer, "save_checkpoint", save).start()
+    patch.object(writers, "save_checkpoint", save).start()
 
 
 def _skip(updates: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from stress.torture_trials.world import World
 
 from lora_trainer.storage import atomic_files
 from lora_trainer.storage.checkpoint import newest_checkpoint, save_checkpoint
-from lora_trainer.training import group_writer
+from lora_trainer.training import writers
 
 
 def replayed(world: World, seed: int, count: int, stride: int = 1) -> Iterator[Trial]:
@@ -34,7 +34,7 @@ def trace(world: World) -> list[CutMoment]:
         tracer.reported = arguments[1]
         return result
 
-    with patch.object(group_writer, "save_checkpoint", saved), atomic_files.observe_operations(tracer):
+    with patch.object(writers, "save_checkpoint", saved), atomic_files.observe_operations(tracer):
         world.train_quietly("traced")
     world.forget("traced")
     return tracer.moments
