@@ -12,12 +12,15 @@ import pytest
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait take the other tests' cores
 sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).parent.parent
 collect_ignore = ["example_plugin"]  # a package of its own, whose tests run where it is installed
 STARTS_A_PROCESS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}
 """Audit events of Python."""
+COLLECTED = pytest.StashKey[set[str]]()
+"""Node ids, also of tests that are deselected."""
 
 TOY_CONFIG = """
 name: toy
@@ -31,6 +34,14 @@ train: {{max_steps: 6, batch_size: 2, threads: 1}}
 checkpoint: {{every_steps: null}}
 tracking: {{tensorboard: false}}
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[COLLECTED] = set()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.config.stash[COLLECTED].add(item.nodeid)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -148,7 +159,7 @@ def program() -> Callable[..., object]:
     """Start a command in a process of its own, with this interpreter's packages and without network."""
     import subprocess
 
-    def start(command: Sequence[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def start(command: Sequence[str], timeout: float = 900, **environment: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_", "RANK", "WORLD"))}
         paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}", "PYTHONPATH": str(ROOT)}
         return subprocess.run(

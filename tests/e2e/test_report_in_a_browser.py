@@ -104,10 +104,10 @@ def look(page: Path, width: int, scheme: str) -> dict[str, Any]:
     assert BROWSER is not None
     frame = page.with_name(f"{scheme}-{width}.html")
     frame.write_text(FRAME.format(source=page.as_uri(), width=width, scheme=scheme))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom", "--timeout=20000"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom", "--timeout=100000"]
     flags += ["--window-size=1500,1000", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"]
     flags += [f"--user-data-dir={page.parent / 'profile'}"]
-    shown = subprocess.run([BROWSER, *flags, frame.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    shown = subprocess.run([BROWSER, *flags, frame.as_uri()], capture_output=True, text=True, timeout=300, check=True)
     measured = re.search(r'data-measured="([^"]*)"', shown.stdout)
     assert measured is not None, shown.stderr[-2000:]
     return json.loads(unescape(measured[1]))

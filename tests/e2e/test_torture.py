@@ -20,7 +20,7 @@ def test_the_short_torture_loses_nothing(
     """A part of each family of trials, and every negative control: a part of the state left out must be noticed."""
     run = program(
         [sys.executable, "-m", "stress.torture_trials", "--short", "--record", str(tmp_path / "trials.jsonl")],
-        timeout=550,
+        timeout=1800,
         PYTHONPATH=":".join(map(str, (ROOT, ROOT / "tests"))),
         OMP_NUM_THREADS="1",
     )

@@ -8,6 +8,8 @@ from lora_trainer.config.optimizers import ROWS as OPTIMIZER_ROWS
 from lora_trainer.schedules.registry import ROWS as SCHEDULE_ROWS
 from lora_trainer.testing import OptimizerContract, ScheduleContract
 
+pytestmark = pytest.mark.quick
+
 
 class TestOurSchedules(ScheduleContract):
     @pytest.fixture(autouse=True, params=SCHEDULE_ROWS, ids=lambda row: row.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_training_goes_on_with_a_log_that_was_cut_inside_a_line(
     capsys.readouterr()
     run_dir = train_toy(*overrides)
     said = capsys.readouterr().out
-    assert "is shorter than it was at step 3: rows before it are missing" in said
+    assert re.search(r"shorter .* step 3\b", said)
     assert said.count("1 damaged line(s) are left out") == 1
     assert [row["step"] for row in step_rows(log)][-3:] == [4, 5, 6]
     assert (run_dir / "report.html").is_file()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 from lora_trainer.cli.train import sweep
+
+pytestmark = pytest.mark.usefixtures("plain_pictures")
 
 
 def test_a_decay_ends_below_a_constant_lr_on_every_seed(tmp_path: Path) -> None:

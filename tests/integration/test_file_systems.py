@@ -123,7 +123,7 @@ def test_without_flock_another_lock_holds_the_folder(
         "import fcntl, sys, time; from pathlib import Path; from lora_trainer.storage import atomic_files\n"
         f"def flock(*_): raise OSError({error}, 'no flock')\n"
         "fcntl.flock = flock\n"
-        "with atomic_files.sole_writer(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(60)"
+        "with atomic_files.sole_writer(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

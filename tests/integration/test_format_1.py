@@ -22,6 +22,8 @@ from lora_trainer.storage.checkpoint import open_checkpoint
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.resume import stored_trial
 
+pytestmark = pytest.mark.usefixtures("plain_pictures")
+
 STORED = Path(__file__).parent.parent / "format_1"
 TOLERANCE = 1e-3
 Text = pytest.CaptureFixture[str]

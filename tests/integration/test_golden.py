@@ -21,6 +21,8 @@ from lora_trainer.cli.find_lr import find_lr
 from lora_trainer.cli.train import sweep, train
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions
 
+pytestmark = pytest.mark.usefixtures("plain_pictures")
+
 FORMAT_1, GOLDEN = (Path(__file__).parents[1] / name for name in ("format_1", "golden"))
 CONFIG = f"""
 name: golden

@@ -32,7 +32,8 @@ from pathlib import Path
 from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.fit import fit
 from lora_trainer.training.group import TrialGroup
-fit(TrialGroup.from_json(Path(sys.argv[1]).read_bytes()), console=MainConsole(silent=True))
+for file in sys.argv[1:]:
+    fit(TrialGroup.from_json(Path(file).read_bytes()), console=MainConsole(silent=True))
 """
 
 
@@ -40,35 +41,37 @@ def silent(items: Any, _: str, __: int) -> Any:
     return items
 
 
-def swept(config: Path) -> TrialGroup:
-    loaded, trials = load_sweep(config, [WATCHED, SECTION, "train.ema_decay=null"])
+def swept(config: Path, output: Path) -> TrialGroup:
+    loaded, trials = load_sweep(config, [f"output_dir={output}", WATCHED, SECTION, "train.ema_decay=null"])
     (group,) = prepare_sweep(loaded, trials, Launch(), silent).groups
     assert [member.prefix is not None for member in group.members] == [False, True, False]
     return group
 
 
-def alone(config: Path) -> TrialGroup:
+def alone(config: Path, output: Path) -> TrialGroup:
     overrides = [WATCHED, GROUPS, "train.ema_decay=0.9", "sample={prompts: [x], num_inference_steps: 1}"]
-    return solo_group(prepare(load_config(config, overrides), Launch(), silent))
+    return solo_group(prepare(load_config(config, [f"output_dir={output}", *overrides]), Launch(), silent))
 
 
 def loras(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("make", [swept, alone])
-def test_another_process_trains_a_written_group_to_the_same_bytes(
-    make: Callable[[Path], TrialGroup], toy_config: Path, tmp_path: Path, program: Callable[..., Any]
+@pytest.mark.process
+def test_another_process_trains_written_groups_to_the_same_bytes(
+    toy_config: Path, tmp_path: Path, program: Callable[..., Any]
 ) -> None:
-    group = make(toy_config)
-    file = tmp_path / "group.json"
-    file.write_bytes(group.to_json())
-    assert TrialGroup.from_json(file.read_bytes()) == group
-    run_dir = tmp_path / "runs" / "toy"
-    ended = program([sys.executable, "-c", TRAIN, str(file)])
+    groups = {make.__name__: make(toy_config, tmp_path / make.__name__) for make in (swept, alone)}
+    files = {name: tmp_path / f"{name}.json" for name in groups}
+    for name, group in groups.items():
+        files[name].write_bytes(group.to_json())
+        assert TrialGroup.from_json(files[name].read_bytes()) == group
+    ended = program([sys.executable, "-c", TRAIN, *map(str, files.values())])
     assert ended.returncode == 0, ended.stderr
-    written = loras(run_dir)
-    assert len(written) >= 4
-    run_dir.rename(run_dir.with_name("written"))
-    fit(group, console=MainConsole(silent=True))
-    assert loras(run_dir) == written
+    for name, group in groups.items():
+        run_dir = tmp_path / name / "toy"
+        written = loras(run_dir)
+        assert len(written) >= 4
+        run_dir.rename(run_dir.with_name("written"))
+        fit(group, console=MainConsole(silent=True))
+        assert loras(run_dir) == written

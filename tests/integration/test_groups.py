@@ -12,6 +12,8 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.models.adapters.targets import assign_param_groups
 from lora_trainer.tracking.metrics import step_rows
 
+pytestmark = pytest.mark.quick
+
 GROUPS = (
     "optimizer.groups=[{name: up, match: ['up_blocks.*.to_q'], lr: 5e-4},"
     " {name: loraplus, match: [lora_B.weight], lr_scheduler: {type: constant}}]"

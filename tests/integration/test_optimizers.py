@@ -24,6 +24,8 @@ from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.tracking.metrics import step_rows
 from lora_trainer.training.optimizers import build_optimizer, evaluated_weights, step_size
 
+pytestmark = pytest.mark.quick
+
 HORIZON = Horizon(20, 5)
 
 

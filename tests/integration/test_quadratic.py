@@ -13,6 +13,8 @@ from lora_trainer.schedules.registry import SCHEDULES
 from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.training.optimizers import build_optimizer
 
+pytestmark = pytest.mark.quick
+
 CURVATURE = 4.0  # of the loss c x^2 / 2, so plain SGD multiplies x by 1 - lr c at each update
 NUM_UPDATES = 40
 

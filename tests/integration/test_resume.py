@@ -52,6 +52,7 @@ def assert_same_run_twice(
     assert rows(straight) == rows(resumed)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("stops", [[1], [3], [5], [2, 1, 2]])
 def test_a_resume_is_byte_identical(
     train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stops: list[int]

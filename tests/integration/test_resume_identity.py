@@ -267,7 +267,7 @@ class TestTheBatch:
         straight = train_toy(name="straight")
         stopped(train_toy, monkeypatch)
         capfd.readouterr()
-        assert run_in_world(2, lambda: train_toy("train.batch_size=1") and None) == [0, 0]
+        assert run_in_world(2, lambda: train_toy("train.batch_size=1")) == [0, 0]
         said = capfd.readouterr().out
         assert f"{CHANGED}: num_processes: 1 -> 2" in said
         assert f"{CHANGED}: train.batch_size: 2 -> 1" in said
@@ -282,7 +282,7 @@ class TestTheBatch:
     @pytest.mark.process
     def test_keeps_its_size_over_processes(self, train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
         stopped(train_toy, monkeypatch)
-        assert run_in_world(2, lambda: train_toy() and None) == [ExitCode.CONFIG] * 2
+        assert run_in_world(2, lambda: train_toy()) == [ExitCode.CONFIG] * 2
 
 
 def newest(tmp_path: Path, name: str = "toy") -> Path:

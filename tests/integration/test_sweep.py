@@ -49,6 +49,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
 GRID = "{grid: {lr_scheduler: [{type: constant}, {type: cosine, warmup_steps: 2}], optimizer.lr: [1e-3, 3e-3]}"
 
 
+@pytest.mark.quick
 def test_a_sweep_leaves_what_solo_runs_leave_to_the_byte(sweep: Sweep, tmp_path: Path) -> None:
     grid = "{lr_scheduler: [{type: constant}, {type: cosine, warmup_steps: 2}], optimizer.lr: [3e-3]}"
     done = sweep(f"{{grid: {grid}, seeds: [1, 2], trials_per_pass: 1}}")

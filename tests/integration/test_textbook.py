@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from lora_trainer.diffusion import random_streams
 from lora_trainer.tracking.metrics import step_rows
 
+pytestmark = pytest.mark.usefixtures("plain_pictures")
+
 STEPS, BATCH, SEED, LR = 6, 2, 42, 1e-3
 
 
@@ -68,6 +70,7 @@ def textbook_loop(base: Path, images: Path) -> tuple[dict[str, torch.Tensor], li
     return get_peft_model_state_dict(unet, adapter_name="default"), losses
 
 
+@pytest.mark.quick
 def test_a_run_equals_the_textbook_loop(train_toy: Callable[..., Path], toy_base: Path, toy_images: Path) -> None:
     run_dir = train_toy("export.dtype=fp32")
     weights, losses = textbook_loop(toy_base, toy_images)

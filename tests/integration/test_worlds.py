@@ -42,7 +42,7 @@ def train_world(train_toy: Callable[..., Path], toy_images: Path, tmp_path: Path
         if num_processes == 1:
             train_toy(*overrides, name=name)
         else:
-            codes = run_in_world(num_processes, lambda: train_toy(*overrides, name=name) and None)
+            codes = run_in_world(num_processes, lambda: train_toy(*overrides, name=name))
             assert codes == [0] * num_processes
         return tmp_path / "runs" / name
 
@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_in_the_same_update(
 ) -> None:
     spoil_losses(monkeypatch, lambda call: call >= 2 and os.environ["RANK"] == "1")
     overrides = ("train.batch_size=1", "tracking.base_loss_every=null", "train.max_steps=8")
-    codes = run_in_world(2, lambda: train_toy(*overrides, name="poisoned") and None)
+    codes = run_in_world(2, lambda: train_toy(*overrides, name="poisoned"))
     assert codes == [ExitCode.NUMERIC] * 2
     run_dir = tmp_path / "runs" / "poisoned"
     rows = list(read_rows(run_dir / "metrics.jsonl"))

@@ -1,4 +1,4 @@
-"""docs/evidence.md is complete, and docs/learning_rates.md says what the code does."""
+"""The table of claims is complete, and docs/learning_rates.md says what the code does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from claims import CLAIMS
+from conftest import COLLECTED
 
 from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.optimizers import OPTIMIZERS, AdamW
@@ -16,7 +18,6 @@ from lora_trainer.planning.run_plan import steps_per_epoch
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-EVIDENCE = (DOCS / "evidence.md").read_text()
 ADVICE = (DOCS / "learning_rates.md").read_text()
 
 
@@ -33,28 +34,38 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_every_row_is_there_with_a_test_or_an_answer() -> None:
-    rows = table(EVIDENCE, "## What they name") + table(EVIDENCE, "## What they trip over")
-    assert [row[0] for row in rows] == [f"S{n}" for n in range(1, 46)] + [f"X{n}" for n in range(1, 16)]
-    for name, what, answer, tests in rows:
-        assert what, name
-        assert answer, name
-        assert "tests/" in tests or "](" in answer, name
+    ids = [*(f"S{n}" for n in range(1, 46)), *(f"X{n}" for n in range(1, 16)), *(f"A{n}" for n in range(1, 7))]
+    assert [claim.id for claim in CLAIMS] == ids
+    for claim in CLAIMS:
+        assert claim.what, claim.id
+        assert claim.tests or "](" in claim.answer, claim.id
 
 
-def test_every_test_that_is_named_exists() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", EVIDENCE)
+def test_every_test_that_is_named_exists_and_is_collected(request: pytest.FixtureRequest) -> None:
+    named = [test for claim in CLAIMS for test in claim.tests]
     assert len(named) > 60
-    assert EVIDENCE.count("`tests/") == len(named) + 1  # the one that names this file
-    for file in {file for file, _ in named}:
-        functions = {
-            node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)
-        }
-        assert {test for other, test in named if other == file} <= functions, file
+    whole = not any("::" in word for word in request.config.args)  # of a file asked for, every test is collected
+    collected = {node.partition("[")[0].removeprefix("tests/") for node in request.config.stash[COLLECTED]}
+    for file in sorted({test.partition("::")[0] for test in named}):
+        tests = {test for test in named if test.startswith(f"{file}::")}
+        body = ast.parse((ROOT / "tests" / file).read_text()).body
+        assert tests <= {f"{file}::{node.name}" for node in body if isinstance(node, ast.FunctionDef)}
+        if whole and any(node.startswith(f"{file}::") for node in collected):
+            assert tests <= collected
 
 
-@pytest.mark.parametrize("page", ["evidence.md", "learning_rates.md", "schedules.md", "diagnosis.md"])
+@pytest.mark.parametrize("page", ["learning_rates.md", "schedules.md", "diagnosis.md"])
 def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", (DOCS / page).read_text()):
+    check_links((DOCS / page).read_text())
+
+
+def test_links_of_the_claims_lead_somewhere() -> None:
+    check_links(" ".join(claim.answer for claim in CLAIMS))
+
+
+def check_links(text: str) -> None:
+    """Every link of a text in docs/ has its file and its heading."""
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
         file, _, anchor = target.partition("#")
         assert (DOCS / file).is_file(), target
         assert not anchor or anchor in anchors(DOCS / file), target
@@ -68,15 +79,14 @@ def test_every_schedule_command_that_is_named_does_what_it_says(
 
     monkeypatch.chdir(tmp_path)
     refused = {"S6", "S30"}
-    rows = table(EVIDENCE, "## What they name") + table(EVIDENCE, "## What they trip over")
     tried = 0
-    for name, _, answer, _ in rows:
-        for command in re.findall(r"`schedules ([^`]+)`", answer):
+    for claim in CLAIMS:
+        for command in re.findall(r"`schedules ([^`]+)`", claim.answer):
             if "NAME" in command:
                 continue
             with pytest.raises(SystemExit) as caught:
                 main(["schedules", *shlex.split(command)])
-            assert (caught.value.code or 0) == (ExitCode.CONFIG if name in refused else ExitCode.DONE), command
+            assert (caught.value.code or 0) == (ExitCode.CONFIG if claim.id in refused else ExitCode.DONE), command
             tried += 1
     assert tried > 25
 

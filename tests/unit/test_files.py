@@ -75,7 +75,7 @@ def test_json_is_canonical_and_refuses_nan() -> None:
 def test_one_writer_per_folder_and_a_killed_one_does_not_block(tmp_path: Path) -> None:
     hold = (
         "import sys, time; from pathlib import Path; from lora_trainer.storage import atomic_files\n"
-        "with atomic_files.sole_writer(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(60)"
+        "with atomic_files.sole_writer(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

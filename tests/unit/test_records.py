@@ -63,7 +63,8 @@ def test_large_numbers_before_a_folders_name_are_no_repeats(tmp_path: Path) -> N
     assert f"folder `101_cat` {said}" in dataset.notes
     assert any(note.startswith("4 more folders are taken as names") for note in dataset.notes)
     (images / "101_cat").rename(images / "cat")
-    assert "`20231105_trip` is taken as a name, not as 20231105 repeats" in " | ".join(found(tmp_path).notes)
+    (note,) = (note for note in found(tmp_path).notes if "20231105_trip" in note)
+    assert "name" in note
 
 
 def test_a_usual_number_of_repeats_needs_no_note(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def _second_writer(world: World, index: int) -> Callable[[], str | None]:
 
         def hold() -> None:
             with sole_writer(world.run_dir(place), print):
-                time.sleep(60)
+                time.sleep(600)
 
         holder = world.start(place, prepare=hold)
         lock = world.run_dir(place) / ".lock"
