@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_trainer.cli.session import StopRequest, check_platform
 from lora_trainer.config.load import load_config
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, finder_rows, prepare_finder
-from lora_trainer.experiments.lr_finder.record import answer_rows, write_found
+from lora_trainer.experiments.lr_finder.record import answer_rows, write_result
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.console import MainConsole
@@ -31,8 +31,8 @@ def find_lr(config_file: Path, overrides: Sequence[str], options: FinderOptions)
 
     lock = atomic_files.sole_writer(finder.folder, console.print) if launch.is_main else nullcontext()
     with lock, StopRequest().listening() as stop:
-        found = run(finder, console=console, should_stop=stop)
+        result = run(finder, console=console, should_stop=stop)
         if launch.is_main:
-            files = write_found(finder, found)
-            console.table(f"Learning rate for {config.name}", answer_rows(finder, found))
+            files = write_result(finder, result)
+            console.table(f"Learning rate for {config.name}", answer_rows(finder, result))
             console.table("Files", [(file.name, str(file)) for file in files])

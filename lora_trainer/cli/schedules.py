@@ -193,13 +193,13 @@ def plot(
         words = [*words, *(name for name, kind in SCHEDULES.items() if kind is not TorchSchedule)]
         console.print("`torch` is left out: it loads torch to be drawn; name it to see it")
     chosen = previews(words, config, steps, lr, steps_per_epoch)
-    curves = [Curve(each.label, each.facts.lrs, each.schedule.marks) for each in chosen]
+    curves = [Curve(preview.label, preview.facts.lrs, preview.schedule.marks) for preview in chosen]
     title = f"Learning rate over {chosen[0].schedule.horizon.num_steps} updates"
     if terminal:
         width = min(120, shutil.get_terminal_size((100, 24)).columns)
         console.rich.print(Text.from_ansi(terminal_plot(curves, title=title, width=width)))
-    for each in chosen:
-        console.table(each.label, fact_rows(each))
+    for preview in chosen:
+        console.table(preview.label, fact_rows(preview))
     if output is not None:
         per_epoch = chosen[0].schedule.horizon.steps_per_epoch if config or steps_per_epoch else None
         try:

@@ -37,7 +37,8 @@ class Changes:
     refused: tuple[str, ...]
     accepted: tuple[str, ...]
     """Would be refused, but `resume` allows them."""
-    said: tuple[str, ...]
+    noted: tuple[str, ...]
+    """May differ, and are named."""
     unknown: tuple[str, ...]
     """What the earlier version did not record: taken as unchanged."""
 
@@ -64,10 +65,10 @@ def compare(before: Identity, now: Identity, allowed: ResumeConfig, where: str) 
     unknown = [key for key in sorted(now) if key in late and before.get(key, "auto") == "auto"]
     levels = {key: level_of(key) for key in changed_keys(before, now) if key not in unknown and now.get(key) != "auto"}
     refusable = [key for key, level in levels.items() if level == "refuse"]
-    accepted = [key for key in refusable if any(_covers(own, key) for own in accepting)]
+    accepted = [key for key in refusable if any(_covers(name, key) for name in accepting)]
     refused = [key for key in refusable if key not in accepted]
-    said = [key for key, level in levels.items() if level not in ("refuse", "free")]
-    return Changes(tuple(refused), tuple(accepted), tuple(said), tuple(unknown))
+    noted = [key for key, level in levels.items() if level not in ("refuse", "free")]
+    return Changes(tuple(refused), tuple(accepted), tuple(noted), tuple(unknown))
 
 
 def refusal(name: str, before: Identity, now: Identity, refused: Sequence[str], where: str) -> Problem:
@@ -109,20 +110,22 @@ def _value(identity: Mapping[str, Any], key: str) -> Any:
 
 def _check_allowed(allowed: ResumeConfig, keys: set[str], where: str) -> None:
     problems = []
-    for own in allowed.allow_changes:
-        if any(_covers(own, fixed) or _covers(fixed, own) for fixed in SHAPES_THE_STATE):
+    for name in allowed.allow_changes:
+        if any(_covers(name, fixed) or _covers(fixed, name) for fixed in SHAPES_THE_STATE):
             problems.append(
                 Problem(
-                    f"`{own}` cannot change in a run",
+                    f"`{name}` cannot change in a run",
                     where,
                     "the saved adapter, optimizer or average would not fit",
                     "take it out of resume.allow_changes and start a run with another `name`",
                 )
             )
-        elif not any(_covers(own, key) for key in keys):
-            near = difflib.get_close_matches(own, sorted(keys), n=1)
+        elif not any(_covers(name, key) for key in keys):
+            near = difflib.get_close_matches(name, sorted(keys), n=1)
             guess = f"; did you mean `{near[0]}`?" if near else ""
-            problems.append(Problem(f"`{own}` in resume.allow_changes is no setting of a run's identity{guess}", where))
+            problems.append(
+                Problem(f"`{name}` in resume.allow_changes is no setting of a run's identity{guess}", where)
+            )
     if problems:
         raise ConfigError(*problems)
 
@@ -133,12 +136,12 @@ def _covers(allowed: str, key: str) -> bool:
 
 
 def _fields(section: BaseModel, prefix: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    fields: list[tuple[str, Any]] = []
     plain = section.model_dump(mode="json")
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            found += _fields(value, f"{prefix}{name}.")
+            fields += _fields(value, f"{prefix}{name}.")
         else:
-            found.append((f"{prefix}{name}", plain[name]))
-    return found
+            fields.append((f"{prefix}{name}", plain[name]))
+    return fields

@@ -239,8 +239,8 @@ def _gathered(value: Any) -> Any:
     """`{num, seed, <key path>: <draw>, ...}` as written, with the key paths in a mapping of their own."""
     if not isinstance(value, dict) or "draws" in value:
         return value
-    own = {key: value[key] for key in ("num", "seed") if key in value}
-    return {**own, "draws": {key: entry for key, entry in value.items() if key not in own}}
+    fixed = {key: value[key] for key in ("num", "seed") if key in value}
+    return {**fixed, "draws": {key: entry for key, entry in value.items() if key not in fixed}}
 
 
 def _share(value: str) -> str:

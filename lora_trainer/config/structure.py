@@ -23,7 +23,7 @@ _JSON_TYPES = {
     "null": "null",
 }
 _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-UNTOLD = HIDDEN | {OptimizerOptions}
+UNDOCUMENTED = HIDDEN | {OptimizerOptions}
 """Models that stand in no list: hidden rows, and what an outside optimizer's own options stand for."""
 
 
@@ -39,19 +39,19 @@ def section_models(
     model: type[BaseModel], path: SectionPath = (), around: tuple[type[BaseModel], ...] = ()
 ) -> dict[SectionPath, list[type[BaseModel]]]:
     """The models that may stand in each section, by its key path; one that may stand inside itself is not followed."""
-    found: dict[SectionPath, list[type[BaseModel]]] = {}
+    sections: dict[SectionPath, list[type[BaseModel]]] = {}
     for name, field in model.model_fields.items():
         inner = list(models_in(field.annotation))
         if inner and not set(inner) & set(around):
-            found[(*path, name)] = inner
-            for each in inner:
-                found |= section_models(each, (*path, name), (*around, each))
-    return found
+            sections[(*path, name)] = inner
+            for inner_model in inner:
+                sections |= section_models(inner_model, (*path, name), (*around, inner_model))
+    return sections
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The models named anywhere in a type annotation, but for those that are not told of."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in UNTOLD:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in UNDOCUMENTED:
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
         yield from models_in(argument)
@@ -60,14 +60,14 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def models_by_type(path: SectionPath) -> dict[str, type[BaseModel]]:
     """What each `type` of a section stands for, those of installed packages too; empty where no `type` decides."""
     models = section_models(RunConfig).get(path, [])
-    found = {type_name(model): model for model in models} if len(models) > 1 else {}
+    models_of = {type_name(model): model for model in models} if len(models) > 1 else {}
     if PluginSchedule in models:
-        found |= dict.fromkeys(plugin_names(), PluginSchedule)
+        models_of |= dict.fromkeys(plugin_names(), PluginSchedule)
     if path == ("optimizer",):
         for name in outside_names():
             with suppress(ValueError):  # one that cannot be loaded is told of where it is asked for
-                found[name] = optimizer_row(name).options
-    return found
+                models_of[name] = optimizer_row(name).options
+    return models_of
 
 
 def type_name(model: type[BaseModel]) -> str:

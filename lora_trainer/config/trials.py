@@ -92,11 +92,11 @@ def load_sweep(file: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, li
 def _arms(config: RunConfig, source: Source) -> tuple[list[ArmConfig], list[Problem]]:
     """The arms of `trials`, `grid` and `random`; the config alone where there is none of them."""
     assert config.sweep is not None
-    found = [*_named(config.sweep.trials, source), *_grid(config.sweep.grid, source)]
+    entries = [*_named(config.sweep.trials, source), *_grid(config.sweep.grid, source)]
     if config.sweep.random is not None:
-        found += _random(config.sweep.random, source)
-    arms = [entry for entry in found if isinstance(entry, ArmConfig)]
-    problems = [entry for entry in found if isinstance(entry, Problem)]
+        entries += _random(config.sweep.random, source)
+    arms = [entry for entry in entries if isinstance(entry, ArmConfig)]
+    problems = [entry for entry in entries if isinstance(entry, Problem)]
     problems += [
         Problem(f"trial `{arm.name}` cannot override `{key}`", arm.places[key], why, "remove it")
         for arm, (reserved, why) in itertools.product(arms, RESERVED.items())
@@ -200,10 +200,10 @@ def _draw(spec: Mapping[str, Sequence[Any]], stream: random.Random) -> Any:
 
 def _source_of(arm: ArmConfig, seed: int, config: RunConfig, source: Source) -> Source:
     """What the trial's own configuration file would say."""
-    own = Source(copy.deepcopy(source.data), dict(source.places))
-    del own.data["sweep"]
+    trial_source = Source(copy.deepcopy(source.data), dict(source.places))
+    del trial_source.data["sweep"]
     for key, value in arm.overrides.items():
-        set_value(own, key, value, arm.places[key])
+        set_value(trial_source, key, value, arm.places[key])
     placed = {
         "seed": seed,
         "name": f"{arm.name}-seed{seed}",
@@ -211,18 +211,18 @@ def _source_of(arm: ArmConfig, seed: int, config: RunConfig, source: Source) -> 
         "data.cache_dir": str(cache_folder(config)),
     }
     for key, value in placed.items():
-        set_value(own, key, value, source.place(("sweep",)))
-    return own
+        set_value(trial_source, key, value, source.place(("sweep",)))
+    return trial_source
 
 
 def _twins(trials: Sequence[TrialConfig]) -> Iterator[Problem]:
     """Arms that say the same in other words."""
     seen: dict[str, str] = {}
     for trial in trials:
-        said = repr(identity_fields(trial.config))
-        if said in seen and seen[said] != trial.arm:
-            yield Problem(f"`{seen[said]}` and `{trial.arm}` are the same trial", "sweep", fix="remove one of them")
-        seen.setdefault(said, trial.arm)
+        identity = repr(identity_fields(trial.config))
+        if identity in seen and seen[identity] != trial.arm:
+            yield Problem(f"`{seen[identity]}` and `{trial.arm}` are the same trial", "sweep", fix="remove one of them")
+        seen.setdefault(identity, trial.arm)
 
 
 def arm_name(overrides: Mapping[str, Any]) -> str:

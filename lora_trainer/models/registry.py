@@ -31,16 +31,16 @@ def open_base(path: str, revision: str | None = None, family: str = "auto") -> B
     wanted = {part for kind in known.values() for part in (*kind.models, *kind.others)}
     folder = locate_base(path, revision, sorted(wanted))
     pipeline = pipeline_name(folder)
-    found = next((kind for kind in known.values() if pipeline in kind.pipelines), None)
-    if found is None:
+    matching = next((kind for kind in known.values() if pipeline in kind.pipelines), None)
+    if matching is None:
         names = ", ".join(name for kind in known.values() for name in kind.pipelines)
         where = str(folder / "model_index.json")
         raise ModelError(Problem(f"a `{pipeline}` is not supported", where, fix=f"use a base for one of: {names}"))
-    if family not in ("auto", found.name):
-        what = f"model.family is {family}, but the base is {found.name}"
+    if family not in ("auto", matching.name):
+        what = f"model.family is {family}, but the base is {matching.name}"
         raise ModelError(Problem(what, str(folder), fix="write auto"))
-    base = BaseFolder(folder, found.name, found.denoiser, found.models, found.others)
-    if problems := missing_parts(base) or found(base).problems():
+    base = BaseFolder(folder, matching.name, matching.denoiser, matching.models, matching.others)
+    if problems := missing_parts(base) or matching(base).problems():
         raise ModelError(*problems)
     return base
 

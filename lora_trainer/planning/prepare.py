@@ -309,8 +309,8 @@ def results_to_come(config: RunConfig) -> list[Path]:
 
 def _saves(plan: RunPlan) -> str:
     periods = {"checkpoint": plan.periods.checkpoint, "sample": plan.periods.sample, "export": plan.periods.export}
-    said = [f"{name} every {period}" for name, period in periods.items() if period]
-    return ", ".join([*said, "all at the end"])
+    listed = [f"{name} every {period}" for name, period in periods.items() if period]
+    return ", ".join([*listed, "all at the end"])
 
 
 def _check_places(config: RunConfig) -> None:

@@ -79,7 +79,7 @@ class RunPlan:
     periods: Periods
     validation: ValidationPlan | None = None
     num_lr_steps: Annotated[int | None, Field(alias="lr_updates")] = None
-    """Length that the LR curves are laid over where a resume keeps an earlier one; None is `num_steps`."""
+    """Length that the LR curves are param_groups over where a resume keeps an earlier one; None is `num_steps`."""
 
     @property
     def num_samples(self) -> int:
@@ -99,7 +99,7 @@ class RunPlan:
 
     @property
     def lr_horizon(self) -> Horizon:
-        """What the LR curves are laid over."""
+        """What the LR curves are param_groups over."""
         return Horizon(self.num_lr_steps or self.num_steps, self.steps_per_epoch)
 
     def checkpoint_bytes(self, *, with_average: bool) -> int:
@@ -156,17 +156,17 @@ def resolve_param_groups(config: RunConfig, horizon: Horizon, denoiser: str) -> 
     for index, group in enumerate(optimizer.groups):
         place = f"optimizer.groups[{index}].lr_scheduler"
         wanted.append((group.name, group.lr or optimizer.lr, group.lr_scheduler or config.lr_scheduler, place))
-    laid, problems = [], []
+    param_groups, problems = [], []
     for name, base_lr, options, place in wanted:
         try:
             schedule = options.resolve(horizon)
             schedule.multiplier(horizon.num_steps - 1, base_lr)
-            laid.append(ParamGroup(name, base_lr, options, schedule))
+            param_groups.append(ParamGroup(name, base_lr, options, schedule))
         except ScheduleError as error:
             problems.append(Problem(f"`{place}`: {error}"))
     if problems:
         raise ConfigError(*problems)
-    return tuple(laid)
+    return tuple(param_groups)
 
 
 def plan_run(

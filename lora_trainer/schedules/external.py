@@ -112,11 +112,11 @@ def _torch_class(target: str) -> Any:
 
     module, _, name = target.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module or "torch.optim.lr_scheduler"), name)
+        scheduler = getattr(importlib.import_module(module or "torch.optim.lr_scheduler"), name)
     except (ImportError, AttributeError) as error:
         raise ScheduleError(f"there is no torch scheduler `{target}`: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, torch.optim.lr_scheduler.LRScheduler)):
+    if not (isinstance(scheduler, type) and issubclass(scheduler, torch.optim.lr_scheduler.LRScheduler)):
         raise ScheduleError(f"`{target}` is no torch LR scheduler")
-    if issubclass(found, torch.optim.lr_scheduler.ReduceLROnPlateau):
+    if issubclass(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ScheduleError("ReduceLROnPlateau waits for a metric and cannot be tabulated: use type: plateau")
-    return found
+    return scheduler

@@ -33,8 +33,8 @@ def _nested(value: Any) -> Any:
     """`{type, steps, scale, ...}` as written, with the schedule's own keys in a section of their own."""
     if not isinstance(value, dict) or "schedule" in value:
         return value
-    own = {key: value[key] for key in ("steps", "scale") if key in value}
-    return {**own, "schedule": {key: entry for key, entry in value.items() if key not in own}}
+    phase = {key: value[key] for key in ("steps", "scale") if key in value}
+    return {**phase, "schedule": {key: entry for key, entry in value.items() if key not in phase}}
 
 
 class Phase(StrictModel):
@@ -65,10 +65,10 @@ class Phases(ScheduleOptions):
     limits: ClassVar[str] = "lengths are yours to add up"
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        laid = self._laid(horizon)
+        parts = self._parts(horizon)
 
         def joined(k: int, base_lr: float) -> float:
-            for start, scale, schedule in reversed(laid):
+            for start, scale, schedule in reversed(parts):
                 if k >= start:
                     return scale * schedule.multiplier(k - start, base_lr)
             raise AssertionError("the first phase starts at 0")
@@ -76,9 +76,9 @@ class Phases(ScheduleOptions):
         return joined
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
-        laid = self._laid(horizon)
-        inner = [Mark(start + mark.update, mark.label) for start, _, schedule in laid for mark in schedule.marks]
-        borders = [Mark(start, f"Phase {number}") for number, (start, _, _) in enumerate(laid, start=1) if start]
+        parts = self._parts(horizon)
+        inner = [Mark(start + mark.update, mark.label) for start, _, schedule in parts for mark in schedule.marks]
+        borders = [Mark(start, f"Phase {number}") for number, (start, _, _) in enumerate(parts, start=1) if start]
         return tuple(sorted([*inner, *borders], key=lambda mark: mark.update))
 
     def warnings(self, horizon: Horizon) -> Iterator[str]:
@@ -89,17 +89,17 @@ class Phases(ScheduleOptions):
                 f"what is over is cut, what is missing holds the last phase's end"
             )
 
-    def _laid(self, horizon: Horizon) -> list[tuple[int, float, LRSchedule]]:
+    def _parts(self, horizon: Horizon) -> list[tuple[int, float, LRSchedule]]:
         """Start, scale and schedule of each phase."""
-        laid, start = [], 0
+        parts, start = [], 0
         for phase in self.phases:
             length = at_least_one(phase.steps, horizon, "steps")
             schedule = phase.schedule.resolve(Horizon(length, horizon.steps_per_epoch))
             if schedule.feedback is not None:
                 raise ScheduleError("a phase cannot wait for the validation loss: use plateau alone")
-            laid.append((start, phase.scale, schedule))
+            parts.append((start, phase.scale, schedule))
             start += length
-        return laid
+        return parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, console: Ma
             problems.append(refusal(member.name, stored["identity"], now, changes.refused, str(group.folder)))
         notes |= dict.fromkeys(
             f"changed since the last start: {line}"
-            for line in difference(stored["identity"], now, [*changes.accepted, *changes.said])
+            for line in difference(stored["identity"], now, [*changes.accepted, *changes.noted])
         )
         if changes.unknown:
             notes[f"not recorded by the earlier version, taken as unchanged: {', '.join(changes.unknown)}"] = None

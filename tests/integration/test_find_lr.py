@@ -19,7 +19,7 @@ from lora_trainer.cli.find_lr import find_lr as find_lr_command
 from lora_trainer.cli.program import main
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import ConfigError, StoppedBySignal
-from lora_trainer.experiments.lr_finder.analysis import Found, ShortRun
+from lora_trainer.experiments.lr_finder.analysis import FinderResult, ShortRun
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
 from lora_trainer.experiments.lr_finder.run import find_lr, run_short
 from lora_trainer.models.stable_diffusion import StableDiffusion
@@ -46,7 +46,7 @@ def finder_of(config: Path, *overrides: str, options: FinderOptions = SMALL) -> 
     return prepare_finder(load_config(config, [HELD_OUT, *overrides]), Launch(), options, silent)
 
 
-def found_by(finder: PreparedFinder) -> Found:
+def found_by(finder: PreparedFinder) -> FinderResult:
     return find_lr(finder, console=MainConsole(silent=True))
 
 
@@ -63,7 +63,7 @@ def files_digest(folder: Path) -> dict[str, str]:
     return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def lrs_of(found: Found) -> list[float]:
+def lrs_of(found: FinderResult) -> list[float]:
     return [each.point.lr for each in found.measured]
 
 

@@ -111,7 +111,7 @@ def test_a_setting_that_an_older_run_lacks_counts_as_its_default(identity: dict[
     assert compare(now, before, ResumeConfig(), "here") == Changes((), (), (), ())
     other = now | {key: "another"}
     changes = compare(before, other, ResumeConfig(), "here")
-    assert (*changes.refused, *changes.said) == (key,)
+    assert (*changes.refused, *changes.noted) == (key,)
     problem = refusal("toy", before, other, [key], "here")
     assert f"{key}: {DEFAULTS[key]} -> another" in str(problem)
 
@@ -128,7 +128,7 @@ def test_what_is_not_known_yet_is_not_compared(identity: dict[str, Any]) -> None
     before = identity | {"train.precision": "bf16"}
     now = {key: value for key, value in identity.items() if key not in FACTS} | {"train.precision": "auto"}
     changes = compare(before, now, ResumeConfig(), "here")
-    assert "train.precision" not in (*changes.refused, *changes.said)
+    assert "train.precision" not in (*changes.refused, *changes.noted)
 
 
 def test_a_section_that_appears_is_compared_with_its_defaults(identity: dict[str, Any]) -> None:

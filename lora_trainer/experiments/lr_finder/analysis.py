@@ -65,7 +65,7 @@ class RampReading:
 
     verdict: Verdict
     suggestion: float
-    """LR to use, two digits, rounded down; the fallback where nothing was found."""
+    """LR to use, two digits, rounded down; the fallback where nothing was result."""
     num_points: int
     """Updates before the crossing, or before the ramp's end."""
     low: float | None = None
@@ -256,7 +256,7 @@ def judge(runs: Sequence[ShortRun], start_NS: np.ndarray) -> Verification:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class RampPoint:
     """One update of the ramp as it was measured."""
 
     point: Point
@@ -266,11 +266,11 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FinderResult:
     """All that the finder saw and says."""
 
     reading: RampReading
-    measured: tuple[Measured, ...]
+    measured: tuple[RampPoint, ...]
     start_NS: np.ndarray
     verification: Verification | None
     seconds: float

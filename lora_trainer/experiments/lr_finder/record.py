@@ -19,9 +19,9 @@ from matplotlib.ticker import PercentFormatter
 
 from lora_trainer.experiments.lr_finder.analysis import (
     MIN_POINTS,
-    Found,
-    Measured,
+    FinderResult,
     Point,
+    RampPoint,
     RampReading,
     RunReading,
     Verification,
@@ -35,16 +35,16 @@ from lora_trainer.tracking.metrics import HELD_OUT
 DIGITS = 9
 
 
-def write_found(finder: PreparedFinder, found: Found) -> list[Path]:
+def write_result(finder: PreparedFinder, result: FinderResult) -> list[Path]:
     """Write both files, each whole or not at all; their paths."""
     json_file, picture = finder.folder / "find_lr.json", finder.folder / "find_lr.png"
-    atomic_files.write_json(json_file, _as_json(finder, found))
-    title = f"{finder.prepared.config.name}: {found.reading.verdict}, {len(found.points)} updates"
-    save_png(_ramp_figure(found, title), picture)
+    atomic_files.write_json(json_file, _as_json(finder, result))
+    title = f"{finder.prepared.config.name}: {result.reading.verdict}, {len(result.points)} updates"
+    save_png(_ramp_figure(result, title), picture)
     return [json_file, picture]
 
 
-def _as_json(finder: PreparedFinder, found: Found) -> dict[str, Any]:
+def _as_json(finder: PreparedFinder, result: FinderResult) -> dict[str, Any]:
     """Equal for equal configs, but for `time`. Losses are relative to the base's mean of their timestep stratum."""
     prepared = finder.prepared
     records = prepared.split.probes[HELD_OUT]
@@ -54,21 +54,21 @@ def _as_json(finder: PreparedFinder, found: Found) -> dict[str, Any]:
         "ramp": {"start_lr": finder.start_lr, "end_lr": finder.end_lr, "num_updates": finder.options.num_steps},
         "probe": {
             "images": {record.name: record.sha256 for record in records},
-            "start": _rounded(found.start_NS),
+            "start": _rounded(result.start_NS),
         },
-        "points": [_point(number, measured) for number, measured in enumerate(found.measured, start=1)],
-        "finding": _plain(asdict(found.reading)),
-        "usual_rules": usual_rules(found.points),
-        "forks": None if found.verification is None else _verification(finder, found.verification),
-        "lr": found.lr,
+        "points": [_point(number, measured) for number, measured in enumerate(result.measured, start=1)],
+        "finding": _plain(asdict(result.reading)),
+        "usual_rules": usual_rules(result.points),
+        "forks": None if result.verification is None else _verification(finder, result.verification),
+        "lr": result.lr,
         "time": {
-            "seconds": round(found.seconds, 1),
+            "seconds": round(result.seconds, 1),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
     }
 
 
-def _point(number: int, measured: Measured) -> dict[str, Any]:
+def _point(number: int, measured: RampPoint) -> dict[str, Any]:
     probe = None if measured.relative_NS is None else _rounded(measured.relative_NS)
     return _plain(asdict(measured.point)) | {"update": number, "grad_norm": measured.grad_norm, "probe": probe}
 
@@ -94,20 +94,20 @@ def _rounded(values_NS: np.ndarray) -> list[list[float]]:
     return np.round(values_NS, DIGITS).tolist()
 
 
-def _ramp_figure(found: Found, title: str) -> Figure:
+def _ramp_figure(result: FinderResult, title: str) -> Figure:
     """The probe's gain over the LR with its standard error, onset, crossing, suggestion, range, any short runs."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots()
-    lrs, gains, errors = _columns(point for point in found.points if point.is_finite)
+    lrs, gains, errors = _columns(point for point in result.points if point.is_finite)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.plot(lrs, gains, color="tab:blue", linewidth=2, label="gain of the held-out probe")
     axes.fill_between(lrs, gains - errors, gains + errors, color="tab:blue", alpha=0.2, label="standard error")
-    _draw_reading(axes, found.reading)
-    readings = () if found.verification is None else found.verification.readings
+    _draw_reading(axes, result.reading)
+    readings = () if result.verification is None else result.verification.readings
     run_lrs, run_gains, run_errors = _columns(run for run in readings if run.gain is not None)
     if len(run_lrs):
         axes.errorbar(run_lrs, run_gains, run_errors, fmt="s", color="tab:red", label="short runs")
-    best = found.reading.best.gain if found.reading.best else 0.0
+    best = result.reading.best.gain if result.reading.best else 0.0
     top = max([best, *run_gains, *errors[:1]])
     if top > 0:  # a diverged end would flatten all that matters
         axes.set_ylim(-0.6 * top, 1.3 * top)
@@ -134,9 +134,9 @@ def _draw_reading(axes: Axes, reading: RampReading) -> None:
         axes.axvspan(reading.low, reading.high, color="tab:orange", alpha=0.1, label="sensible range")
 
 
-def answer_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
+def answer_rows(finder: PreparedFinder, result: FinderResult) -> Iterator[tuple[str, str]]:
     """The answer in words, with the line to paste."""
-    reading = found.reading
+    reading = result.reading
     if reading.verdict == "no signal":
         yield "verdict", f"no signal: the held-out loss never fell by more than noise. Use {reading.suggestion:.1e}"
         yield "", "or look for the cause: captions, adapter.targets, a longer ramp (--steps), more images (--images)"
@@ -146,8 +146,8 @@ def answer_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str
         yield "verdict", f"only {reading.num_points} updates before the probe rose above its start: too few to read"
         yield "", f"ramp {decades} again with --steps {steps}, or a smaller --start-lr"
     else:
-        yield from _reading_rows(finder, found)
-    yield from _lines_to_paste(finder, found.lr)
+        yield from _reading_rows(finder, result)
+    yield from _lines_to_paste(finder, result.lr)
 
 
 def _lines_to_paste(finder: PreparedFinder, lr: float) -> Iterator[tuple[str, str]]:
@@ -162,8 +162,8 @@ def _lines_to_paste(finder: PreparedFinder, lr: float) -> Iterator[tuple[str, st
             )
 
 
-def _reading_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, str]]:
-    reading = found.reading
+def _reading_rows(finder: PreparedFinder, result: FinderResult) -> Iterator[tuple[str, str]]:
+    reading = result.reading
     assert reading.best is not None and reading.onset is not None
     yield "suggestion", f"{reading.suggestion:.1e}, sensible from {reading.low:.1e} to {reading.high:.1e}"
     yield "onset", f"{reading.onset:.1e}: from here on a tenth of the best gain is kept"
@@ -171,15 +171,15 @@ def _reading_rows(finder: PreparedFinder, found: Found) -> Iterator[tuple[str, s
     yield "best", f"{reading.best.lr:.1e}: {gain}"
     if reading.crossing is None:
         yield "crossing", f"none up to {finder.end_lr:.1e}: the best LR is the upper end in its place"
-        if reading.best.lr == found.points[-1].lr:
+        if reading.best.lr == result.points[-1].lr:
             yield "", "the ramp ended while the gain still rose: a larger LR may do better (--end-lr)"
     else:
         yield "crossing", f"{reading.crossing:.1e}: the held-out loss is above its start again"
         yield "", "half of it is the upper end: from B = 0 a ramp overstates the safe LR about twofold"
-    for name, lr in usual_rules(found.points).items():
+    for name, lr in usual_rules(result.points).items():
         yield f"rule {name}", "-" if lr is None else f"{lr:.1e}"
-    if found.verification is not None:
-        yield from _run_rows(finder, found.verification)
+    if result.verification is not None:
+        yield from _run_rows(finder, result.verification)
     yield "note", "a short test favours large LRs: for runs of thousands of updates prefer the lower half of the range"
 
 

@@ -13,9 +13,9 @@ from accelerate import PartialState
 from lora_trainer.config.places import METRICS_FILE
 from lora_trainer.errors import Problem, StoppedBySignal
 from lora_trainer.experiments.lr_finder.analysis import (
-    Found,
-    Measured,
+    FinderResult,
     Point,
+    RampPoint,
     ShortRun,
     analyse,
     has_diverged,
@@ -34,7 +34,9 @@ from lora_trainer.training.trial import Ending
 from lora_trainer.training.validation import Measurement
 
 
-def find_lr(finder: PreparedFinder, *, console: MainConsole, should_stop: Callable[[], bool] = lambda: False) -> Found:
+def find_lr(
+    finder: PreparedFinder, *, console: MainConsole, should_stop: Callable[[], bool] = lambda: False
+) -> FinderResult:
     """Measure the ramp, read it, and verify the reading where that was asked for.
 
     Args:
@@ -57,7 +59,7 @@ def find_lr(finder: PreparedFinder, *, console: MainConsole, should_stop: Callab
                 verification = judge(runs, ramp.start_NS)
     except StoppedBySignal as error:
         raise StoppedBySignal(Problem("stopped as asked; there is no answer yet", fix="start it again")) from error
-    return Found(reading, measured, ramp.start_NS, verification, time.perf_counter() - started)
+    return FinderResult(reading, measured, ramp.start_NS, verification, time.perf_counter() - started)
 
 
 def run_short(
@@ -81,7 +83,7 @@ class RampObserver:
 
     finder: PreparedFinder
     console: MainConsole
-    measured: dict[int, Measured] = field(default_factory=dict)
+    measured: dict[int, RampPoint] = field(default_factory=dict)
     """By step."""
     start_NS: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     num_skipped: int = 0
@@ -105,17 +107,17 @@ class RampObserver:
     def _add(self, step: int, relative_NS: np.ndarray | None) -> None:
         gain, se = (np.nan, np.nan) if relative_NS is None else paired_gain(relative_NS, self.start_NS)
         point = Point(self.finder.lr(step - 1), gain, se, np.nan)
-        self.measured[step] = Measured(point, relative_NS if point.is_finite else None)
+        self.measured[step] = RampPoint(point, relative_NS if point.is_finite else None)
         if step % max(1, self.finder.options.num_steps // 10) == 0:
             self.console.print(f"  lr {point.lr:.2e}  gain {point.gain:+.4%} +- {point.se:.4%}")
 
-    def with_log(self) -> tuple[Measured, ...]:
+    def with_log(self) -> tuple[RampPoint, ...]:
         """What was measured, with what the log says of the updates."""
         rows = {row["step"]: row for row in step_rows(self.finder.folder / METRICS_FILE)}
         return tuple(_logged(measured, rows.get(step, {})) for step, measured in self.measured.items())
 
 
-def _logged(measured: Measured, row: Mapping[str, Any]) -> Measured:
+def _logged(measured: RampPoint, row: Mapping[str, Any]) -> RampPoint:
     point = replace(measured.point, lr=row.get("lr", measured.point.lr), training_loss=row.get("loss", np.nan))
     return replace(measured, point=point, grad_norm=row.get("grad_norm"))
 
