@@ -79,29 +79,29 @@ def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] 
     """Lay out the page of some runs, with further notes at its head."""
     runs.check_fresh(records)
     sources = list(dict.fromkeys(record.source for record in records if record.purpose == "selection"))
-    groups, against = runs.arms(records), runs.incompatibilities(records)
-    is_compared = len(groups) > 1 and not against
-    verdicts = _verdict_views(groups, rules) if is_compared else []
-    if len(groups) == 1:
+    arms, against = runs.arms(records), runs.incompatibilities(records)
+    is_compared = len(arms) > 1 and not against
+    verdicts = _verdict_views(arms, rules) if is_compared else []
+    if len(arms) == 1:
         headline = _headline_of_one(records)
     else:
         headline = verdicts[0].sentence if verdicts else f"Not compared: {'; '.join(against)}."
-    started = [group for group in groups if group.runs[0].updates]
+    started = [arm for arm in arms if arm.runs[0].updates]
     return Page(
         title=f"{len(records)} runs compared" if len(sources) > 1 else sources[0],
         headline=headline,
-        notes=(*runs.pairing_notes(groups), *_run_notes(records, groups), *notes),
-        legend=tuple(groups) if len(groups) > 1 else (),
+        notes=(*runs.pairing_notes(arms), *_run_notes(records, arms), *notes),
+        legend=tuple(arms) if len(arms) > 1 else (),
         verdicts=tuple(verdicts),
-        runs=tables.runs_table(groups),
-        items=tables.item_table(groups) if is_compared else None,
+        runs=tables.runs_table(arms),
+        items=tables.item_table(arms) if is_compared else None,
         curves=tuple(curve_plots(started)) if started else (),
-        bands=band_plot(groups),
-        samples=tables.sample_table(groups),
-        diagnosis=tables.diagnosis_table(groups),
-        differences=tables.differences_table(records, groups),
-        settings=tuple(tables.settings_table(group.runs[0], group.name) for group in groups),
-        cost=tables.cost_table(groups),
+        bands=band_plot(arms),
+        samples=tables.sample_table(arms),
+        diagnosis=tables.diagnosis_table(arms),
+        differences=tables.differences_table(records, arms),
+        settings=tuple(tables.settings_table(arm.runs[0], arm.name) for arm in arms),
+        cost=tables.cost_table(arms),
         environment=tables.environment_table(records),
         commands=_commands(records),
     )
@@ -116,10 +116,10 @@ def render(page: Page) -> str:
     return template.render(page=page, style=style, generator=GENERATOR, not_measured=NOT_MEASURED)
 
 
-def _verdict_views(groups: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
+def _verdict_views(arms: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
     """The answer to every question that these arms allow; what fresh seeds say comes first."""
-    confirmed = [arm for group in groups if (arm := group.as_arm("confirmation")) is not None]
-    selected = [arm for group in groups if (arm := group.as_arm("selection")) is not None]
+    confirmed = [judged for arm in arms if (judged := arm.as_arm("confirmation")) is not None]
+    selected = [judged for arm in arms if (judged := arm.as_arm("selection")) is not None]
     verdicts = [judge(confirming(confirmed), rules, "confirmation")] if len(confirmed) > 1 else []
     verdicts += [judge(question, rules) for question in questions(selected)] if len(selected) > 1 else []
     return [_view(verdict, number) for number, verdict in enumerate(verdicts, start=1)]
@@ -132,14 +132,14 @@ def _view(verdict: Verdict, number: int) -> VerdictView:
     return VerdictView(*words, tables.arms_table(verdict), pairs, difference_plot(verdict, number))
 
 
-def _run_notes(records: Sequence[RunRecord], groups: Sequence[ArmRuns]) -> list[str]:
+def _run_notes(records: Sequence[RunRecord], arms: Sequence[ArmRuns]) -> list[str]:
     """Runs that have no loss at their end, as they go on or a sweep stopped them; logs with damaged lines."""
     goes_on = [run.name for run in records if not run.is_finished and run.failure is None]
     stopped = [run.name for run in records if run.ending is not None and run.ending["event"] == "stopped"]
     endless = {"unfinished, not in any verdict": goes_on, "stopped early, which counts as failed": stopped}
     return [
         *(f"{what}: {', '.join(names)}" for what, names in endless.items() if names),
-        *(damage_note(f"metrics.jsonl of {name}", r.num_damaged) for name, r in named_runs(groups) if r.num_damaged),
+        *(damage_note(f"metrics.jsonl of {name}", r.num_damaged) for name, r in named_runs(arms) if r.num_damaged),
     ]
 
 

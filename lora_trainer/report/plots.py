@@ -85,30 +85,30 @@ class Line:
     high: Sequence[float] | None = None
 
 
-def curve_plots(groups: Sequence[ArmRuns]) -> Iterator[Plot]:
+def curve_plots(arms: Sequence[ArmRuns]) -> Iterator[Plot]:
     """All plots over steps that the runs have numbers for: the LR, the probes, and what each update logged."""
-    yield line_plot("lr", "Learning rate", "Learning Rate", list(_lr_lines(groups)), digits=".3g")
-    over_seeds = any(len(group.runs) > 1 for group in groups)
+    yield line_plot("lr", "Learning rate", "Learning Rate", list(_lr_lines(arms)), digits=".3g")
+    over_seeds = any(len(arm.runs) > 1 for arm in arms)
     note = "Bands: smallest to largest over seeds." if over_seeds else "Bands: one standard error over images."
     for probe, title in PROBES.items():
-        lines = [line for group in groups if (line := _probe_line(group, probe)) is not None]
+        lines = [line for arm in arms if (line := _probe_line(arm, probe)) is not None]
         if lines:
             yield line_plot(f"probe-{probe}", f"{title}, {RELATIVE}", RATIO_AXIS, lines, note=note)
     note = "Running mean over a twentieth of the run, first seed."
     for key, (title, ylabel) in LOGGED.items():
-        logged = [(group, *_logged(group.runs[0], key)) for group in groups]
-        lines = [Line(group.name, group.place, steps, smoothed(values)) for group, steps, values in logged if steps]
+        logged = [(arm, *_logged(arm.runs[0], key)) for arm in arms]
+        lines = [Line(arm.name, arm.place, steps, smoothed(values)) for arm, steps, values in logged if steps]
         if lines:
             yield line_plot(key.replace("_", "-"), title, ylabel, lines, note=note)
 
 
-def _lr_lines(groups: Sequence[ArmRuns]) -> Iterator[Line]:
-    """The LR that each update of an arm's first run used; of a single arm that of each LR group."""
-    if len(groups) > 1:
-        yield from (Line(group.name, group.place, *_logged(group.runs[0], "lr")) for group in groups)
+def _lr_lines(arms: Sequence[ArmRuns]) -> Iterator[Line]:
+    """The LR that each update of an arm's first run used; of a single arm that of each param group."""
+    if len(arms) > 1:
+        yield from (Line(arm.name, arm.place, *_logged(arm.runs[0], "lr")) for arm in arms)
         return
-    run = groups[0].runs[0]
-    names = [group["name"] for group in run.plan["lr_groups"]]
+    run = arms[0].runs[0]
+    names = [entry["name"] for entry in run.plan["lr_groups"]]
     for number, name in enumerate(names):
         yield Line(name if len(names) > 1 else run.name, (number, 0), *_logged(run, f"lr/{name}"))
 
@@ -119,9 +119,9 @@ def _logged(run: RunRecord, key: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 
-def _probe_line(group: ArmRuns, probe: str) -> Line | None:
+def _probe_line(arm: ArmRuns, probe: str) -> Line | None:
     """A probe's loss relative to the base: over seeds the mean and the range, of one run its standard error."""
-    readings = [[row for row in run.probe(probe) if probe_fault(row) is None] for run in group.runs]
+    readings = [[row for row in run.probe(probe) if probe_fault(row) is None] for run in arm.runs]
     by_seed = [rows for rows in readings if rows]
     if not by_seed:
         return None
@@ -129,7 +129,7 @@ def _probe_line(group: ArmRuns, probe: str) -> Line | None:
     values = np.array([[row["relative"] for row in rows if row["step"] in steps] for rows in by_seed])
     errors = np.array([row["se"] for row in by_seed[0]]) if len(by_seed) == 1 else 0.0
     low, high = values.min(axis=0) - errors, values.max(axis=0) + errors
-    return Line(group.name, group.place, steps, values.mean(axis=0), low, high)
+    return Line(arm.name, arm.place, steps, values.mean(axis=0), low, high)
 
 
 def line_plot(
@@ -175,14 +175,14 @@ def _scale_by_decades(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def band_plot(groups: Sequence[ArmRuns]) -> Plot | None:
+def band_plot(arms: Sequence[ArmRuns]) -> Plot | None:
     """The last held-out loss in four bands of timesteps, mean over seeds."""
-    finals = [(group, [run.final for run in group.runs if run.final and run.failure is None]) for group in groups]
-    measured = [(group, np.mean([row["bands"] for row in rows], axis=0)) for group, rows in finals if rows]
+    finals = [(arm, [run.final for run in arm.runs if run.final and run.failure is None]) for arm in arms]
+    measured = [(arm, np.mean([row["bands"] for row in rows], axis=0)) for arm, rows in finals if rows]
     if not measured:
         return None
     title = f"Held-out loss by timestep, {RELATIVE}"
-    rows = tuple((group.name, *(f"{value:.4f}" for value in bands)) for group, bands in measured)
+    rows = tuple((arm.name, *(f"{value:.4f}" for value in bands)) for arm, bands in measured)
     losses = np.transpose([bands for _, bands in measured])
     lowest = [measured[smallest(band.tolist())][0].name for band in losses]
     named = "; ".join(f"{band}: {name}" for band, name in zip(BAND_NAMES, lowest, strict=True))
@@ -190,10 +190,10 @@ def band_plot(groups: Sequence[ArmRuns]) -> Plot | None:
 
     def paint(axes: Axes) -> None:
         offsets = np.linspace(-0.3, 0.3, len(measured)) if len(measured) > 1 else [0.0]
-        for (group, bands), offset in zip(measured, offsets, strict=True):
-            marker = MARKERS[group.place[1] % len(MARKERS)]
+        for (arm, bands), offset in zip(measured, offsets, strict=True):
+            marker = MARKERS[arm.place[1] % len(MARKERS)]
             places = np.arange(len(bands)) + offset
-            axes.plot(places, bands, ms=5, color=_colour(group.place), marker=marker, linestyle="none")
+            axes.plot(places, bands, ms=5, color=_colour(arm.place), marker=marker, linestyle="none")
         axes.axhline(1, color=INK, linewidth=0.8)
         axes.set_xticks(range(len(BAND_NAMES)), BAND_NAMES)
         axes.set(ylabel=RATIO_AXIS)

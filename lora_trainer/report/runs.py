@@ -253,9 +253,9 @@ class ArmRuns:
         return Arm(self.name, self.setting, self.peak_lr, lr_budget, losses, failed, runs[0].lrs_tried)
 
 
-def named_runs(groups: Sequence[ArmRuns]) -> list[tuple[str, RunRecord]]:
+def named_runs(arms: Sequence[ArmRuns]) -> list[tuple[str, RunRecord]]:
     """All runs, each with its arm's name, and with the seed where the arm has several."""
-    return [(f"{g.name}, seed {run.seed}" if len(g.runs) > 1 else g.name, run) for g in groups for run in g.runs]
+    return [(f"{g.name}, seed {run.seed}" if len(g.runs) > 1 else g.name, run) for g in arms for run in g.runs]
 
 
 def varied(records: Sequence[RunRecord]) -> list[str]:
@@ -313,10 +313,10 @@ def check_fresh(records: Sequence[RunRecord]) -> None:
         raise ConfigError(Problem(what, "--confirm", fix="train the leaders with other seeds"))
 
 
-def pairing_notes(groups: Sequence[ArmRuns]) -> list[str]:
+def pairing_notes(arms: Sequence[ArmRuns]) -> list[str]:
     """Seeds whose runs did not see the same images, timesteps and noise, by the digests in the log."""
     draws_by_seed: dict[int, list[dict[int, str]]] = {}
-    for _, run in named_runs(groups):
+    for _, run in named_runs(arms):
         draws_by_seed.setdefault(run.seed, []).append({row["step"]: row["draws"] for row in run.updates})
     loose = [
         str(seed)

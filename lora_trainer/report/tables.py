@@ -50,10 +50,10 @@ def _shown(value: Any) -> str:
     return without_paths(value if isinstance(value, str) else json.dumps(value))
 
 
-def runs_table(groups: Sequence[ArmRuns]) -> Table:
+def runs_table(arms: Sequence[ArmRuns]) -> Table:
     """A row per run: where it stands, and its probes."""
     probes = ("held-out loss", "± over images", "smallest", "at step", "gap to training images")
-    runs = named_runs(groups)
+    runs = named_runs(arms)
     rows = tuple((name, str(run.seed), without_paths(run.status), *_probe_cells(run)) for name, run in runs)
     caption = "Runs; losses relative to the base's, at the end of the run"
     return Table(caption, ("run", "seed", "status", *probes), rows)
@@ -69,9 +69,9 @@ def _probe_cells(run: RunRecord) -> tuple[str, ...]:
     return f"{last['relative']:.4f}", f"{last['se']:.4f}", f"{best['relative']:.4f}", str(best["step"]), gap
 
 
-def diagnosis_table(groups: Sequence[ArmRuns]) -> Table | None:
+def diagnosis_table(arms: Sequence[ArmRuns]) -> Table | None:
     """A row per state that the last diagnosis in a run's log found; None where no run's log holds a diagnosis."""
-    runs = named_runs(groups)
+    runs = named_runs(arms)
     if not any(run.events_of(*DIAGNOSED) for _, run in runs):
         return None
     rows = tuple((name, *cells) for name, run in runs for cells in _diagnosis_cells(run))
@@ -90,9 +90,9 @@ def _diagnosis_cells(run: RunRecord) -> Iterator[tuple[str, ...]]:
         yield NOT_MEASURED, "–", "the log holds no diagnosis", "lora-trainer diagnose"
 
 
-def sample_table(groups: Sequence[ArmRuns]) -> Table | None:
+def sample_table(arms: Sequence[ArmRuns]) -> Table | None:
     """A row per prompt: the last samples of each trial, or of a single run its samples over steps; None without any."""
-    runs = [run for group in groups for run in group.runs]
+    runs = [run for arm in arms for run in arm.runs]
     if not any(run.samples for run in runs):
         return None
     if len(runs) == 1:
@@ -103,7 +103,7 @@ def sample_table(groups: Sequence[ArmRuns]) -> Table | None:
         )
         caption = "Samples with equal image seeds as the training went on"
         return Table(caption, ("prompt", *map(step_name, steps)), rows)
-    firsts = {group.name: group.runs[0] for group in groups}
+    firsts = {arm.name: arm.runs[0] for arm in arms}
     prompts = dict.fromkeys(prompt for run in firsts.values() for prompt in run.prompts)
     rows = tuple((text, *(_last_picture(run, text, name) for name, run in firsts.items())) for text in prompts)
     seeds = sorted({run.seed for run in firsts.values()})
@@ -134,14 +134,14 @@ def _picture(file: Path | None, alt: str) -> str:
     return Markup('<img src="{}" alt="{}" width="{}" height="{}">').format(source, alt, width, height)
 
 
-def differences_table(records: Sequence[RunRecord], groups: Sequence[ArmRuns]) -> Table | None:
+def differences_table(records: Sequence[RunRecord], arms: Sequence[ArmRuns]) -> Table | None:
     """The settings that differ between trials; None where there is one trial."""
     keys = varied(records)
-    if len(groups) < 2 or not keys:
+    if len(arms) < 2 or not keys:
         return None
-    identities = [group.runs[0].identity for group in groups]
+    identities = [arm.runs[0].identity for arm in arms]
     rows = tuple((key, *(_shown(values[key]) if key in values else "–" for values in identities)) for key in keys)
-    return Table("Settings that differ", ("setting", *(group.name for group in groups)), rows)
+    return Table("Settings that differ", ("setting", *(arm.name for arm in arms)), rows)
 
 
 def settings_table(run: RunRecord, name: str) -> Table:
@@ -150,10 +150,10 @@ def settings_table(run: RunRecord, name: str) -> Table:
     return Table(f"Settings of {name}", ("setting", "value"), rows)
 
 
-def cost_table(groups: Sequence[ArmRuns]) -> Table:
+def cost_table(arms: Sequence[ArmRuns]) -> Table:
     """Time in updates and memory of every run."""
     rows = []
-    for name, run in named_runs(groups):
+    for name, run in named_runs(arms):
         memory = NOT_MEASURED if run.peak_memory_gib is None else f"{run.peak_memory_gib:.2f} GiB"
         images = len(run.updates) * run.plan["global_batch"]
         speed = f"{images / run.training_s:.2f}" if run.training_s else NOT_MEASURED
@@ -172,14 +172,14 @@ def environment_table(records: Sequence[RunRecord]) -> Table:
     return Table("Environment", ("what", "value"), tuple(rows or [("environment", NOT_MEASURED)]))
 
 
-def item_table(groups: Sequence[ArmRuns]) -> Table | None:
+def item_table(arms: Sequence[ArmRuns]) -> Table | None:
     """Each run against the one with the smallest held-out loss of its seed, paired by image; None without a pair.
 
     How well single runs are known against one another says nothing of seeds. They stand in the order given, and of
     equal losses the first is the smallest.
     """
     finals: dict[int, list[tuple[str, Row]]] = {}
-    for name, run in ((group.name, run) for group in groups for run in group.runs):
+    for name, run in ((arm.name, run) for arm in arms for run in arm.runs):
         if run.is_finished and run.failure is None and run.final is not None:
             finals.setdefault(run.seed, []).append((name, run.final))
     rows = []
