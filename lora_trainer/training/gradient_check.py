@@ -43,7 +43,7 @@ def checks_due(trial: Trial, bank: AdapterBank, seed: int, step: int) -> Iterato
         initial = bank.initial(trial.adapter, seed)
         weights = {name: p.detach() for name, p in trial.parameters.items() if ".lora_A" in name or ".lora_B" in name}
         flags = {name: (p != initial(name).to(p.device)).any() for name, p in weights.items()}
-        reasons = {name: _reason(trial.group_of[name], step) for name in _unset(flags)}
+        reasons = {name: _reason(trial.param_group_of[name], step) for name in _unset(flags)}
         yield GradientCheck("every A and B has moved", len(flags), reasons)
 
 
@@ -55,8 +55,8 @@ def _unset(flags: Mapping[str, torch.Tensor]) -> list[str]:
 
 def _second_moving_update(trial: Trial) -> int | None:
     """The 1-based number of the second update in which any group has a learning rate above 0."""
-    num_steps = trial.groups[0].schedule.horizon.num_steps
-    moving = (k + 1 for k in range(num_steps) if any(group.lr(k) > 0 for group in trial.groups))
+    num_steps = trial.param_groups[0].schedule.horizon.num_steps
+    moving = (k + 1 for k in range(num_steps) if any(group.lr(k) > 0 for group in trial.param_groups))
     return next(islice(moving, 1, None), None)
 
 

@@ -56,7 +56,7 @@ class Trial:
     Args:
         adapter: its name in the bank.
         parameters: fp32, by name.
-        groups: learning rates; the first has the weights that no other takes.
+        param_groups: learning rates; the first has the weights that no other takes.
         scaler: the trial's own loss scale, so that an overflow touches no other trial; enabled under fp16 alone.
     """
 
@@ -65,11 +65,11 @@ class Trial:
         config: RunConfig,
         adapter: str,
         parameters: Mapping[str, nn.Parameter],
-        groups: Sequence[ParamGroup],
+        param_groups: Sequence[ParamGroup],
         scaler: torch.amp.GradScaler,
     ) -> None:
         self.name, self.config, self.adapter, self.scaler = config.name, config, adapter, scaler
-        self.parameters, self.groups = dict(parameters), tuple(groups)
+        self.parameters, self.param_groups = dict(parameters), tuple(param_groups)
         self.best: BestProbe | None = None
         self.ending: Ending | None = None
         """Where it ended before its group; its weights stay those after its last update."""
@@ -78,12 +78,12 @@ class Trial:
         """The trial whose updates this one still shares."""
         self._branches_at = 0
         patterns = {group.name: group.match for group in config.optimizer.groups}
-        members = assign_param_groups(list(self.parameters), patterns, self.groups[0].name)
-        self._order = [name for group in self.groups for name in members[group.name]]
-        self.group_of = {name: group for group in self.groups for name in members[group.name]}
+        members = assign_param_groups(list(self.parameters), patterns, self.param_groups[0].name)
+        self._order = [name for group in self.param_groups for name in members[group.name]]
+        self.param_group_of = {name: group for group in self.param_groups for name in members[group.name]}
         """The LR group of each parameter."""
-        grouped = [[self.parameters[name] for name in members[group.name]] for group in self.groups]
-        self.optimizer = build_optimizer(config.optimizer, grouped, self.groups[0].schedule.horizon)
+        grouped = [[self.parameters[name] for name in members[group.name]] for group in self.param_groups]
+        self.optimizer = build_optimizer(config.optimizer, grouped, self.param_groups[0].schedule.horizon)
         self.average: Tensors | None = None
         """Exponential moving average of the parameters, fp32, where `train.ema_decay` asks for one."""
         if config.train.ema_decay is not None:
@@ -130,7 +130,7 @@ class Trial:
 
     def apply_update(self, k: int) -> dict[str, float]:
         """One optimizer step with the LRs of update k, which are returned by group; then the average follows."""
-        lrs = {group.name: group.lr(k) for group in self.groups}
+        lrs = {group.name: group.lr(k) for group in self.param_groups}
         for param_group, lr in zip(self.optimizer.param_groups, lrs.values(), strict=True):
             param_group["lr"] = lr
         self.optimizer.step()
@@ -191,7 +191,7 @@ class Trial:
         parts = {"adapter": adapter, "optimizer": tensors}
         if source.average is not None:
             parts["average"] = source.average
-        feedback = [None if g.schedule.feedback is None else g.schedule.feedback.state() for g in self.groups]
+        feedback = [None if g.schedule.feedback is None else g.schedule.feedback.state() for g in self.param_groups]
         return parts, {
             "optimizer": optimizer,
             "feedback": feedback,
@@ -212,7 +212,7 @@ class Trial:
         self.ending = None if plain["ending"] is None else Ending(**plain["ending"])
         self.skips = Skips(**plain["skips"])
         self.scaler.load_state_dict(plain["scaler"])
-        for group, state in zip(self.groups, plain["feedback"], strict=True):
+        for group, state in zip(self.param_groups, plain["feedback"], strict=True):
             if group.schedule.feedback is not None and state is not None:
                 group.schedule.feedback.load(state)
 

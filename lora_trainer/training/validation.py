@@ -213,7 +213,7 @@ def _conclude(trial: Trial, step: int, readings: dict[str, ProbeReading]) -> Mea
     held_out = readings[HELD_OUT]
     reduced = tuple(
         group.name
-        for group in trial.groups
+        for group in trial.param_groups
         if group.schedule.feedback is not None and group.schedule.feedback.observe(step, held_out.items, rise_in_se)
     )
     is_best = math.isfinite(held_out.relative) and (trial.best is None or held_out.relative < trial.best.relative)
