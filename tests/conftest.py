@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +91,9 @@ sys.addaudithook(_refuse_processes)
 def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from toys import build_toy_base
 
-    return build_toy_base(tmp_path_factory.mktemp("base"))
+    base = build_toy_base(tmp_path_factory.mktemp("base"))
+    gc.freeze()  # the libraries' million objects: a run collects garbage three times, which would go through them
+    return base
 
 
 @pytest.fixture(scope="session")
