@@ -14,7 +14,7 @@ from lora_trainer.training.optimizer_step import OptimizerStep
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
-    """Let the next run be told to stop during update `num_updates`."""
+    """Let the next run be told to stop during update `num_steps`."""
 
     class Stop(train_command.StopRequest):
         polls = 0

@@ -268,8 +268,15 @@ class Start:
         if self.launch.is_main:
             sentence = write_report([sweep_dir], sweep_dir / REPORT_FILE)
             record_exit(sweep_dir, ExitCode.DONE, "finished", f"{len(content['trials'])} trials")
-            self.console.table("Done", result_rows(record.refreshed(content, sweep_dir, finished)))
+            now = record.refreshed(content, sweep_dir, finished)
+            self.console.table("Done", result_rows(now))
             self.console.print(f"\n{sentence}\nresults: {sweep_dir / record.FILE}\nreport: {sweep_dir / REPORT_FILE}")
+            statuses = {trial["status"] for trial in now["trials"]}
+            if "failed" in statuses and "finished" not in statuses:
+                fix = "lower optimizer.lr in the arms (a tenth), use bf16 or fp32, and give the sweep another name"
+                raise NumericStop(
+                    Problem("no trial came to its end", str(sweep_dir), "their numbers were not finite", fix)
+                )
 
 
 @contextmanager

@@ -196,6 +196,17 @@ def test_a_failed_trial_of_a_sweep_leaves_the_others_bytes_untouched(
     assert list(spoilt.rglob("*.safetensors")) == done
 
 
+def test_a_sweep_of_which_no_trial_is_left_exits_as_a_run_does(
+    sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spoil_gradients(monkeypatch, [1, 2, 3])
+    for _ in ("trained", "finished before"):
+        with pytest.raises(NumericStop, match="no trial came to its end"):
+            sweep("{seeds: [1]}")
+        assert json.loads((tmp_path / "runs" / "toy" / "exit.json").read_text())["code"] == 6
+        assert (tmp_path / "runs" / "toy" / "report.html").is_file()
+
+
 def test_a_skipped_update_of_one_trial_is_no_skip_of_the_others(
     sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
