@@ -8,7 +8,7 @@ t in [0, 1), and the target is eps - x (Lipman et al. 2023, Liu et al. 2023).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,10 @@ from diffusers import DDPMScheduler
 
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Batch
+
+
+Weighting = Callable[[torch.Tensor, float, str], torch.Tensor]
+"""Weight of each t from (SNR [T], the setting's value, prediction type)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +42,14 @@ class BetaPath:
     """The noise schedule of a scheduler with betas; times are indices of its T steps."""
 
     def __init__(
-        self, schedule: Mapping[str, Any], prediction_type: str, min_snr_gamma: float | None, device: torch.device
+        self, schedule: Mapping[str, Any], prediction_type: str, weightings: Mapping[str, float], device: torch.device
     ) -> None:
         self.prediction_type = prediction_type
         alphas_T = DDPMScheduler.from_config(dict(schedule)).alphas_cumprod
         self._num_timesteps = len(alphas_T)
         weight_T = torch.ones_like(alphas_T)
-        if min_snr_gamma is not None:
-            weight_T = _min_snr(alphas_T / (1 - alphas_T), min_snr_gamma, prediction_type)
+        for name, value in weightings.items():
+            weight_T = weight_T * WEIGHTINGS[name](alphas_T / (1 - alphas_T), value, prediction_type)
         self._signal_T, self._noise_T = alphas_T.sqrt().to(device), (1 - alphas_T).sqrt().to(device)
         self._weight_T = weight_T.to(device)
 
@@ -92,12 +96,16 @@ NoisePath = BetaPath | FlowPath
 
 
 def noise_path(
-    schedule: Mapping[str, Any], prediction_type: str, min_snr_gamma: float | None, device: torch.device
+    schedule: Mapping[str, Any], prediction_type: str, weightings: Mapping[str, float], device: torch.device
 ) -> NoisePath:
-    """The path that a base's scheduler, with this configuration, is for."""
+    """The path that a base's scheduler, with this configuration, is for.
+
+    Args:
+        weightings: those that are on, by their setting in `objective`.
+    """
     if prediction_type == "flow":
         return FlowPath(schedule)
-    return BetaPath(schedule, prediction_type, min_snr_gamma, device)
+    return BetaPath(schedule, prediction_type, weightings, device)
 
 
 def draw(path: NoisePath, batch: Batch, seed: int) -> NoisedLatents:
@@ -122,6 +130,10 @@ def _min_snr(snr_T: torch.Tensor, gamma: float, prediction_type: str) -> torch.T
     if prediction_type == "v_prediction":
         return capped_T / (snr_T + 1)
     return torch.where(snr_T > 0, capped_T / snr_T, 1.0)
+
+
+WEIGHTINGS: dict[str, Weighting] = {"min_snr_gamma": _min_snr}
+"""Loss weightings on betas, each under the name of its setting in `objective`."""
 
 
 def _scale(factor_B: torch.Tensor, values_BChw: torch.Tensor) -> torch.Tensor:

@@ -241,9 +241,9 @@ def _prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str
         what = f"prediction type `{chosen}` is not supported with the family {family.name}"
         fix = f"set model.prediction_type to one of {', '.join(family.prediction_types)}, if the base was trained so"
         raise ModelError(Problem(what, str(base.path / "scheduler"), fix=fix))
-    if chosen == "flow" and config.objective.min_snr_gamma is not None:
-        what, why = "`objective.min_snr_gamma` weights the timesteps of a noise schedule of betas", "the base has none"
-        raise ConfigError(Problem(what, str(base.path / "scheduler"), why, "write objective.min_snr_gamma: null"))
+    for name in config.objective.model_dump(exclude_none=True) if chosen == "flow" else ():
+        what, why = f"`objective.{name}` weights the timesteps of a noise schedule of betas", "the base has none"
+        raise ConfigError(Problem(what, str(base.path / "scheduler"), why, f"write objective.{name}: null"))
     return chosen
 
 

@@ -70,7 +70,8 @@ def set_up(
     model.train()
 
     schedule = shared.base.component_config("scheduler")
-    path = noise_path(schedule, shared.prediction_type, config.objective.min_snr_gamma, runtime.device)
+    weightings = config.objective.model_dump(exclude_none=True)
+    path = noise_path(schedule, shared.prediction_type, weightings, runtime.device)
     denoiser = AdaptedDenoiser(family, bank, path, runtime)
     has_scale, device = runtime.precision == "fp16", runtime.device.type
     trials = tuple(

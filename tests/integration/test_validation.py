@@ -77,7 +77,7 @@ class OneProcess:
 
 
 def validator(world: GaussianWorld, seed: int = 0, batch_size: int = 64, items: ProbeItems | None = None) -> Validator:
-    path = noise_path(SD_NOISE, "epsilon", None, CPU)
+    path = noise_path(SD_NOISE, "epsilon", {}, CPU)
     prompts = PromptStore({}, {"": 0})
     probes = {"held_out": items or world.items}
     parts: Any = (world, NoBank(), path, OneProcess())
@@ -96,7 +96,7 @@ def test_the_mean_is_within_one_percent_of_the_closed_form() -> None:
 
 
 def test_strata_are_midpoints() -> None:
-    path = noise_path(SD_NOISE, "epsilon", None, CPU)
+    path = noise_path(SD_NOISE, "epsilon", {}, CPU)
     assert path.strata(16) == [31, 93, 156, 218, 281, 343, 406, 468, 531, 593, 656, 718, 781, 843, 906, 968]
 
 

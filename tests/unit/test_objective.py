@@ -21,7 +21,7 @@ def batch(num: int = 8) -> Batch:
 
 
 def path(prediction_type: str = "epsilon", gamma: float | None = None, **schedule: object) -> NoisePath:
-    return noise_path(SD_NOISE | schedule, prediction_type, gamma, CPU)
+    return noise_path(SD_NOISE | schedule, prediction_type, {} if gamma is None else {"min_snr_gamma": gamma}, CPU)
 
 
 def noise_of(num: int, seed: int) -> torch.Tensor:
