@@ -18,8 +18,11 @@ from PIL import Image, ImageCms, ImageOps
 from lora_trainer.models.family import View
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+"""Kinds of pictures that Pillow reads with another package only, which is not used yet."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PIXELS = 200_000_000
+MAX_SCALED_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; ours is an error, checked before decoding
 
 _DECODER_FAULTS = (
@@ -61,8 +64,14 @@ def lost_share(view: View) -> float:
 
 def apply_frame(image: Image.Image, view: View, *, mirrored: bool = False) -> np.ndarray:
     """The framed square as uint8 [resolution, resolution, 3], mirrored left-right where asked."""
-    scaled = image.resize(view.scaled_size, Image.Resampling.LANCZOS)
-    square = np.asarray(scaled.crop((view.left, view.top, view.left + view.resolution, view.top + view.resolution)))
+    right, bottom = view.left + view.resolution, view.top + view.resolution
+    if math.prod(view.scaled_size) <= MAX_SCALED_PIXELS:
+        scaled = image.resize(view.scaled_size, Image.Resampling.LANCZOS).crop((view.left, view.top, right, bottom))
+    else:  # a long strip: only the part that is shown is scaled, with fractions of a pixel at its edges
+        x, y = image.width / view.scaled_size[0], image.height / view.scaled_size[1]
+        part = (view.left * x, view.top * y, min(right * x, image.width), min(bottom * y, image.height))
+        scaled = image.resize((view.resolution, view.resolution), Image.Resampling.LANCZOS, box=part)
+    square = np.asarray(scaled)
     return np.ascontiguousarray(square[:, ::-1]) if mirrored else square.copy()
 
 

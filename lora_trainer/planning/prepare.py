@@ -92,9 +92,8 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     predicts = _prediction_type(config, base, family)
     _check_resolution(config, family)
     _check_places(config)
-    checked = cache_folder(config) / "checked-images.json"
     fixed = _fixed_before(config, continues)
-    split, prior = _split(config, checked, progress, fixed.held_out)
+    split, prior = _split(config, checked_images_file(config), progress, fixed.held_out)
     targets = _targets(config, base, family)
     num_probes = 2 + (prior is not None)
     plan = _plan(config, base, split, targets, launch.num_processes, num_probes=num_probes, fixed=fixed)
@@ -103,6 +102,11 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = _threads(config, fixed, default_threads(launch))
     return Prepared(config, base, base.digests(), predicts, split, targets, plan, threads)
+
+
+def checked_images_file(config: RunConfig) -> Path:
+    """What remembers the images that were decoded before."""
+    return cache_folder(config) / "checked-images.json"
 
 
 def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | None = None) -> Prepared:

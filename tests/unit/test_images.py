@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from lora_trainer.data import images
 from lora_trainer.data.images import ImageFault, apply_frame, decode, frame, lost_share
 
 
@@ -148,3 +149,15 @@ def test_applying_a_frame_cuts_and_mirrors() -> None:
     assert left[5, 5].tolist() == [255, 0, 0]
     mirrored = apply_frame(picture, frame(picture.size, 64, (0.0, 0.5)), mirrored=True)
     assert np.array_equal(mirrored, left[:, ::-1])
+
+
+def test_a_long_strip_is_framed_at_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = Image.new("RGB", (1, 20_000), (10, 20, 30))
+    assert apply_frame(strip, frame(strip.size, 512)).shape == (512, 512, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 90, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    views = [frame(picture.size, 64, (0.5, place)) for place in (0.0, 0.4, 1.0)]
+    whole = [apply_frame(picture, view) for view in views]
+    monkeypatch.setattr(images, "MAX_SCALED_PIXELS", 0)
+    for view, expected in zip(views, whole, strict=True):
+        assert np.abs(apply_frame(picture, view).astype(int) - expected).max() <= 1
