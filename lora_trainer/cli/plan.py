@@ -17,8 +17,9 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source, set_value
-from lora_trainer.data.records import survey
+from lora_trainer.data.records import long_captions, survey
 from lora_trainer.errors import ConfigError, DataError, Problem
+from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.prepare import Prepared, checked_images_file, plan_rows, prepare
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.tracking.console import MainConsole
@@ -55,8 +56,12 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
     """
     config = load_config(config_file, overrides)
     dataset, problems = survey(config.data, checked_images_file(config), lambda items, *_: items)
+    if config.data.captions.too_long == "error":
+        family = open_family(open_base(config.model.path, config.model.revision, config.model.family))
+        problems += long_captions(family, dataset.records)
+    refused = {problem.where for problem in problems}
     content = {
-        "used": [str(record.path) for record in dataset.records],
+        "used": [str(record.path) for record in dataset.records if str(record.path) not in refused],
         "captions": [str(file) for file in dataset.caption_files],
         "skipped": {str(file): reason for file, reason in dataset.skipped},
         "refused": [asdict(problem) for problem in problems],

@@ -7,6 +7,7 @@ opened here, so that a pipe or a device cannot block.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -96,14 +97,15 @@ def some(names: list[str]) -> str:
 
 
 def few_of_a_kind(problems: Iterable[Problem]) -> Iterator[Problem]:
-    """The first problems of each kind whole, the others counted."""
+    """The first problems of each kind whole, the others counted; numbers make no kind."""
     kinds: dict[str, list[Problem]] = {}
     for problem in problems:
-        kinds.setdefault(problem.what, []).append(problem)
-    for what, alike in kinds.items():
+        kinds.setdefault(re.sub(r"\d+", "", problem.what), []).append(problem)
+    for alike in kinds.values():
         yield from alike[:SHOWN]
         if len(alike) > SHOWN:
-            yield Problem(f"and {len(alike) - SHOWN} more: {what}", fix="`lora-trainer check --json` lists every one")
+            what = f"and {len(alike) - SHOWN} more like: {alike[0].what}"
+            yield Problem(what, fix="`lora-trainer check --json` lists every one")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

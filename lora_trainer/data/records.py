@@ -18,6 +18,7 @@ from lora_trainer.config.schema import CaptionConfig, DataConfig
 from lora_trainer.data.folders import CAPTION_ENDINGS, few_of_a_kind, is_file, skipped_notes, some, take_stock
 from lora_trainer.data.images import EXTENSIONS, ImageFault, decode, frame, lost_share
 from lora_trainer.errors import DataError, Problem
+from lora_trainer.models.family import Family
 from lora_trainer.storage import atomic_files
 
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
@@ -222,13 +223,15 @@ def _caption_lines(file: Path) -> tuple[str, ...] | Problem:
         why = f"byte {error.start} is 0x{raw[error.start]:02x}"
         fix = f"iconv -f WINDOWS-1252 -t UTF-8 '{file.name}' (or save it as UTF-8)"
         return Problem("the caption is not UTF-8", str(file), why, fix)
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(line.strip() for line in re.split(r"[\r\n]+", text) if line.strip())
 
 
 def _caption_from_name(image: Path) -> str:
-    """The words of the file's name; where that is only a number, of its folder's name without an `N_` before it."""
-    words = _words(image.stem)
-    return words if not words.isdigit() else _words(re.sub(r"^\d+_", "", image.parent.name)) or words
+    """The words of a folder `N_words`, as in kohya; else of the file's name, of its folder's if that is a number."""
+    words, folder, repeats = _words(image.stem), image.parent.name, _number_before(image.parent.name)
+    if words.isdigit() or (repeats is not None and repeats <= MAX_FOLDER_REPEATS):
+        return _words(re.sub(r"^\d+_", "", folder)) or words
+    return words
 
 
 def _words(name: str) -> str:
@@ -255,6 +258,7 @@ def _notes(dataset: Dataset, config: DataConfig) -> Iterator[str]:
     captioned = sum(is_file(r.path.with_suffix(extension)) for r in records)
     rest = "" if captioned == total else f"; {total - captioned} by policy `{config.captions.missing}`"
     yield f"captions: {captioned} of {total} from {extension} files{rest}"
+    yield from _caption_notes(records, config.captions)
     yield from _numbered_names(records)
     lost = sorted(((lost_share(frame(r.size, resolution)), r.name) for r in records), reverse=True)
     if lost[0][0] > 0.005:
@@ -268,6 +272,31 @@ def _notes(dataset: Dataset, config: DataConfig) -> Iterator[str]:
     if shared := _repeated(records, [r.path.with_suffix("") for r in records]):
         yield f"{len(shared)} files share one caption, as only their endings differ: {some(shared)}"
     yield from skipped_notes(dataset.skipped)
+
+
+def _caption_notes(records: tuple[Record, ...], config: CaptionConfig) -> Iterator[str]:
+    """What names were made into, and what of the files is not read."""
+    files = [(record, record.path.with_suffix(config.extension)) for record in records]
+    if config.missing == "filename":
+        made = [f"{record.name} `{record.captions[0]}`" for record, file in files if not is_file(file)]
+        if made:
+            yield f"captions from names: {some(made)}"
+    if config.lines == "first":
+        lines = ((record.name, _caption_lines(file)) for record, file in files if is_file(file))
+        if longer := [name for name, read in lines if isinstance(read, tuple) and len(read) > 1]:
+            rest = "of which only the first is used; data.captions.lines: all takes each as a variant"
+            yield f"{len(longer)} captions have several lines, {rest}: {some(longer)}"
+
+
+def long_captions(family: Family, records: Iterable[Record]) -> list[Problem]:
+    """The captions that are longer than the text encoder reads."""
+    limit, fix = family.max_tokens, "shorten it, or set data.captions.too_long: cut"
+    counts = ((record, family.count_tokens(caption)) for record in records for caption in record.captions)
+    return [
+        Problem(f"the caption has {n - 2} tokens, the text encoder reads {limit - 2}", str(record.path), fix=fix)
+        for record, n in counts
+        if n > limit
+    ]
 
 
 def _repeated(records: Iterable[Record], keys: list) -> list[str]:

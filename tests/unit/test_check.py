@@ -60,6 +60,19 @@ def test_torch_stays_unloaded(toy_config: Path, program: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_long_captions_are_known_before_torch(
+    toy_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a caption of far too many letters")
+    assert check("-c", str(toy_config), f"data.dir={folder}") == 3
+    assert "has 27 tokens, the text encoder reads 14" in capsys.readouterr().err
+    assert check("-c", str(toy_config), f"data.dir={folder}", "data.captions.too_long=cut") == 0
+    assert "1 captions are longer" in capsys.readouterr().out
+
+
 def test_every_file_of_the_image_folder_is_listed(
     toy_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

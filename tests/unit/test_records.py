@@ -127,6 +127,22 @@ def test_missing_captions_by_policy(tmp_path: Path) -> None:
     assert "captions: 0 of 2 from .txt files; 2 by policy `filename`" in named.notes
 
 
+def test_a_class_folder_is_the_caption_as_in_kohya(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "5_tabby cat" / "DSC0001.png", caption=None)
+    dataset = found(tmp_path, captions={"missing": "filename"})
+    assert dataset.records[0].captions == ("tabby cat",)
+    assert "captions from names: 5_tabby cat/DSC0001.png `tabby cat`" in dataset.notes
+
+
+def test_lines_end_where_editors_end_them_and_a_second_one_is_told(tmp_path: Path) -> None:
+    file = picture(tmp_path / "images" / "a.png", caption="one\u2028two\x0bthree\x85four")
+    assert found(tmp_path).records[0].captions == ("one\u2028two\x0bthree\x85four",)
+    assert not any("several lines" in note for note in found(tmp_path).notes)
+    file.with_suffix(".txt").write_text("first\rsecond\n\nthird")
+    assert found(tmp_path, captions={"lines": "all"}).records[0].captions == ("first", "second", "third")
+    assert any("several lines" in note and "a.png" in note for note in found(tmp_path).notes)
+
+
 def test_captions_under_another_ending_are_noticed(tmp_path: Path) -> None:
     file = picture(tmp_path / "images" / "a.png", caption=None)
     file.with_suffix(".caption").write_text("a cat")
