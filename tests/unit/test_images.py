@@ -115,12 +115,19 @@ def test_what_is_no_image_is_a_fault(data: bytes) -> None:
         decode(data)
 
 
-def test_animations_and_other_formats_are_faults() -> None:
+def test_animations_and_other_formats() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     with pytest.raises(ImageFault, match="animation"):
         decode(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
-    with pytest.raises(ImageFault):
-        decode(encoded(frames[0], "GIF"))
+    gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(gif).getpixel((0, 0)) == (255, 0, 0)
+    for data, said in ((b"version https://git-lfs.github.com/spec/v1", "git lfs pull"), (b"<html>", "HTML")):
+        with pytest.raises(ImageFault, match=said):
+            decode(data)
+    with pytest.raises(ImageFault, match="floating-point"):
+        decode(encoded(Image.new("F", (4, 4)), "TIFF"))
+    for known in ("TIFF", *(["AVIF"] if ".avif" in images.EXTENSIONS else [])):
+        assert decode(encoded(Image.new("RGB", (8, 8), (200, 50, 50)), known)).getpixel((0, 0))[0] > 190
 
 
 def test_a_decompression_bomb_is_refused_from_its_header() -> None:
