@@ -119,7 +119,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("F"):
         raise ImageFault("its pixels are floating-point numbers; save it with 8 or 16 bits")
     values = np.asarray(image, dtype=np.float64)
-    return Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+    gray = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+    if not isinstance(transparent := image.info.get("transparency"), int):
+        return gray
+    return Image.merge("LA", (gray, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

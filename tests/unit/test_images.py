@@ -67,6 +67,7 @@ def test_transparency_lies_on_white() -> None:
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     gray = Image.fromarray(np.full((4, 4), 30000, np.uint16))
     assert decode(encoded(gray)).getpixel((0, 0)) == (117, 117, 117)
+    assert decode(encoded(gray, transparency=30000)).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
