@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source, set_value
-from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.planning.prepare import Prepared, plan_rows, prepare
+from lora_trainer.data.records import long_captions, survey
+from lora_trainer.errors import ConfigError, DataError, Problem
+from lora_trainer.models.registry import open_base, open_family
+from lora_trainer.planning.prepare import Prepared, checked_images_file, plan_rows, prepare
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.tracking.console import MainConsole
 
@@ -43,6 +46,29 @@ def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = Fa
     if not config_only:
         for name, finding in _findings(prepare_plan(config)):
             console.print(f"{name:<15}{finding}")
+
+
+def check_files(config_file: Path, overrides: Sequence[str]) -> None:
+    """Print as JSON what becomes of every file in the image folders: used, a caption, skipped or refused.
+
+    Raises:
+        TrainerError: the configuration cannot be read, or a file is refused.
+    """
+    config = load_config(config_file, overrides)
+    dataset, problems = survey(config.data, checked_images_file(config), lambda items, *_: items)
+    if config.data.captions.too_long == "error":
+        family = open_family(open_base(config.model.path, config.model.revision, config.model.family))
+        problems += long_captions(family, dataset.records)
+    refused = {problem.where for problem in problems}
+    content = {
+        "used": [str(record.path) for record in dataset.records if str(record.path) not in refused],
+        "captions": [str(file) for file in dataset.caption_files],
+        "skipped": {str(file): reason for file, reason in dataset.skipped},
+        "refused": [asdict(problem) for problem in problems],
+    }
+    MainConsole().print(json.dumps(content, indent=2))
+    if problems:
+        raise DataError(f"{len(problems)} files are refused; the list says why")
 
 
 def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:

@@ -193,11 +193,16 @@ def check(
     config: ConfigFile,
     overrides: Overrides,
     config_only: Annotated[bool, typer.Option("--config-only", help="Leave base and images alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="List every file of the image folders as JSON.")] = False,
 ) -> None:
     """Check a configuration, its base and every image and caption. Never loads torch, trains nothing."""
     from lora_trainer.cli.plan import check as run
+    from lora_trainer.cli.plan import check_files
 
-    run(config, overrides, config_only=config_only)
+    if as_json:
+        check_files(config, overrides)
+    else:
+        run(config, overrides, config_only=config_only)
 
 
 @app.command(

@@ -42,7 +42,6 @@ class Cache:
     probes: Mapping[str, ProbeItems]
     num_encoded: int
     """Entries that were not there before."""
-    num_cut_captions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +74,10 @@ def build_cache(
     With several processes each encodes its share; all read the whole.
 
     Raises:
-        DataError: captions are longer than the text encoder reads (policy `error`), or an image has no finite latents.
+        DataError: an image has no finite latents.
     """
     folder, resolution = cache_folder(config), config.data.resolution
     records = [*split.training.records, *(record for watched in split.probes.values() for record in watched)]
-    num_cut = _check_lengths(config.data, family, records)
     texts = _texts(config, records)
     encoders = "".join(base_digests[component] for component in family.prompt_components)
     text_files = {text: _entry_file(folder / "prompts", "prompt tensors", encoders, text) for text in texts}
@@ -99,7 +97,6 @@ def build_cache(
         prompts=PromptStore(prompts, {text: row for row, text in enumerate(texts)}),
         probes={name: _read_probe(row, image_files, family, runtime) for name, row in probes.items()},
         num_encoded=len(missing_texts) + len(missing_images),
-        num_cut_captions=num_cut,
     )
 
 
@@ -127,17 +124,6 @@ def _training_images(config: RunConfig, records: Sequence[Record]) -> dict[tuple
 def _num_crops(data: DataConfig) -> int:
     """Cached places per image."""
     return 1 if data.crop == "center" else data.crops_per_image or DEFAULT_CROPS
-
-
-def _check_lengths(data: DataConfig, family: Family, records: Sequence[Record]) -> int:
-    """Number of captions that are cut; an error for each where the policy says so."""
-    limit = family.max_tokens
-    counts = [(record, family.count_tokens(caption)) for record in records for caption in record.captions]
-    long = [(f"the caption has {n - 2} tokens, the text encoder reads {limit - 2}", r) for r, n in counts if n > limit]
-    if long and data.captions.too_long == "error":
-        fix = "shorten it, or set data.captions.too_long: cut"
-        raise DataError(*(Problem(what, str(record.path), fix=fix) for what, record in long))
-    return len(long)
 
 
 def _missing(files: Mapping[Any, Path], runtime: Runtime) -> list[Any]:

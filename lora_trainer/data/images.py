@@ -13,13 +13,20 @@ import zlib
 from contextlib import suppress
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 from lora_trainer.models.family import View
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_AVIF = features.check("avif")
+EXTENSIONS = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".jfif", ".jpe", ".tif", ".tiff"),
+    *((".avif",) if _AVIF else ()),
+)
+PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin", ".avif": "-U pillow"}
+"""Kinds of pictures that Pillow reads with another package only, which is not used yet."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if _AVIF else ()))
 MAX_PIXELS = 200_000_000
+MAX_SCALED_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; ours is an error, checked before decoding
 
 _DECODER_FAULTS = (
@@ -42,6 +49,8 @@ def decode(data: bytes) -> Image.Image:
         return _decode(data)
     except ImageFault:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageFault(_what_it_is(data)) from error
     except _DECODER_FAULTS as error:
         raise ImageFault(str(error).strip() or type(error).__name__) from error
 
@@ -61,8 +70,14 @@ def lost_share(view: View) -> float:
 
 def apply_frame(image: Image.Image, view: View, *, mirrored: bool = False) -> np.ndarray:
     """The framed square as uint8 [resolution, resolution, 3], mirrored left-right where asked."""
-    scaled = image.resize(view.scaled_size, Image.Resampling.LANCZOS)
-    square = np.asarray(scaled.crop((view.left, view.top, view.left + view.resolution, view.top + view.resolution)))
+    right, bottom = view.left + view.resolution, view.top + view.resolution
+    if math.prod(view.scaled_size) <= MAX_SCALED_PIXELS:
+        scaled = image.resize(view.scaled_size, Image.Resampling.LANCZOS).crop((view.left, view.top, right, bottom))
+    else:  # a long strip: only the part that is shown is scaled, with fractions of a pixel at its edges
+        x, y = image.width / view.scaled_size[0], image.height / view.scaled_size[1]
+        part = (view.left * x, view.top * y, min(right * x, image.width), min(bottom * y, image.height))
+        scaled = image.resize((view.resolution, view.resolution), Image.Resampling.LANCZOS, box=part)
+    square = np.asarray(scaled)
     return np.ascontiguousarray(square[:, ::-1]) if mirrored else square.copy()
 
 
@@ -72,7 +87,7 @@ def _decode(data: bytes) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ImageFault(f"{opened.width} x {opened.height} px is more than {MAX_PIXELS:,} px")
-        if getattr(opened, "is_animated", False) and opened.format in ("PNG", "WEBP"):
+        if getattr(opened, "is_animated", False) and opened.format in ("PNG", "WEBP", "AVIF"):
             num_frames = getattr(opened, "n_frames", 2)
             raise ImageFault(f"it is an animation of {num_frames} frames; save one frame as an image")
         opened.load()
@@ -86,12 +101,28 @@ def _decode(data: bytes) -> Image.Image:
     return Image.composite(colour, white, image.convert("RGBA").getchannel("A"))
 
 
+def _what_it_is(data: bytes) -> str:
+    """What bytes are that no decoder takes."""
+    if data.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; `git lfs pull` fetches the picture"
+    if data.lstrip()[:1] == b"<":
+        return "it is a page of text (HTML or XML), not a picture"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
+        return "it is HEIC; save it as JPEG or PNG"
+    return "its content is no whole picture of a known kind"
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit gray scaled to 8 bits; Pillow's own conversion clips it to white."""
     if not image.mode.startswith(("I", "F")):
         return image
+    if image.mode.startswith("F"):
+        raise ImageFault("its pixels are floating-point numbers; save it with 8 or 16 bits")
     values = np.asarray(image, dtype=np.float64)
-    return Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+    gray = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+    if not isinstance(transparent := image.info.get("transparency"), int):
+        return gray
+    return Image.merge("LA", (gray, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

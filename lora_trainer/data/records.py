@@ -10,13 +10,15 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
 from lora_trainer.config.schema import CaptionConfig, DataConfig
+from lora_trainer.data.folders import CAPTION_ENDINGS, few_of_a_kind, is_file, skipped_notes, some, take_stock
 from lora_trainer.data.images import EXTENSIONS, ImageFault, decode, frame, lost_share
 from lora_trainer.errors import DataError, Problem
+from lora_trainer.models.family import Family
 from lora_trainer.storage import atomic_files
 
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
@@ -44,6 +46,9 @@ class Dataset:
 
     records: tuple[Record, ...]
     notes: tuple[str, ...]
+    caption_files: tuple[Path, ...] = ()
+    skipped: tuple[tuple[Path, str], ...] = ()
+    """Every other file that was found, with the reason; a folder stands for all that lies in it."""
 
     @property
     def num_samples(self) -> int:
@@ -92,21 +97,38 @@ def discover(config: DataConfig, checked_file: Path, progress: Progress) -> Data
     Raises:
         DataError: with every missing folder, broken image and unusable caption.
     """
+    dataset, problems = survey(config, checked_file, progress)
+    if problems:
+        raise DataError(*few_of_a_kind(problems))
+    return replace(dataset, notes=tuple(_notes(dataset, config)))
+
+
+def survey(config: DataConfig, checked_file: Path, progress: Progress) -> tuple[Dataset, list[Problem]]:
+    """All that can be used, without notes, what is skipped, and all that is wrong.
+
+    Raises:
+        DataError: a folder is missing or holds no image.
+    """
     sources = [(config.dir, 1)] if config.dir is not None else [(s.dir, s.repeats) for s in config.sources or ()]
     roots = [(_existing(folder), repeats) for folder, repeats in sources]
-    images = [(path, root, repeats) for root, repeats in roots for path in _walk(root)]
+    stocks = [(root, repeats, take_stock(root, config.captions.extension)) for root, repeats in roots]
+    problems = [problem for _, _, stock in stocks for problem in stock.problems]
+    empty = [_no_images(root, stock.skipped) for root, _, stock in stocks if not stock.images and not stock.problems]
+    if empty:
+        raise DataError(*problems, *empty)
+    images = [(path, root, repeats) for root, repeats, stock in stocks for path in stock.images]
     checked = _read_checked(checked_file)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         looked_at = pool.map(lambda image: _look_at(image, config.captions, checked), images)
         results = list(progress(looked_at, "checking images", len(images)))
-    problems = [problem for result in results if isinstance(result, list) for problem in result]
-    if problems:
-        raise DataError(*problems)
+    problems += [problem for result in results if isinstance(result, list) for problem in result]
     records = tuple(result for result in results if isinstance(result, Record))
     sizes = {record.sha256: record.size for record in records}
     if not sizes.items() <= checked.items():
         atomic_files.write_json(checked_file, checked | sizes)
-    return Dataset(records, tuple(_notes(records, config)))
+    captions = tuple(file for _, _, stock in stocks for file in stock.captions)
+    skipped = tuple(sorted(item for _, _, stock in stocks for item in stock.skipped.items()))
+    return Dataset(records, (), captions, skipped), problems
 
 
 def _existing(folder: str) -> Path:
@@ -118,24 +140,14 @@ def _existing(folder: str) -> Path:
     return path
 
 
-def _walk(root: Path) -> list[Path]:
-    """The images under a root by name; hidden files and folders are left out, links out of the root are refused."""
-    real_root, files = root.resolve(), []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    images = [file for file in files if file.suffix.lower() in EXTENSIONS]
-    for image in images:
-        if not image.resolve().is_relative_to(real_root):
-            fix = "copy it in, or add its folder as a source"
-            raise DataError(Problem("the image is a link out of its folder", str(image), fix=fix))
-    if not images:
-        others = Counter(file.suffix.lower() or "(no ending)" for file in files)
-        seen = ", ".join(f"{count} x {ending}" for ending, count in others.most_common(5)) or "nothing"
-        why = f"looked in it and its subfolders for {', '.join(EXTENSIONS)}; found {seen}"
-        fix = "point data.dir at the folder that holds the images"
-        raise DataError(Problem("no images here", str(root.absolute()), why, fix))
-    return sorted(images, key=Path.as_posix)
+def _no_images(root: Path, skipped: dict[Path, str]) -> Problem:
+    """That a root holds no image, and what lies there instead."""
+    others = Counter(file.suffix.lower() or "(no ending)" for file in skipped if not file.name.startswith("."))
+    seen = ", ".join(f"{count} x {ending}" for ending, count in others.most_common(5)) or "nothing"
+    reasons = "".join(f"; {why}" for why in dict.fromkeys(skipped.values()) if "not a kind" not in why)
+    why = f"looked in it and its subfolders for {', '.join(EXTENSIONS)}; found {seen}{reasons}"
+    fix = "point data.dir at the folder that holds the images"
+    return Problem("no images here", str(root.absolute()), why, fix)
 
 
 def _folder_repeats(relative: Path) -> int:
@@ -175,7 +187,8 @@ def _look_at(
 
 def _captions(image: Path, config: CaptionConfig) -> tuple[str, ...] | Problem:
     file = image.with_suffix(config.extension)
-    lines = _caption_lines(file) if file.is_file() else ()
+    there = is_file(file)
+    lines = _caption_lines(file) if there else ()
     if isinstance(lines, Problem):
         return lines
     if lines:
@@ -184,9 +197,9 @@ def _captions(image: Path, config: CaptionConfig) -> tuple[str, ...] | Problem:
         return (_caption_from_name(image),)
     if config.missing == "empty":
         return ("",)
-    what = "the caption file is empty" if file.is_file() else "the image has no caption"
-    usual = (image.with_suffix(ending) for ending in (".txt", ".caption") if ending != config.extension)
-    other = next((f"; {o.name} is there: set data.captions.extension: {o.suffix}" for o in usual if o.is_file()), "")
+    what = "the caption file is empty" if there else "the image has no caption"
+    usual = (image.with_suffix(ending) for ending in CAPTION_ENDINGS if ending != config.extension)
+    other = next((f"; {o.name} is there: set data.captions.extension: {o.suffix}" for o in usual if is_file(o)), "")
     fix = "write it, or set data.captions.missing to filename or empty"
     return Problem(what, str(image), f"looked for {file.name}{other}", fix)
 
@@ -194,11 +207,12 @@ def _captions(image: Path, config: CaptionConfig) -> tuple[str, ...] | Problem:
 def _caption_lines(file: Path) -> tuple[str, ...] | Problem:
     """The non-empty lines of a caption file, trimmed; a problem where it cannot be read as UTF-8 text."""
     try:
-        raw = file.read_bytes()
+        size = file.stat().st_size
+        raw = file.read_bytes() if size <= MAX_CAPTION_BYTES else b""
     except OSError as error:
         return Problem("the caption cannot be read", str(file), error.strerror, "check the file's permissions")
-    if len(raw) > MAX_CAPTION_BYTES:
-        return Problem(f"a caption of {len(raw):,} bytes", str(file), fix="is this really a caption?")
+    if size > MAX_CAPTION_BYTES:
+        return Problem(f"a caption of {size:,} bytes", str(file), fix="is this really a caption?")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return Problem("the caption is UTF-16", str(file), fix=f"iconv -f UTF-16 -t UTF-8 '{file.name}'")
     if b"\0" in raw:
@@ -209,13 +223,15 @@ def _caption_lines(file: Path) -> tuple[str, ...] | Problem:
         why = f"byte {error.start} is 0x{raw[error.start]:02x}"
         fix = f"iconv -f WINDOWS-1252 -t UTF-8 '{file.name}' (or save it as UTF-8)"
         return Problem("the caption is not UTF-8", str(file), why, fix)
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(line.strip() for line in re.split(r"[\r\n]+", text) if line.strip())
 
 
 def _caption_from_name(image: Path) -> str:
-    """The words of the file's name; where that is only a number, of its folder's name without an `N_` before it."""
-    words = _words(image.stem)
-    return words if not words.isdigit() else _words(re.sub(r"^\d+_", "", image.parent.name)) or words
+    """The words of a folder `N_words`, as in kohya; else of the file's name, of its folder's if that is a number."""
+    words, folder, repeats = _words(image.stem), image.parent.name, _number_before(image.parent.name)
+    if words.isdigit() or (repeats is not None and repeats <= MAX_FOLDER_REPEATS):
+        return _words(re.sub(r"^\d+_", "", folder)) or words
+    return words
 
 
 def _words(name: str) -> str:
@@ -227,18 +243,22 @@ def _words(name: str) -> str:
 def _read_checked(file: Path) -> dict[str, tuple[int, int]]:
     """Size by content hash of the images that were decoded before; empty where the file cannot be read."""
     try:
-        rows = json.loads(file.read_text())
-        return {digest: (width, height) for digest, (width, height) in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        rows = json.loads(file.read_text()) if is_file(file) else {}
+        sizes = {digest: (width, height) for digest, (width, height) in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
+    usable = all(isinstance(side, int) and side > 0 for size in sizes.values() for side in size)
+    return sizes if usable else {}
 
 
-def _notes(records: tuple[Record, ...], config: DataConfig) -> Iterator[str]:
+def _notes(dataset: Dataset, config: DataConfig) -> Iterator[str]:
     """Caption coverage, crops and enlargements: what a user would want to know before training."""
+    records = dataset.records
     total, resolution, extension = len(records), config.resolution, config.captions.extension
-    captioned = sum(r.path.with_suffix(extension).is_file() for r in records)
+    captioned = sum(is_file(r.path.with_suffix(extension)) for r in records)
     rest = "" if captioned == total else f"; {total - captioned} by policy `{config.captions.missing}`"
     yield f"captions: {captioned} of {total} from {extension} files{rest}"
+    yield from _caption_notes(records, config.captions)
     yield from _numbered_names(records)
     lost = sorted(((lost_share(frame(r.size, resolution)), r.name) for r in records), reverse=True)
     if lost[0][0] > 0.005:
@@ -246,11 +266,37 @@ def _notes(records: tuple[Record, ...], config: DataConfig) -> Iterator[str]:
         mean = sum(share for share, _ in lost) / total
         yield f"cropping to a square loses {mean:.0%} of the picture on average; most: {worst}"
     if small := [r.name for r in records if min(r.size) < resolution]:
-        yield f"{len(small)} of {total} images are smaller than {resolution} px and are enlarged: {_some(small)}"
+        yield f"{len(small)} of {total} images are smaller than {resolution} px and are enlarged: {some(small)}"
     if twins := _repeated(records, [r.sha256 for r in records]):
-        yield f"{len(twins)} files have the same content as another: {_some(twins)}"
+        yield f"{len(twins)} files have the same content as another: {some(twins)}"
     if shared := _repeated(records, [r.path.with_suffix("") for r in records]):
-        yield f"{len(shared)} files share one caption, as only their endings differ: {_some(shared)}"
+        yield f"{len(shared)} files share one caption, as only their endings differ: {some(shared)}"
+    yield from skipped_notes(dataset.skipped)
+
+
+def _caption_notes(records: tuple[Record, ...], config: CaptionConfig) -> Iterator[str]:
+    """What names were made into, and what of the files is not read."""
+    files = [(record, record.path.with_suffix(config.extension)) for record in records]
+    if config.missing == "filename":
+        made = [f"{record.name} `{record.captions[0]}`" for record, file in files if not is_file(file)]
+        if made:
+            yield f"captions from names: {some(made)}"
+    if config.lines == "first":
+        lines = ((record.name, _caption_lines(file)) for record, file in files if is_file(file))
+        if longer := [name for name, read in lines if isinstance(read, tuple) and len(read) > 1]:
+            rest = "of which only the first is used; data.captions.lines: all takes each as a variant"
+            yield f"{len(longer)} captions have several lines, {rest}: {some(longer)}"
+
+
+def long_captions(family: Family, records: Iterable[Record]) -> list[Problem]:
+    """The captions that are longer than the text encoder reads."""
+    limit, fix = family.max_tokens, "shorten it, or set data.captions.too_long: cut"
+    counts = ((record, family.count_tokens(caption)) for record in records for caption in record.captions)
+    return [
+        Problem(f"the caption has {n - 2} tokens, the text encoder reads {limit - 2}", str(record.path), fix=fix)
+        for record, n in counts
+        if n > limit
+    ]
 
 
 def _repeated(records: Iterable[Record], keys: list) -> list[str]:
@@ -267,8 +313,4 @@ def _numbered_names(records: tuple[Record, ...]) -> Iterator[str]:
         asked = f"is taken as a name, not as {_number_before(first)} repeats"
         yield f"folder `{first}` {asked}; write data.sources with repeats to repeat it"
     if others:
-        yield f"{len(others)} more folders are taken as names for their large number: {_some(others)}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        yield f"{len(others)} more folders are taken as names for their large number: {some(others)}"

@@ -25,9 +25,10 @@ from lora_trainer.config.places import (
     run_directory,
 )
 from lora_trainer.config.schema import CURVE_LENGTH, RunConfig
+from lora_trainer.data.folders import few_of_a_kind, some
 from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
-from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
-from lora_trainer.errors import ConfigError, ModelError, Problem, SystemSetupError
+from lora_trainer.data.records import Dataset, Progress, content_digest, discover, long_captions, order_digest
+from lora_trainer.errors import ConfigError, DataError, ModelError, Problem, SystemSetupError
 from lora_trainer.models.adapters.targets import assign_param_groups, select_targets
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.models.folder import BaseFolder
@@ -92,9 +93,9 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     predicts = _prediction_type(config, base, family)
     _check_resolution(config, family)
     _check_places(config)
-    checked = cache_folder(config) / "checked-images.json"
     fixed = _fixed_before(config, continues)
-    split, prior = _split(config, checked, progress, fixed.held_out)
+    split, prior = _split(config, checked_images_file(config), progress, fixed.held_out)
+    split = _with_cut_captions(config, family, split, prior)
     targets = _targets(config, base, family)
     num_probes = 2 + (prior is not None)
     plan = _plan(config, base, split, targets, launch.num_processes, num_probes=num_probes, fixed=fixed)
@@ -103,6 +104,11 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = _threads(config, fixed, default_threads(launch))
     return Prepared(config, base, base.digests(), predicts, split, targets, plan, threads)
+
+
+def checked_images_file(config: RunConfig) -> Path:
+    """What remembers the images that were decoded before."""
+    return cache_folder(config) / "checked-images.json"
 
 
 def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | None = None) -> Prepared:
@@ -219,6 +225,18 @@ def _split(
     else:
         split = split_by_folder(dataset, others["dir"])
     return split, others.get("prior_dir")
+
+
+def _with_cut_captions(config: RunConfig, family: Family, split: Split, prior: Dataset | None) -> Split:
+    """The split, with a note where captions are cut; an error where the policy says so."""
+    long = long_captions(family, [*split.training.records, *split.held_out, *(prior.records if prior else ())])
+    if not long:
+        return split
+    if config.data.captions.too_long == "error":
+        raise DataError(*few_of_a_kind(long))
+    names = some([Path(problem.where or "").name for problem in long])
+    note = f"{len(long)} captions are longer than the text encoder reads and are cut: {names}"
+    return replace(split, training=replace(split.training, notes=(*split.training.notes, note)))
 
 
 def _chosen_before(file: Path) -> tuple[str, ...] | None:

@@ -58,8 +58,6 @@ def set_up(
     shared, config = group.shared, group.shared.config
     family = open_family(shared.base)
     cache = build_cache(config, family, shared.split, shared.base_digests, runtime, progress=console.track)
-    if cache.num_cut_captions:
-        console.print(f"{cache.num_cut_captions} captions are longer than the text encoder reads and were cut")
     console.print(f"cache: {cache.num_encoded} encoded now, {cache.latents.mean_NChw.shape[0]} latents in all")
     model = family.load_denoiser(runtime.device, runtime.dtype)
     runs = {f"trial{index}": member.prepared for index, member in enumerate(group.members)}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lora_trainer.cli.program import main
 
@@ -56,3 +58,32 @@ def test_torch_stays_unloaded(toy_config: Path, program: object) -> None:
     )
     done = program([sys.executable, "-c", code])  # type: ignore[operator]
     assert done.returncode == 0, done.stderr
+
+
+def test_long_captions_are_known_before_torch(
+    toy_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a caption of far too many letters")
+    assert check("-c", str(toy_config), f"data.dir={folder}") == 3
+    assert "has 27 tokens, the text encoder reads 14" in capsys.readouterr().err
+    assert check("-c", str(toy_config), f"data.dir={folder}", "data.captions.too_long=cut") == 0
+    assert "1 captions are longer" in capsys.readouterr().out
+
+
+def test_every_file_of_the_image_folder_is_listed(
+    toy_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a cat")
+    (folder / "b.jpg").write_text("no picture")
+    (folder / "c.mp4").write_text("x")
+    assert check("-c", str(toy_config), "--json", f"data.dir={folder}") == 3
+    listed = json.loads(capsys.readouterr().out)
+    assert (listed["used"], listed["captions"]) == ([str(folder / "a.png")], [str(folder / "a.txt")])
+    assert list(listed["skipped"]) == [str(folder / "c.mp4")]
+    assert {problem["where"] for problem in listed["refused"]} == {str(folder / "b.jpg")}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from lora_trainer.data import images
 from lora_trainer.data.images import ImageFault, apply_frame, decode, frame, lost_share
 
 
@@ -66,6 +67,7 @@ def test_transparency_lies_on_white() -> None:
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     gray = Image.fromarray(np.full((4, 4), 30000, np.uint16))
     assert decode(encoded(gray)).getpixel((0, 0)) == (117, 117, 117)
+    assert decode(encoded(gray, transparency=30000)).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
@@ -114,12 +116,19 @@ def test_what_is_no_image_is_a_fault(data: bytes) -> None:
         decode(data)
 
 
-def test_animations_and_other_formats_are_faults() -> None:
+def test_animations_and_other_formats() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     with pytest.raises(ImageFault, match="animation"):
         decode(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
-    with pytest.raises(ImageFault):
-        decode(encoded(frames[0], "GIF"))
+    gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(gif).getpixel((0, 0)) == (255, 0, 0)
+    for data, said in ((b"version https://git-lfs.github.com/spec/v1", "git lfs pull"), (b"<html>", "HTML")):
+        with pytest.raises(ImageFault, match=said):
+            decode(data)
+    with pytest.raises(ImageFault, match="floating-point"):
+        decode(encoded(Image.new("F", (4, 4)), "TIFF"))
+    for known in ("TIFF", *(["AVIF"] if ".avif" in images.EXTENSIONS else [])):
+        assert decode(encoded(Image.new("RGB", (8, 8), (200, 50, 50)), known)).getpixel((0, 0))[0] > 190
 
 
 def test_a_decompression_bomb_is_refused_from_its_header() -> None:
@@ -148,3 +157,15 @@ def test_applying_a_frame_cuts_and_mirrors() -> None:
     assert left[5, 5].tolist() == [255, 0, 0]
     mirrored = apply_frame(picture, frame(picture.size, 64, (0.0, 0.5)), mirrored=True)
     assert np.array_equal(mirrored, left[:, ::-1])
+
+
+def test_a_long_strip_is_framed_at_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = Image.new("RGB", (1, 20_000), (10, 20, 30))
+    assert apply_frame(strip, frame(strip.size, 512)).shape == (512, 512, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 90, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    views = [frame(picture.size, 64, (0.5, place)) for place in (0.0, 0.4, 1.0)]
+    whole = [apply_frame(picture, view) for view in views]
+    monkeypatch.setattr(images, "MAX_SCALED_PIXELS", 0)
+    for view, expected in zip(views, whole, strict=True):
+        assert np.abs(apply_frame(picture, view).astype(int) - expected).max() <= 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from lora_trainer.config.schema import DataConfig
-from lora_trainer.data.records import Dataset, content_digest, discover
+from lora_trainer.data.records import Dataset, content_digest, discover, survey
 from lora_trainer.errors import DataError, ExitCode
 
 
@@ -125,6 +127,22 @@ def test_missing_captions_by_policy(tmp_path: Path) -> None:
     assert "captions: 0 of 2 from .txt files; 2 by policy `filename`" in named.notes
 
 
+def test_a_class_folder_is_the_caption_as_in_kohya(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "5_tabby cat" / "DSC0001.png", caption=None)
+    dataset = found(tmp_path, captions={"missing": "filename"})
+    assert dataset.records[0].captions == ("tabby cat",)
+    assert "captions from names: 5_tabby cat/DSC0001.png `tabby cat`" in dataset.notes
+
+
+def test_lines_end_where_editors_end_them_and_a_second_one_is_told(tmp_path: Path) -> None:
+    file = picture(tmp_path / "images" / "a.png", caption="one\u2028two\x0bthree\x85four")
+    assert found(tmp_path).records[0].captions == ("one\u2028two\x0bthree\x85four",)
+    assert not any("several lines" in note for note in found(tmp_path).notes)
+    file.with_suffix(".txt").write_text("first\rsecond\n\nthird")
+    assert found(tmp_path, captions={"lines": "all"}).records[0].captions == ("first", "second", "third")
+    assert any("several lines" in note and "a.png" in note for note in found(tmp_path).notes)
+
+
 def test_captions_under_another_ending_are_noticed(tmp_path: Path) -> None:
     file = picture(tmp_path / "images" / "a.png", caption=None)
     file.with_suffix(".caption").write_text("a cat")
@@ -160,13 +178,94 @@ def test_a_missing_folder_or_a_file_in_its_place(tmp_path: Path) -> None:
     assert "is a file" in refusal(tmp_path)
 
 
-def test_links_out_of_the_folder_are_refused_and_loops_end(tmp_path: Path) -> None:
-    outside = picture(tmp_path / "outside.png")
+def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    picture(images / "a.png", 1)
+    picture(images / "z" / "b.png", 2)
+    (images / "loop").symlink_to(images)
+    (images / "again").symlink_to(images / "z")
+    (images / "c.png").symlink_to(picture(tmp_path / "blobs" / "1.png", 3))
+    (images / "c.txt").symlink_to(tmp_path / "blobs" / "1.txt")
+    (images / "out").symlink_to(picture(tmp_path / "far" / "d.png", 4).parent)
+    assert [r.name for r in found(tmp_path).records] == ["a.png", "c.png", "out/d.png", "z/b.png"]
+    for name in ("self.png", "own_folder"):
+        (images / name).symlink_to(images / name)
+    (images / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    message = refusal(tmp_path)
+    assert "self.png" in message
+    assert "gone.png" in message
+
+
+def test_what_is_no_file_is_refused_unopened(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "a.png")
-    (tmp_path / "images" / "loop").symlink_to(tmp_path / "images")
-    assert len(found(tmp_path).records) == 1
-    (tmp_path / "images" / "b.png").symlink_to(outside)
-    assert "link out of its folder" in refusal(tmp_path)
+    os.mkfifo(tmp_path / "images" / "pipe.png")
+    os.mkfifo(tmp_path / "images" / "a.caption")
+    assert "it is a pipe" in refusal(tmp_path)
+    assert "caption" in refusal(tmp_path, captions={"extension": ".caption"})
+
+
+@pytest.mark.parametrize("garbage", ["[]", '{"a": 1}', '{"a": [1, 2, 3]}', '{"a": ["x", -1]}', "[" * 100_000, "\0"])
+def test_what_was_remembered_may_be_garbage(tmp_path: Path, garbage: str) -> None:
+    file = picture(tmp_path / "images" / "a.png")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    (tmp_path / "checked.json").write_text(garbage.replace('"a"', f'"{digest}"'))
+    assert found(tmp_path).records[0].size == (64, 48)
+
+
+def test_a_failed_check_remembers_what_it_looked_at(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "b.png").write_text("text")
+    assert "b.png" in refusal(tmp_path)
+    assert len(json.loads((tmp_path / "checked.json").read_text())) == 1
+
+
+def test_every_file_is_used_skipped_or_refused(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for number, name in enumerate(("a.png", "3_cat/b.jpg", "mask/a.png", "reg/1_toy/c.png", "a-masklabel.png")):
+        picture(images / name, number)
+    for name in ("@eaDir/a/t.jpg", "#recycle/a.png", "$RECYCLE.BIN/b.png", "lost+found/c.png", "__MACOSX/d.png"):
+        picture(images / name, 9)
+    others = ("ghost.txt", "a.caption", "metadata.jsonl", "v.mp4", "i.heic", "README", "dataset.toml", ".DS_Store")
+    for name in (*others, "B.TXT", "broken.png", "sub/e.tar"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_text("x")
+    picture(images / "silent.png", caption=None)
+    config = DataConfig.model_validate({"dir": str(images), "resolution": 32})
+    dataset, problems = survey(config, tmp_path / "checked.json", lambda items, *_: items)
+    assert [record.name for record in dataset.records] == ["3_cat/b.jpg", "a.png"]
+    refused = {Path(problem.where or "") for problem in problems}
+    assert {file.name for file in refused} == {"broken.png", "silent.png"}
+    kinds = [{r.path for r in dataset.records}, set(dataset.caption_files), {f for f, _ in dataset.skipped}, refused]
+    counted = set().union(*kinds)
+    assert sum(map(len, kinds)) == len(counted)
+    for file in images.rglob("*"):
+        assert file.is_dir() or counted & {file, *file.parents}, file
+    for file in refused:
+        file.unlink()
+    notes = "\n".join(found(tmp_path).notes)
+    for said in ("ghost.txt", "metadata.jsonl", "v.mp4", "pip install pillow-heif", "mask", "reg", "1 skipped, hidden"):
+        assert said in notes
+
+
+def test_an_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "images" / "a.png")
+    closed = picture(tmp_path / "images" / "closed" / "b.png").parent
+    scandir = os.scandir
+
+    def refusing(folder: Path) -> object:
+        if Path(folder) == closed:
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert str(closed) in refusal(tmp_path)
+
+
+def test_problems_of_a_kind_are_counted_after_five(tmp_path: Path) -> None:
+    for number in range(9):
+        picture(tmp_path / "images" / f"{number}.png", number, caption=None)
+    assert refusal(tmp_path).count("looked for") == 5
+    assert "4 more" in refusal(tmp_path)
 
 
 def test_names_of_every_kind(tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""What lies in an image folder: each file is a picture, a caption, skipped for a reason, or refused.
+
+Links are followed, to files and to folders; a folder is read once, under its own name where it has one. Nothing is
+opened here, so that a pipe or a device cannot block.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_trainer.data.images import EXTENSIONS, PACKAGES
+from lora_trainer.errors import Problem
+
+CAPTION_ENDINGS = (".txt", ".caption")
+SHOWN = 5
+"""Files of a kind that a message names; `check --json` lists all."""
+_HIDDEN = "hidden"
+_FOLDERS = (
+    (("@eadir", "thumbs", "thumbnails", "_thumbs"), "a folder of thumbnails"),
+    (("#recycle", "$recycle.bin", "@recycle", "recycler", "lost+found"), "a bin of deleted files"),
+    (("__macosx", "system volume information", "#snapshot"), "a folder of the system"),
+    (("mask", "masks"), "a folder of masks, which are not used; to train on it as pictures, give it as a source"),
+    (
+        ("reg", "reg_images", "regularization", "regularisation", "regularization_images", "class_images"),
+        "a folder of regularisation images, which are not used; to train on it as pictures, give it as a source",
+    ),
+)
+_FOLDER_REASONS = {name: reason for names, reason in _FOLDERS for name in names}
+_MASK_ENDINGS = ("-masklabel", "-condlabel")
+_LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "dataset.toml", "meta_cap.json", "meta_lat.json")
+
+
+@dataclass(slots=True)
+class Inventory:
+    """Every entry of a folder. A folder in `skipped` stands for all that lies in it."""
+
+    images: list[Path] = field(default_factory=list)
+    captions: list[Path] = field(default_factory=list)
+    skipped: dict[Path, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def take_stock(root: Path, caption_ending: str) -> Inventory:
+    """All that lies under a root, pictures by name."""
+    stock, files, folders, seen = Inventory(), [], [root], set()
+    links: list[Path] = []
+    while folders or links:  # links last: a folder that lies under the root keeps its own name
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                stock.skipped[folder] = "a link to a folder that is read already"
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            fix = "check its permissions, or take it out"
+            stock.problems.append(Problem("the folder cannot be read", str(folder), error.strerror, fix))
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                stock.skipped[path] = _HIDDEN
+            elif not _is_folder(entry):
+                files.append(path)
+            elif reason := _FOLDER_REASONS.get(entry.name.lower()):
+                stock.skipped[path] = reason
+            else:
+                (links if entry.is_symlink() else folders).append(path)
+    _sort_in(stock, files, caption_ending)
+    stock.images.sort(key=Path.as_posix)
+    return stock
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there that may be read; unlike `Path.is_file` it never raises."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def skipped_notes(skipped: Iterable[tuple[Path, str]]) -> Iterator[str]:
+    """A line for each reason, with the first files; hidden ones are only counted."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in skipped:
+        by_reason.setdefault(reason, []).append("/".join(path.parts[-2:]))
+    for reason, names in by_reason.items():
+        yield f"{len(names)} skipped, {reason}" + ("" if reason == _HIDDEN else f": {some(names)}")
+
+
+def some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def few_of_a_kind(problems: Iterable[Problem]) -> Iterator[Problem]:
+    """The first problems of each kind whole, the others counted; numbers make no kind."""
+    kinds: dict[str, list[Problem]] = {}
+    for problem in problems:
+        kinds.setdefault(re.sub(r"\d+", "", problem.what), []).append(problem)
+    for alike in kinds.values():
+        yield from alike[:SHOWN]
+        if len(alike) > SHOWN:
+            what = f"and {len(alike) - SHOWN} more like: {alike[0].what}"
+            yield Problem(what, fix="`lora-trainer check --json` lists every one")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
+
+
+def _sort_in(stock: Inventory, files: list[Path], caption_ending: str) -> None:
+    """Each file to its kind; a caption belongs to the picture that it is named like."""
+    stems = {file.with_suffix("") for file in files if file.suffix.lower() in EXTENSIONS}
+    for file in files:
+        ending = file.suffix.lower()
+        if ending in EXTENSIONS and file.stem.endswith(_MASK_ENDINGS):
+            stock.skipped[file] = "a mask; masks are not used"
+        elif ending in EXTENSIONS:
+            fault = _not_regular(file)
+            if fault is None:
+                stock.images.append(file)
+            else:
+                stock.problems.append(
+                    Problem("not a usable image", str(file), fault, "replace the file or take it out")
+                )
+        elif file.suffix == caption_ending and file.with_suffix("") in stems:
+            stock.captions.append(file)
+        else:
+            stock.skipped[file] = _why_skipped(file, caption_ending)
+
+
+def _why_skipped(file: Path, caption_ending: str) -> str:
+    """Why a file that is neither picture nor caption is left out."""
+    ending = file.suffix.lower()
+    if file.name.lower() in _LISTS:
+        return f"lists are not read yet, captions are read from {caption_ending} files beside the pictures"
+    if file.suffix == caption_ending:
+        return "a caption without its picture"
+    if ending in (*CAPTION_ENDINGS, ".json") or ending == caption_ending.lower():
+        return f"captions are read from files that end in {caption_ending}"
+    if ending in PACKAGES:
+        return f"{ending} is read once its package is installed: pip install {PACKAGES[ending]}"
+    return f"{ending or 'no ending'}: not a kind of picture that is read"
+
+
+def _not_regular(file: Path) -> str | None:
+    """Why a file must not be opened; None where it may."""
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return "it is a link to a file that is not there"
+    except (OSError, RuntimeError) as error:
+        return getattr(error, "strerror", None) or "it is a link that leads in a circle"
+    if stat.S_ISREG(mode):
+        return None
+    kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    return f"it is {next((name for test, name in kinds if test(mode)), 'a device')}, not a file"
