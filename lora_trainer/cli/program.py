@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -358,23 +357,13 @@ def plot(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit with its documented code."""
+    from lora_trainer.cli.surroundings import settle
     from lora_trainer.errors import TrainerError
 
-    _hush_libraries()
+    settle()
     try:
         app(arguments, standalone_mode=True)
     except TrainerError as error:
         from lora_trainer.cli.session import report_error
 
         sys.exit(report_error(error, debug=_debug))
-
-
-def _hush_libraries() -> None:
-    """Our own console says what happens; and no library may run code that a checkpoint brings along."""
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
-    }.items():
-        os.environ.setdefault(name, value)

@@ -103,14 +103,11 @@ class AppendLog:
             self._write_waiting()
 
     def sync(self) -> int:
-        """Bring all lines to the disk; the file's length in bytes.
-
-        Raises:
-            OSError: the disk refuses them.
-        """
-        self._write_waiting()
-        _sync(self._file, self._path)
-        return self._length
+        """Bring the lines to the disk, as far as it takes them; the file's length in bytes with those that wait."""
+        with suppress(OSError):
+            self._write_waiting()
+            _sync(self._file, self._path)
+        return self._length + sum(map(len, self._waiting))
 
     def close(self) -> None:
         """Close the file; lines that still wait are tried once more.
