@@ -164,7 +164,7 @@ def test_exit_json_says_running_and_names_a_bug(
 ) -> None:
     seen: list[Any] = []
 
-    def look(path: Path, *_: object) -> None:
+    def look(path: Path, *_: object, **__: object) -> None:
         seen.append(exit_file(path.parent))
         raise KeyError("a fault of ours")
 
