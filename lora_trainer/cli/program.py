@@ -31,7 +31,18 @@ def _above_zero(lr: float | None) -> float | None:
     return lr
 
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML configuration file (docs/config.md).")]
+def _one_file(files: list[Path] | None) -> list[Path] | None:
+    if files and len(files) > 1:
+        raise typer.BadParameter("one configuration file; what differs is written behind it as key.path=value")
+    return files
+
+
+ConfigFile = Annotated[
+    list[Path],
+    typer.Option(
+        "--config", "-c", metavar="FILE", callback=_one_file, help="YAML configuration file (docs/config.md)."
+    ),
+]
 Overrides = Annotated[
     list[str],
     typer.Argument(
@@ -89,7 +100,7 @@ def train(
     _debug = _debug or debug
     from lora_trainer.cli.train import train as run
 
-    run(config, overrides, dry_run=dry_run, fresh=fresh)
+    run(config[0], overrides, dry_run=dry_run, fresh=fresh)
 
 
 @app.command(
@@ -120,9 +131,9 @@ def sweep(
     if confirm:
         from lora_trainer.cli.train import confirm as run
     if status:
-        show_status(config, overrides, confirmation=confirm)
+        show_status(config[0], overrides, confirmation=confirm)
     else:
-        run(config, overrides, dry_run=dry_run, fresh=fresh, measure=measure)
+        run(config[0], overrides, dry_run=dry_run, fresh=fresh, measure=measure)
 
 
 @app.command(
@@ -196,7 +207,7 @@ def check(
     """Check a configuration, its base and every image and caption. Never loads torch, trains nothing."""
     from lora_trainer.cli.plan import check as run
 
-    run(config, overrides, config_only=config_only)
+    run(config[0], overrides, config_only=config_only)
 
 
 @app.command(
@@ -210,7 +221,7 @@ def plan(
     """Explain batch, accumulation, processes, repeats, epochs, updates and LR of a run. Never loads torch."""
     from lora_trainer.cli.plan import plan as run
 
-    run(config, overrides, processes)
+    run(config[0], overrides, processes)
 
 
 @app.command(
@@ -238,7 +249,7 @@ def find_lr(
     from lora_trainer.cli.find_lr import find_lr as run
     from lora_trainer.experiments.lr_finder.prepare import FinderOptions
 
-    run(config, overrides, FinderOptions(steps, start_lr, end_lr, images, verify, verify_steps))
+    run(config[0], overrides, FinderOptions(steps, start_lr, end_lr, images, verify, verify_steps))
 
 
 @app.command(
@@ -341,7 +352,10 @@ def plot(
             help="Schedules, and options for them; default: the six. With --config and no name: its overrides.",
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="Lay them over this config's run.")] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", "-c", metavar="FILE", callback=_one_file, help="Lay them over this config's run."),
+    ] = None,
     steps: Steps = None,
     lr: LR = None,
     epoch: Epoch = None,
@@ -352,7 +366,7 @@ def plot(
     """Draw the learning rate of each update before any GPU time is spent."""
     from lora_trainer.cli.schedules import plot as run
 
-    run(names or [], config, steps, lr, epoch, every=every, output=output, terminal=terminal)
+    run(names or [], config[0] if config else None, steps, lr, epoch, every=every, output=output, terminal=terminal)
 
 
 def main(arguments: list[str] | None = None) -> None:
