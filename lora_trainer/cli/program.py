@@ -373,10 +373,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit with its documented code."""
     from lora_trainer.cli.surroundings import settle
     from lora_trainer.errors import TrainerError
+    from lora_trainer.storage.disk_space import faults_in_words
 
     settle()
     try:
-        app(arguments, standalone_mode=True)
+        with faults_in_words():
+            app(arguments, standalone_mode=True)
     except TrainerError as error:
         from lora_trainer.cli.session import report_error
 

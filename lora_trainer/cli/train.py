@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from lora_trainer.report.pictures import Curve
 
 LR_CURVES = "lr-curves.png"
+LOADING = "loading torch and diffusers"
 
 
 def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False) -> None:
@@ -147,6 +148,7 @@ class Start:
     @cached_property
     def joined(self) -> PartialState:
         """The processes, which find each other on first use: a second time is unreliable."""
+        self.console.print(LOADING)
         from lora_trainer.runtime.runtime import joined_processes
 
         return self.stack.enter_context(joined_processes(self.launch))
@@ -159,6 +161,7 @@ class Start:
 
     def train_run(self, prepared: Prepared) -> None:
         """Train a run to its end, and report."""
+        self.console.print(LOADING)
         from lora_trainer.training.fit import fit
 
         name, run_dir = prepared.config.name, prepared.run_dir

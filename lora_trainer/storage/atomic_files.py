@@ -302,11 +302,22 @@ def observe_operations(observer: Observer) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, with synced names: a file is as durable as the names that lead to it."""
+    """Make a folder and those above it, with synced names: a file is as durable as the names that lead to it.
+
+    Raises:
+        SystemSetupError: a file or a link that leads nowhere is in the way, or this place holds no folders.
+    """
     if not folder.is_dir():
+        if folder.is_symlink():
+            fix = "mount or make what it leads to, or choose another place"
+            raise SystemSetupError(Problem("a link leads nowhere", str(folder), f"to {folder.readlink()}", fix))
         make_folder(folder.parent)
-        with _observed("mkdir", folder):
-            folder.mkdir(exist_ok=True)
+        try:
+            with _observed("mkdir", folder):
+                folder.mkdir(exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:  # a file is in the way; /proc
+            fix = "choose another place"
+            raise SystemSetupError(Problem("no folder can be made here", str(folder), error.strerror, fix)) from error
         sync_folder(folder.parent)
 
 

@@ -79,7 +79,7 @@ class GroupWriter:
     def begin(self, measured: Sequence[Measurement]) -> None:
         """What is seen before the first update: the base's own samples, the same for every trial, and its probes."""
         if self._writers and self._group.shared.config.sample.prompts:
-            self._console.print("drawing the base's own samples")
+            self._console.print("step 0: drawing the base's own samples")
         images = self._sampler.draw(self._writers[0].trial) if self._writers else []
         for writer in self._writers:
             with self._disk_faults(0, "samples"):
@@ -142,7 +142,8 @@ class GroupWriter:
                     "parent": None if trial.parent is None else trial.parent.name,
                 }
             state = {"step": step, "trials_per_pass": self._setup.trials_per_pass, "trials": trials}
-            save_checkpoint(self._group.checkpoints, step, tensors, state)
+            saved = save_checkpoint(self._group.checkpoints, step, tensors, state)
+            self._console.print(f"step {step}: wrote {saved.parent.name}/{saved.name}")
             try:
                 prune(self._group.checkpoints, self._group.shared.config.checkpoint.keep_last)
             except OSError as error:  # the new one is whole: no reason to stop
@@ -154,7 +155,8 @@ class GroupWriter:
         for writer in self._live():
             if _due(step, self._periods.export):
                 with self._disk_faults(step, "export"):
-                    writer.export(places.lora_file(writer.config, step), step)
+                    writer.export(file := places.lora_file(writer.config, step), step)
+                    self._console.print(f"step {step}: wrote {file.name}")
             if _due(step, self._periods.sample):
                 with self._disk_faults(step, "samples"):
                     writer.sample(step)
@@ -337,6 +339,8 @@ class TrialWriter:
 
     def sample(self, step: int, images: Sequence[Image.Image] | None = None) -> None:
         """Images of the prompts with what would be exported now, or those given."""
+        if images is None and self.config.sample.prompts:
+            self._emit(f"step {step}: drawing {len(self.config.sample.prompts)} samples")
         drawn = self._sampler.draw(self.trial) if images is None else images
         if drawn:
             files = save_samples(self.run_dir / places.SAMPLES, step, drawn)

@@ -221,3 +221,31 @@ def test_a_lock_that_fails_for_another_reason_is_a_fault(
     refuse(fcntl, "flock", error)
     with pytest.raises(OSError, match=os.strerror(error)), atomic_files.sole_writer(tmp_path, print):
         pass
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize("place", ["out", "runs/.cache"])
+def test_a_link_that_leads_nowhere(
+    toy_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, command: str
+) -> None:
+    from lora_trainer.cli.program import main
+
+    link = tmp_path / place
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to("/unmounted/disk")
+    with pytest.raises(SystemExit, match="5"):
+        main([command, "-c", str(toy_config), f"output_dir={link.parent if '.cache' in place else link}"])
+    assert f"{link}: a link leads nowhere\n      why: to /unmounted/disk" in capsys.readouterr().err
+    link.unlink()  # as the message says
+    link.mkdir()
+    main_check = ["check", "-c", str(toy_config), f"output_dir={link.parent if '.cache' in place else link}"]
+    with pytest.raises(SystemExit, match="0"):
+        main(main_check)
+
+
+def test_a_place_that_holds_no_folders(toy_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lora_trainer.cli.program import main
+
+    with pytest.raises(SystemExit, match="5"):
+        main(["check", "-c", str(toy_config), "output_dir=/proc/none"])
+    assert "/proc/none: no folder can be made here" in capsys.readouterr().err

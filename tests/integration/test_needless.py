@@ -228,3 +228,29 @@ def test_progress_is_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> Non
     last = screen.getvalue().splitlines()[-2].rpartition("\x1b[2K")[2]
     assert "200/15000" in last and "loss 150.5000 lr 1.7e-04 6.0/s" in last and "…" not in last
     assert len(last.rstrip()) <= 80 and last.count(":") >= 4, "time gone and time left"
+
+
+DO_IT_AGAIN = ("lora-trainer train --config out/toy/config.yaml", "lora-trainer report out/toy")
+
+
+def test_do_it_again_works_as_it_is_printed(
+    toy_config: Path,
+    toy_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import shlex
+
+    from lora_trainer.cli.program import main
+    from lora_trainer.report.page import Rules, build_page
+    from lora_trainer.report.runs import read_runs
+
+    (tmp_path / "my pictures").symlink_to(toy_images)
+    monkeypatch.chdir(tmp_path)
+    first = "lora-trainer train -c toy.yaml output_dir=out 'data.dir=my pictures'"
+    for command in (first, *DO_IT_AGAIN):
+        with pytest.raises(SystemExit, match="0"):
+            main(shlex.split(command)[1:])
+    assert build_page(read_runs([tmp_path / "out" / "toy"]), Rules()).commands == DO_IT_AGAIN
+    assert "this run is finished; nothing to do" in capsys.readouterr().out
