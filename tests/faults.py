@@ -1,14 +1,17 @@
-"""What befalls a run on purpose: numbers that are not finite in chosen updates of chosen trials, and a stop."""
+"""What befalls a run on purpose: numbers that are not finite in chosen updates of chosen trials, a stop,
+and a disk that refuses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from lora_trainer.cli import train as train_command
+from lora_trainer.storage import atomic_files
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.optimizer_step import OptimizerStep
 
@@ -24,6 +27,16 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
             return self.polls >= num_steps
 
     monkeypatch.setattr(train_command, "StopRequest", Stop)
+
+
+def refusing(operation: str, name: str, error: int) -> atomic_files.Observer:
+    """Refuse an operation on every path whose name holds `name`."""
+
+    def observe(moment: str, seen: str, path: Path) -> None:
+        if moment == "before" and seen == operation and name in path.name:
+            raise OSError(error, "refused", str(path))
+
+    return observe
 
 
 def before_updates(monkeypatch: pytest.MonkeyPatch, change: Callable[[OptimizerStep, int], None]) -> None:

@@ -16,7 +16,7 @@ from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.storage.checkpoint import open_checkpoint
 from lora_trainer.training.resume import stored_trial
-from lora_trainer.training.writers import recipe_of
+from lora_trainer.training.run_files import recipe_of
 
 Weights = Literal["exported", "raw"]
 

@@ -33,6 +33,6 @@ def find_lr(config_file: Path, overrides: Sequence[str], options: FinderOptions)
     with lock, StopRequest().listening() as stop:
         result = run(finder, console=console, should_stop=stop)
         if launch.is_main:
-            files = write_result(finder, result)
+            files = write_result(finder, result, console.print)
             console.table(f"Learning rate for {config.name}", answer_rows(finder, result))
             console.table("Files", [(file.name, str(file)) for file in files])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,7 +31,18 @@ def _above_zero(lr: float | None) -> float | None:
     return lr
 
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML configuration file (docs/config.md).")]
+def _one_file(files: list[Path] | None) -> list[Path] | None:
+    if files and len(files) > 1:
+        raise typer.BadParameter("one configuration file; what differs is written behind it as key.path=value")
+    return files
+
+
+ConfigFile = Annotated[
+    list[Path],
+    typer.Option(
+        "--config", "-c", metavar="FILE", callback=_one_file, help="YAML configuration file (docs/config.md)."
+    ),
+]
 Overrides = Annotated[
     list[str],
     typer.Argument(
@@ -90,7 +100,7 @@ def train(
     _debug = _debug or debug
     from lora_trainer.cli.train import train as run
 
-    run(config, overrides, dry_run=dry_run, fresh=fresh)
+    run(config[0], overrides, dry_run=dry_run, fresh=fresh)
 
 
 @app.command(
@@ -121,9 +131,9 @@ def sweep(
     if confirm:
         from lora_trainer.cli.train import confirm as run
     if status:
-        show_status(config, overrides, confirmation=confirm)
+        show_status(config[0], overrides, confirmation=confirm)
     else:
-        run(config, overrides, dry_run=dry_run, fresh=fresh, measure=measure)
+        run(config[0], overrides, dry_run=dry_run, fresh=fresh, measure=measure)
 
 
 @app.command(
@@ -200,9 +210,9 @@ def check(
     from lora_trainer.cli.plan import check_files
 
     if as_json:
-        check_files(config, overrides)
+        check_files(config[0], overrides)
     else:
-        run(config, overrides, config_only=config_only)
+        run(config[0], overrides, config_only=config_only)
 
 
 @app.command(
@@ -216,7 +226,7 @@ def plan(
     """Explain batch, accumulation, processes, repeats, epochs, updates and LR of a run. Never loads torch."""
     from lora_trainer.cli.plan import plan as run
 
-    run(config, overrides, processes)
+    run(config[0], overrides, processes)
 
 
 @app.command(
@@ -244,7 +254,7 @@ def find_lr(
     from lora_trainer.cli.find_lr import find_lr as run
     from lora_trainer.experiments.lr_finder.prepare import FinderOptions
 
-    run(config, overrides, FinderOptions(steps, start_lr, end_lr, images, verify, verify_steps))
+    run(config[0], overrides, FinderOptions(steps, start_lr, end_lr, images, verify, verify_steps))
 
 
 @app.command(
@@ -347,7 +357,10 @@ def plot(
             help="Schedules, and options for them; default: the six. With --config and no name: its overrides.",
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="Lay them over this config's run.")] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", "-c", metavar="FILE", callback=_one_file, help="Lay them over this config's run."),
+    ] = None,
     steps: Steps = None,
     lr: LR = None,
     epoch: Epoch = None,
@@ -358,28 +371,20 @@ def plot(
     """Draw the learning rate of each update before any GPU time is spent."""
     from lora_trainer.cli.schedules import plot as run
 
-    run(names or [], config, steps, lr, epoch, every=every, output=output, terminal=terminal)
+    run(names or [], config[0] if config else None, steps, lr, epoch, every=every, output=output, terminal=terminal)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit with its documented code."""
+    from lora_trainer.cli.surroundings import settle
     from lora_trainer.errors import TrainerError
+    from lora_trainer.storage.disk_space import faults_in_words
 
-    _hush_libraries()
+    settle()
     try:
-        app(arguments, standalone_mode=True)
+        with faults_in_words():
+            app(arguments, standalone_mode=True)
     except TrainerError as error:
         from lora_trainer.cli.session import report_error
 
         sys.exit(report_error(error, debug=_debug))
-
-
-def _hush_libraries() -> None:
-    """Our own console says what happens; and no library may run code that a checkpoint brings along."""
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
-    }.items():
-        os.environ.setdefault(name, value)

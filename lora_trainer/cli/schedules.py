@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -197,7 +196,7 @@ def plot(
     title = f"Learning rate over {chosen[0].schedule.horizon.num_steps} updates"
     if terminal:
         width = min(120, shutil.get_terminal_size((100, 24)).columns)
-        console.rich.print(Text.from_ansi(terminal_plot(curves, title=title, width=width)))
+        console.drawing(terminal_plot(curves, title=title, width=width))
     for preview in chosen:
         console.table(preview.label, fact_rows(preview))
     if output is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from lora_trainer.config.places import EXIT_FILE
-from lora_trainer.errors import Problem, StoppedBySignal, SystemSetupError, TrainerError
+from lora_trainer.errors import ExitCode, Problem, StoppedBySignal, SystemSetupError, TrainerError
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import MainConsole
 
@@ -22,7 +22,7 @@ ECHO_S = 1.0
 
 
 class StopRequest:
-    """Set by the first SIGTERM, SIGINT or SIGHUP; the same signal once more ends the process at once.
+    """Set by the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP; the same signal once more ends the process at once.
 
     Ctrl-C under a launcher comes twice: from the terminal, and as the launcher's own SIGTERM or death. So another
     signal, or the same one within `ECHO_S`, is no second request. Before anybody asks, nothing has to be finished
@@ -51,12 +51,13 @@ class StopRequest:
         if not self.polled:
             what = "stopped as asked before this start's first update; what was saved and cached stays"
             raise StoppedBySignal(Problem(what, fix="the same command goes on"))
-        os.write(2, b"\nstopping after this update; once more ends at once\n")
+        with suppress(OSError):  # the screen may be gone
+            os.write(2, b"\nstopping after this update; once more ends at once\n")
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Listen inside the block; SIGHUP stays ignored where it is (under nohup)."""
-        heard = [signal.SIGTERM, signal.SIGINT]
+        heard = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             heard.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._handle) for number in heard}
@@ -78,8 +79,11 @@ def report_error(error: TrainerError, *, debug: bool) -> int:
     return int(error.exit_code)
 
 
-def record_exit(run_dir: Path, code: int, status: str, message: str) -> None:
-    """`exit.json`: the code, which `accelerate launch` would turn into 1, and the first line of the message."""
+def record_exit(run_dir: Path, code: int | None, status: str, message: str) -> None:
+    """`exit.json`: the code, which `accelerate launch` would turn into 1, and the first line of the message.
+
+    While a run goes on the code is null; where a file still says so and nothing runs, the run was killed.
+    """
     with suppress(OSError):  # on a full disk the exit code itself still says it
         atomic_files.write_json(run_dir / EXIT_FILE, {"code": code, "status": status, "message": message})
 
@@ -94,11 +98,15 @@ def writing(run_dir: Path, console: MainConsole, *, fresh: bool) -> Iterator[Non
     with atomic_files.sole_writer(run_dir, console.print):
         if fresh:
             _set_aside(run_dir, console)
+        record_exit(run_dir, None, "running", f"started by process {os.getpid()}")
         try:
             with disk_space.faults_in_words():
                 yield
         except TrainerError as error:
             record_exit(run_dir, error.exit_code, error.title, str(error.problems[0].what))
+            raise
+        except Exception as error:
+            record_exit(run_dir, ExitCode.BUG, "bug", f"{type(error).__name__}: {error}")
             raise
 
 

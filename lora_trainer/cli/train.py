@@ -41,17 +41,18 @@ from lora_trainer.experiments.sweep.prepare import (
 )
 from lora_trainer.experiments.sweep.record import Json, unfinished_trials
 from lora_trainer.planning.prepare import Prepared, files_to_come, plan_rows, prepare
-from lora_trainer.report.page import write_report
-from lora_trainer.report.pictures import Curve, draw_curves, draw_schedules, terminal_plot
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
-from lora_trainer.tracking.console import MainConsole
+from lora_trainer.tracking.console import MainConsole, needless
 from lora_trainer.training.group import TrialGroup, solo_group
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from lora_trainer.report.pictures import Curve
+
 LR_CURVES = "lr-curves.png"
+LOADING = "loading torch and diffusers"
 
 
 def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False) -> None:
@@ -119,8 +120,7 @@ def confirm(
         failure = error
     if launch.is_main and not dry_run:
         page = report_file(config)
-        sentence = write_report([page.parent], page, confirm=[confirmation_directory(config)])
-        console.print(f"\n{sentence}\nreport: {page}")
+        _report(page, console, confirm=[confirmation_directory(config)])
     if failure is not None:
         raise failure
 
@@ -154,6 +154,7 @@ class Start:
     @cached_property
     def joined(self) -> PartialState:
         """The processes, which find each other on first use: a second time is unreliable."""
+        self.console.print(LOADING)
         from lora_trainer.runtime.runtime import joined_processes
 
         return self.stack.enter_context(joined_processes(self.launch))
@@ -166,6 +167,7 @@ class Start:
 
     def train_run(self, prepared: Prepared) -> None:
         """Train a run to its end, and report."""
+        self.console.print(LOADING)
         from lora_trainer.training.fit import fit
 
         name, run_dir = prepared.config.name, prepared.run_dir
@@ -182,8 +184,11 @@ class Start:
         if self.launch.is_main:
             record_exit(run_dir, ExitCode.DONE, "finished", f"{result.step} updates")  # the report tells of it
             if not (result.was_finished and report_file(prepared.config).is_file()):
-                draw_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE, name)
-                write_report([run_dir], report_file(prepared.config))
+                with needless(CURVES_FILE, self.console.print):
+                    from lora_trainer.report.pictures import draw_curves
+
+                    draw_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE, name)
+                _report(report_file(prepared.config), self.console, says=False)
         self.console.table("Done", [(file.name, str(file)) for file in files_to_come(prepared.config)])
 
     def agree(self, screened: dict[str, str]) -> dict[str, str]:
@@ -216,8 +221,10 @@ class Start:
     def _show(self, prepared: PreparedSweep) -> None:
         """What a plan shows beyond its rows."""
         if curves := _curves(prepared.groups):
+            from lora_trainer.report.pictures import terminal_plot
+
             width = min(100, shutil.get_terminal_size().columns)
-            self.console.print("\n" + terminal_plot(curves, title=prepared.config.name, width=width))
+            self.console.drawing("\n" + terminal_plot(curves, title=prepared.config.name, width=width))
         if self.measure:
             self.console.table("Measured on this machine", list(self._measured_rows(prepared)))
 
@@ -254,8 +261,11 @@ class Start:
 
         if self.launch.is_main:
             atomic_files.write_file(sweep_dir / CONFIG_FILE, to_yaml(prepared.config).encode())
-            if prepared.groups:
-                draw_schedules(_curves(prepared.groups), sweep_dir / LR_CURVES, title=prepared.config.name)
+            with needless(LR_CURVES, self.console.print):
+                from lora_trainer.report.pictures import draw_schedules
+
+                if prepared.groups:
+                    draw_schedules(_curves(prepared.groups), sweep_dir / LR_CURVES, title=prepared.config.name)
         save()
         joined = self.joined
         for number, planned in enumerate(prepared.groups, start=1):
@@ -273,9 +283,9 @@ class Start:
             save()
         now = from_main(self.launch, record.refreshed(content, sweep_dir, finished))
         if self.launch.is_main:
-            sentence = write_report([sweep_dir], sweep_dir / REPORT_FILE)
             self.console.table("Done", result_rows(now))
-            self.console.print(f"\n{sentence}\nresults: {sweep_dir / record.FILE}\nreport: {sweep_dir / REPORT_FILE}")
+            self.console.print(f"\nresults: {sweep_dir / record.FILE}")
+            _report(sweep_dir / REPORT_FILE, self.console)
         statuses = {trial["status"] for trial in now["trials"]}
         if "failed" in statuses and "finished" not in statuses:
             fix = "lower optimizer.lr in the arms (a tenth), use bf16 or fp32, and give the sweep another name"
@@ -298,8 +308,20 @@ def _duration(seconds: float) -> str:
     return f"about {timedelta(seconds=round(seconds))} h"
 
 
+def _report(page: Path, console: MainConsole, *, confirm: Sequence[Path] = (), says: bool = True) -> None:
+    """Write the page of the folder that it lies in, and say what stands at its head."""
+    with needless(page.name, console.print):
+        from lora_trainer.report.page import write_report
+
+        sentence = write_report([page.parent], page, confirm=confirm)
+        if says:
+            console.print(f"\n{sentence}\nreport: {page}")
+
+
 def _curves(groups: Sequence[TrialGroup]) -> list[Curve]:
     """The LR of each arm of the first seed; other seeds have the same."""
+    from lora_trainer.report.pictures import Curve
+
     curves: dict[str, Curve] = {}
     for member in (member for group in groups for member in group.members):
         if (arm := member.trial.arm) not in curves:

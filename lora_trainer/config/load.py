@@ -14,56 +14,12 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
 from lora_trainer.config.conflicts import conflicts
+from lora_trainer.config.names import LACKED, PEER_NAMES, type_called
 from lora_trainer.config.optimizers import AdamW
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.source import KeyPath, Source, read_source
+from lora_trainer.config.source import BY_TYPE, KeyPath, Source, read_source
 from lora_trainer.config.structure import all_keys, models_by_type, section_models, type_name
 from lora_trainer.errors import ConfigError, Problem
-
-_PEERS = {
-    "model.path": "pretrained_model_name_or_path base_model_name name_or_path",
-    "model.prediction_type: v_prediction": "v_parameterization is_v_pred",
-    "data.dir": "train_data_dir instance_data_dir folder_path",
-    "data.sources[].repeats": "num_repeats",
-    "data.captions.extension": "caption_extension caption_ext",
-    "data.captions.dropout": "caption_dropout_rate",
-    "data.crop: random": "random_crop",
-    "data.crop: center": "center_crop",
-    "data.flip": "flip_aug random_flip",
-    "name": "output_name",
-    "adapter.rank": "network_dim linear lora_rank",
-    "adapter.alpha": "network_alpha linear_alpha lora_alpha",
-    "adapter.dropout": "network_dropout lora_dropout",
-    "adapter.use_dora": "use_dora",
-    "optimizer.type": "optimizer_type",
-    "optimizer.lr": "learning_rate unet_lr lr",
-    "optimizer.betas": "adam_beta1 adam_beta2",
-    "optimizer.weight_decay": "adam_weight_decay",
-    "optimizer.lr: 1e-2, with scale_parameter: true and a constant schedule": "relative_step",
-    "lr_scheduler.warmup_steps": "warmup_init lr_warmup_steps learning_rate_warmup_steps",
-    "lr_scheduler.type": "lr_scheduler_type",
-    "lr_scheduler.num_cycles": "lr_scheduler_num_cycles lr_num_cycles",
-    "lr_scheduler.power": "lr_scheduler_power lr_power",
-    "lr_scheduler.min_ratio": "lr_scheduler_min_lr_ratio",
-    "train.max_steps": "max_train_steps steps",
-    "train.epochs": "max_train_epochs num_train_epochs",
-    "train.batch_size": "train_batch_size",
-    "train.gradient_accumulation_steps": "gradient_accumulation",
-    "train.precision": "mixed_precision",
-    "train.ema_decay": "use_ema",
-    "export.every_steps": "save_every_n_steps save_every",
-    "export.dtype": "save_precision",
-    "checkpoint.every_steps": "checkpointing_steps",
-    "checkpoint.keep_last": "checkpoints_total_limit",
-    "sample.prompts": "sample_prompts validation_prompt",
-    "sample.every_steps": "sample_every_n_steps sample_every",
-    "objective.min_snr_gamma": "min_snr_gamma snr_gamma",
-}
-PEER_NAMES = {peer: ours for ours, peers in _PEERS.items() for peer in peers.split()}
-"""What other trainers call our settings: people type these names from memory, so an unknown key points here first.
-
-Names as in kohya sd-scripts, the diffusers example scripts, OneTrainer and ai-toolkit.
-"""
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -81,6 +37,9 @@ def check_source(source: Source) -> RunConfig:
     Raises:
         ConfigError: as `load_config`.
     """
+    for section in BY_TYPE & source.data.keys():
+        if isinstance(kind := source.data[section], str):
+            source.data[section] = {"type": kind}
     try:
         config = RunConfig.model_validate(source.data)
     except ValidationError as error:
@@ -144,7 +103,7 @@ def _problem(path: KeyPath, details: list[ErrorDetails], source: Source) -> Prob
     if "union_tag_not_found" in kinds:
         return Problem(f"`{key}` needs a `type`", where, fix=f"add {key}.type; docs/config.md lists them")
     if "union_tag_invalid" in kinds:
-        return _unknown_type(path, str(details[0]["ctx"]["tag"]), where)
+        return _unknown_type(path, str(details[0]["ctx"]["tag"]), source.place((*path, "type")))
     expectations = dict.fromkeys(_expectation(detail) for detail in details)
     return Problem(f"`{key}`: {', or '.join(expectations)}", where, why=f"it is {details[0]['input']!r}")
 
@@ -159,16 +118,19 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
     siblings = _known_keys(path[:-1], source.data)
     section = _dotted(path[:-1]) or "the top level"
     what = f"`{_dotted(path)}` is not a setting"
-    owners = [kind for kind, model in _models_by_type(path[:-1]).items() if name in model.model_fields]
-    if owners:
+    if owners := _owners(path[:-1], name):
         return Problem(
             f"`{_dotted(path)}` has no effect on this `{section}.type`",
             where,
             f"its options are: {', '.join(siblings)}",
             f"remove it, or choose a type that has it: {', '.join(owners)}",
         )
-    if name in PEER_NAMES:
-        return Problem(what, where, fix=f"here it is called `{PEER_NAMES[name]}`")
+    if ours := PEER_NAMES.get(_dotted(path)) or PEER_NAMES.get(name):
+        others = [] if ours.rpartition(".")[2] in siblings else _owners(path[:-1], ours.rpartition(".")[2])
+        of = f", an option of type {' or '.join(others)}" if others else ""
+        return Problem(what, where, fix=f"here it is called `{ours}`{of}")
+    if name in LACKED:
+        return Problem(f"{what}: other trainers have it, this one does not", where, fix=f"remove it: {LACKED[name]}")
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:
         return Problem(what, where, fix=f"did you mean `{close[0]}`?")
@@ -177,11 +139,18 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
     return Problem(what, where, fix=fix)
 
 
+def _owners(section: KeyPath, name: str) -> list[str]:
+    """The types of a section that have this option."""
+    return [kind for kind, model in _models_by_type(section).items() if name in model.model_fields]
+
+
 def _unknown_type(section: KeyPath, written: str, where: str | None) -> Problem:
     known = list(_models_by_type(section))
-    close = difflib.get_close_matches(written, known, n=1, cutoff=0.5)
-    fix = f"did you mean `{close[0]}`? " if close else ""
-    return Problem(f"`{_dotted(section)}.type: {written}` is not known", where, fix=f"{fix}known: {', '.join(known)}")
+    ours = type_called(written, known)
+    fix = f"known: {', '.join(known)}" if ours is None else f"did you mean `{ours}`?"
+    if ours == "torch":
+        fix = f"write type: torch and target: {written}"
+    return Problem(f"`{_dotted(section)}.type: {written}` is not known", where, fix=fix)
 
 
 def _models_by_type(section: KeyPath) -> dict[str, type[BaseModel]]:
@@ -209,4 +178,4 @@ def _known_keys(path: KeyPath, data: dict[str, Any]) -> list[str]:
     chosen = [model for own, model in _models_by_type(path).items() if own == kind]
     if _is_phase(path) or not chosen:  # a phase holds its schedule's keys beside its own
         chosen = [*(section_models(RunConfig).get(names, []) if names else [RunConfig]), *chosen]
-    return [key for model in chosen for key in model.model_fields]
+    return list(dict.fromkeys(key for model in chosen for key in model.model_fields))

@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, SerializeAsAny, Tag, WrapValidator
 
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.schedules.schedule import Duration, Horizon, to_steps
-from lora_trainer.strict_model import NotBool, NotNegative, Positive, Ratio, StrictModel
+from lora_trainer.strict_model import NotBool, NotNegative, Positive, Ratio, StrictModel, matching
 
 ENTRY_POINTS = "lora_trainer.optimizers"
 LearningRate = Annotated[float, Field(gt=0, lt=1), NotBool]
@@ -27,7 +27,7 @@ Beta = Annotated[float, Field(ge=0, lt=1), NotBool]
 class GroupConfig(StrictModel):
     """Some of the adapter's weights with a learning rate, or a whole schedule, of their own."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+    name: Annotated[str, matching(r"[A-Za-z][A-Za-z0-9_-]*", "a letter, then letters, digits, `_` and `-`")]
     """Stands in the log as `lr/<name>`; all other weights are the group of the denoiser, `unet` with SD."""
     match: Annotated[tuple[str, ...], Field(min_length=1)]
     """Patterns for the end of a layer's or weight's name: `attn2.to_k`, `up_blocks.*.to_v`, `lora_B.weight`."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -14,13 +13,7 @@ from lora_trainer.config.optimizers import AdamW, AnyOptimizerOptions
 from lora_trainer.schedules.curves import Constant
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.schedules.schedule import Duration, check_period
-from lora_trainer.strict_model import Count, NotBool, Positive, Ratio, StrictModel
-
-
-def _check_name(value: str) -> str:
-    if re.fullmatch(r"[\w][\w.+-]{0,99}", value) is None:
-        raise ValueError("a run's name becomes a folder's name: letters, digits, `_`, `-`, `.`, `+`, at most 100")
-    return value
+from lora_trainer.strict_model import Count, NotBool, Positive, Ratio, StrictModel, matching
 
 
 def _one_or_more(value: Any) -> Any:
@@ -31,6 +24,7 @@ def _adamw_unless_said(value: Any) -> Any:
     return {"type": "adamw", **value} if isinstance(value, dict) else value
 
 
+_NAME_RULE = "a run's name becomes a folder's name: letters, digits, `_`, `-`, `.`, `+`, at most 100"
 Period = Annotated[Duration | None, AfterValidator(check_period)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), NotBool]
 
@@ -60,7 +54,7 @@ class SourceConfig(StrictModel):
 class CaptionConfig(StrictModel):
     """Text beside each image."""
 
-    extension: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9]+$")] = ".txt"
+    extension: Annotated[str, matching(r"\.[A-Za-z0-9]+", "expected an ending with its dot, as .txt")] = ".txt"
     """Ending of the caption files, in the image's place and under its name."""
     missing: Literal["error", "filename", "empty"] = "error"
     """An image without a caption: refuse, use its file name's words (or its folder's), or the empty prompt."""
@@ -310,7 +304,7 @@ class SweepConfig(StrictModel):
 class RunConfig(StrictModel):
     """One training run."""
 
-    name: Annotated[str, AfterValidator(_check_name)]
+    name: Annotated[str, matching(r"[\w][\w.+-]{0,99}", _NAME_RULE)]
     """Name of the run directory and of the LoRA file."""
     output_dir: Annotated[str, Field(min_length=1)] = "runs"
     """The run directory is `<output_dir>/<name>`."""

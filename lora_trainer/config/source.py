@@ -17,6 +17,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from lora_trainer.errors import ConfigError, Problem
 
 MAX_BYTES = 1_000_000
+BY_TYPE = frozenset({"optimizer", "lr_scheduler"})
+"""Sections for which their `type` alone may stand: `lr_scheduler: cosine`."""
 KeyPath = tuple[str | int, ...]
 
 
@@ -145,6 +147,8 @@ def set_value(source: Source, key: str, value: Any, place: str | None) -> None:
     for part in path[:-1]:
         if node.get(part) is None:
             node[part] = {}
+        if part in BY_TYPE and isinstance(node[part], str):
+            node[part] = {"type": node[part]}
         node = node[part]
         if not isinstance(node, dict):
             raise ConfigError(Problem(f"`{part}` is no section, so `{key}` cannot be set", place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,10 +161,10 @@ def _headline_of_one(records: Sequence[RunRecord]) -> str:
 
 
 def _commands(records: Sequence[RunRecord]) -> tuple[str, ...]:
-    """What to type to have the runs and this page again; run directories by their names."""
-    sources = {record.source: record for record in records}
-    verbs = {name: "train" if record.arm is None else "sweep" for name, record in sources.items()}
-    trained = [f"lora-trainer {verb} --config {name}/config.yaml" for name, verb in verbs.items()]
-    chosen = [name for name, record in sources.items() if record.purpose == "selection"]
-    fresh = [f"--confirm {name}" for name, record in sources.items() if record.purpose == "confirmation"]
+    """What to type where the runs were started to have them and this page again; absolute places are not told."""
+    places = {record.place: record for record in records}
+    verbs = {place: "train" if record.arm is None else "sweep" for place, record in places.items()}
+    trained = [f"lora-trainer {verb} --config {shlex.quote(f'{place}/config.yaml')}" for place, verb in verbs.items()]
+    chosen = [shlex.quote(place) for place, record in places.items() if record.purpose == "selection"]
+    fresh = [f"--confirm {shlex.quote(place)}" for place, run in places.items() if run.purpose == "confirmation"]
     return (*trained, f"lora-trainer report {' '.join([*chosen, *fresh])}")

@@ -46,6 +46,7 @@ class RunRecord:
     setting: str | None = None  # the same without its LR
     lrs_tried: tuple[float, ...] = ()  # peak LRs of its setting that a sweep left out before their runs
     source: str = ""  # name of the folder that was asked for: the run's, or its sweep's
+    place: str = ""  # of that folder, from where its commands are typed
     purpose: Purpose = "selection"
 
     @property
@@ -202,7 +203,8 @@ def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[R
     for folder in folders:
         try:
             trials = _read_sweep(folder) if (folder / SWEEP_FILE).is_file() else [read_run(folder)]
-            records += [replace(trial, purpose=purpose, source=folder.resolve().name) for trial in trials]
+            source, place = folder.resolve().name, _place(folder.resolve())
+            records += [replace(trial, purpose=purpose, source=source, place=place) for trial in trials]
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -212,6 +214,14 @@ def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[R
 
 def _read_json(file: Path) -> Row:
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _place(folder: Path) -> str:
+    """Where a run or sweep lies seen from where it was started; its name alone where its place is absolute."""
+    config = folder / CONFIG_FILE
+    settings = YAML(typ="safe").load(config) if config.is_file() else {}
+    output_dir = str(settings.get("output_dir", ""))
+    return folder.name if Path(output_dir).expanduser().is_absolute() else str(Path(output_dir) / folder.name)
 
 
 def _prompts(config: Path) -> tuple[str, ...]:

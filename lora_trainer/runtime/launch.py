@@ -7,9 +7,12 @@ honour are refused here with both values named, instead of being passed over.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -24,7 +27,12 @@ _ENGINES = {
 _COMPILER = "ACCELERATE_DYNAMO_BACKEND"
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
 _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-_WORLD = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+_WORLD = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1}
+"""Variables of torchrun, with what a plain start would say."""
+_PLACES = (*_WORLD, "LOCAL_RANK", "MASTER_PORT")
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""What accelerate would take for the number of processes."""
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +54,66 @@ def read_launch(config: RunConfig) -> Launch:
     Raises:
         SystemSetupError: accelerate was configured for something that this trainer would not do.
     """
-    if problems := [*_refused_engines(), *_contradictions(config.train), *_lost_processes()]:
+    places = [*_contradicting_places()]
+    if problems := [*places, *_refused_engines(), *_contradictions(config.train), *_lost_processes()]:
         raise SystemSetupError(*problems)
-    return Launch(*(int(os.environ.get(name, default)) for name, default in _WORLD.items()))
+    return Launch(*(int(os.environ.get(name) or default) for name, default in _WORLD.items()))
+
+
+def forget_launcher() -> None:
+    """Leave nothing in the environment of a process that is alone from which libraries would think it is not."""
+    for name in ("LOCAL_RANK", *_MPI_SIZES):
+        os.environ.pop(name, None)
 
 
 def default_threads(launch: Launch) -> int:
     """Physical cores that this process may use (a container may grant fewer than there are), shared among siblings."""
-    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
-    return max(1, cores // launch.num_local_processes)
+    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)), cpu_quota())
+    return max(1, int(cores) // launch.num_local_processes)
+
+
+def cpu_quota() -> float:
+    """CPUs that the quotas of this process's control groups (v2 or v1) grant, as `docker --cpus`; inf without one."""
+    quotas = [math.inf]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "cpu" in controllers.split(","):
+                group = CGROUPS / ("cpu" if controllers else "") / path.lstrip("/")
+                quotas += map(_quota_of, (group, *group.parents))
+    return min(quotas)
+
+
+def _quota_of(group: Path) -> float:
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        if (group / "cpu.max").is_file():
+            quota, period = map(float, (group / "cpu.max").read_text().split())  # "max" where there is none
+        else:
+            quota, period = (float((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else math.inf  # -1 where there is none
+    return math.inf
+
+
+def _contradicting_places() -> Iterator[Problem]:
+    """What a launcher, or a shell that once was inside one, says of this process's place among others."""
+    said = {name: os.environ[name] for name in (*_PLACES, *_MPI_SIZES) if os.environ.get(name)}
+    where = ", ".join(f"{name}={value}" for name, value in said.items())
+    fix = f"start with torchrun --nproc-per-node N train.py --config ..., or alone: unset {' '.join(said)}"
+    if not all(value.isascii() and value.isdecimal() for value in said.values()):
+        yield Problem("a launcher's variable is no whole number", where, fix=fix)
+        return
+    numbers = {name: int(value) for name, value in said.items()}
+    world, rank, num_local = (numbers.get(name, default) for name, default in _WORLD.items())
+    least_local = num_local if "LOCAL_WORLD_SIZE" in said else world
+    if not (rank < world and num_local <= world and numbers.get("LOCAL_RANK", 0) < least_local):
+        yield Problem("the launcher's variables contradict each other", where, fix=fix)
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world > 1 and missing:
+        why = f"without {', '.join(missing)} they cannot find each other"
+        yield Problem(f"{world} processes are announced", where, why, fix)
+    if (num_mpi := max(numbers.get(name, 1) for name in _MPI_SIZES)) > 1 and world != num_mpi:
+        why = "each would train the whole run and write the same files"
+        yield Problem(f"MPI started {num_mpi} processes, which this trainer does not join", where, why, fix)
 
 
 def _refused_engines() -> Iterator[Problem]:
@@ -73,13 +132,14 @@ def _contradictions(train: TrainConfig) -> Iterator[Problem]:
     precision = os.environ.get(_PRECISION, "no").lower()
     if precision != "no" and precision != train.precision:
         what = f"accelerate says mixed precision {precision}, the config says train.precision: {train.precision}"
-        known = precision if precision in ("fp16", "bf16", "fp8") else "bf16"
-        fix = f"write train.precision={known}, or start with --mixed_precision no"
+        ours = f"write train.precision={precision}, or " if precision in ("fp16", "bf16") else ""
+        fix = f"{ours}start with --mixed_precision no"
         yield Problem(what, _PRECISION, "the precision must have one source", fix)
-    steps, ours = os.environ.get(_ACCUMULATION, "1"), train.gradient_accumulation_steps
-    if steps not in ("1", "auto", str(ours)):
-        what = f"accelerate says {steps} gradient accumulation steps, the config says {ours}"
-        fix = f"write train.gradient_accumulation_steps={steps}, or remove it from accelerate's config"
+    steps, own = os.environ.get(_ACCUMULATION, "1"), train.gradient_accumulation_steps
+    if steps not in ("1", "auto", str(own)):
+        what = f"accelerate says {steps} gradient accumulation steps, the config says {own}"
+        write = f"write train.gradient_accumulation_steps={steps}, or " if steps.isdecimal() and int(steps) else ""
+        fix = f"{write}unset {_ACCUMULATION}, which accelerate's config sets"
         yield Problem(what, _ACCUMULATION, fix=fix)
 
 

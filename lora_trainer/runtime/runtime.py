@@ -23,7 +23,7 @@ from accelerate.utils import reduce as reduce_over_processes
 
 from lora_trainer import __version__
 from lora_trainer.errors import Problem, SystemSetupError
-from lora_trainer.runtime.launch import Launch
+from lora_trainer.runtime.launch import Launch, forget_launcher
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,6 +110,8 @@ def joined_processes(launch: Launch) -> Iterator[PartialState]:
         SystemSetupError: not all announced processes found each other.
     """
     _die_with_launcher()
+    if launch.num_processes == 1:
+        forget_launcher()
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes != launch.num_processes:
         what = f"{launch.num_processes} processes are announced, and {state.num_processes} found each other"

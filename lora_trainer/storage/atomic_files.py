@@ -12,17 +12,24 @@ import json
 import os
 import shutil
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
+
+import psutil
 
 from lora_trainer.errors import Problem, SystemSetupError
 
 TEMPORARY_PREFIX = ".tmp-"
 UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 """What a file system answers that lacks an operation: no fault of the disk."""
+LEASE_S = 60.0
+"""An owner's lease ends so long after its last touch."""
 Observer = Callable[[str, str, Path], None]  # ("before" | "after", operation, path)
 _observer: Observer | None = None
 
@@ -103,14 +110,11 @@ class AppendLog:
             self._write_waiting()
 
     def sync(self) -> int:
-        """Bring all lines to the disk; the file's length in bytes.
-
-        Raises:
-            OSError: the disk refuses them.
-        """
-        self._write_waiting()
-        _sync(self._file, self._path)
-        return self._length
+        """Bring the lines to the disk, as far as it takes them; the file's length in bytes with those that wait."""
+        with suppress(OSError):
+            self._write_waiting()
+            _sync(self._file, self._path)
+        return self._length + sum(map(len, self._waiting))
 
     def close(self) -> None:
         """Close the file; lines that still wait are tried once more.
@@ -147,27 +151,79 @@ class AppendLog:
 def sole_writer(folder: Path, emit: Callable[[str], None]) -> Iterator[None]:
     """Hold the folder's lock: one writer at a time. The kernel frees it when the process dies, however it dies.
 
+    Where the file system has no locks a lease stands in: the owner's name in the file, which is touched all the time.
+
     Args:
-        emit: shows a line to a person where the file system has no locks; the block runs without one.
+        emit: shows a line to a person.
 
     Raises:
-        SystemSetupError: another process holds it; its pid and host are named.
+        SystemSetupError: another process holds it; its pid and host are named, and how long ago it was heard of.
     """
     make_folder(folder)
-    with (folder / ".lock").open("a+") as file:
+    path = folder / ".lock"
+    with path.open("a+") as file:
+        file.seek(0)
+        owner = file.read().strip()
         try:
             is_locked = _lock(file)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "an unknown process"
-            why, fix = f"its lock is held by {owner}", "wait for it, stop it, or give this run another `name`"
-            raise SystemSetupError(Problem("another process is writing this run", str(folder), why, fix)) from error
+            is_held = not is_locked and not _is_gone(owner) and _age(path) < LEASE_S
+        except BlockingIOError:
+            is_locked = is_held = True
+        if is_held:
+            heard = f"{'taken' if is_locked else 'renewed'} {timedelta(seconds=round(_age(path)))} h ago"
+            why = f"its lock is held by {owner or 'an unknown process'}, {heard}"
+            fix = f"wait for it, stop it, or give this run another `name`; if it is gone for sure, delete {path}"
+            raise SystemSetupError(Problem("another process is writing this run", str(folder), why, fix))
         if not is_locked:
-            emit(f"{folder} cannot be locked on this file system: take care that nothing else writes this run")
+            emit(f"{folder} cannot be locked on this file system: a lease stands in, the time of {path}")
         file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.write(f"pid {os.getpid()} on {_here()}")
         file.flush()
+        try:
+            with nullcontext() if is_locked else _lease(path):
+                yield
+        finally:
+            file.truncate(0)
+
+
+@contextmanager
+def _lease(path: Path) -> Iterator[None]:
+    """Touch a file all through the block."""
+    is_over = threading.Event()
+
+    def renew() -> None:
+        while not is_over.wait(LEASE_S / 6):
+            with suppress(OSError):
+                os.utime(path)
+
+    threading.Thread(target=renew, daemon=True).start()
+    try:
         yield
+    finally:
+        is_over.set()
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was written or touched, by the clock of its file system."""
+    clock = path.with_name(f"{TEMPORARY_PREFIX}clock-{os.getpid()}")
+    try:
+        clock.touch()
+        now = clock.stat().st_mtime
+        clock.unlink()
+    except OSError:  # a full disk
+        now = time.time()
+    return max(0.0, now - path.stat().st_mtime)
+
+
+def _here() -> str:
+    """This host; in a container, where process ids mean others, with the container's mark."""
+    return f"{socket.gethostname()} ({Path('/proc/self/ns/pid').readlink()})"
+
+
+def _is_gone(owner: str) -> bool:
+    """Whether nobody holds the lease, or a process of this host that has ended."""
+    pid, _, host = owner.removeprefix("pid ").partition(" on ")
+    return not owner or (host == _here() and pid.isdecimal() and not psutil.pid_exists(int(pid)))
 
 
 def _lock(file: TextIO) -> bool:
@@ -246,11 +302,22 @@ def observe_operations(observer: Observer) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, with synced names: a file is as durable as the names that lead to it."""
+    """Make a folder and those above it, with synced names: a file is as durable as the names that lead to it.
+
+    Raises:
+        SystemSetupError: a file or a link that leads nowhere is in the way, or this place holds no folders.
+    """
     if not folder.is_dir():
+        if folder.is_symlink():
+            fix = "mount or make what it leads to, or choose another place"
+            raise SystemSetupError(Problem("a link leads nowhere", str(folder), f"to {folder.readlink()}", fix))
         make_folder(folder.parent)
-        with _observed("mkdir", folder):
-            folder.mkdir(exist_ok=True)
+        try:
+            with _observed("mkdir", folder):
+                folder.mkdir(exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:  # a file is in the way; /proc
+            fix = "choose another place"
+            raise SystemSetupError(Problem("no folder can be made here", str(folder), error.strerror, fix)) from error
         sync_folder(folder.parent)
 
 

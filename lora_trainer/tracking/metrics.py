@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, keep_bytes: int) -> None:
         self._log = AppendLog(path, keep_bytes=keep_bytes)
+        self._began = time.monotonic() - last_elapsed(path)
 
     def step(self, row: StepRow) -> None:
         content = {
@@ -71,18 +73,22 @@ class MetricsLog:
             "images_per_s": round(row.images_per_s, 3),
             "peak_memory_gib": round(row.peak_memory_gib, 3),
         }
-        self._log.append(json.dumps(content, allow_nan=False))
+        self._append(content)
 
     def event(self, name: str, step: int, **content: Any) -> None:
         """A line with an `event` field: validation, sample, checkpoint, resume, skip ..."""
-        self._log.append(json.dumps({"event": name, "step": step, **finite(content)}, allow_nan=False))
+        self._append({"event": name, "step": step, **finite(content)})
 
     def sync(self) -> int:
-        """All rows are on the disk; the file's length in bytes."""
+        """Bring the rows to the disk, as far as it takes them; the file's length in bytes with all of them."""
         return self._log.sync()
 
     def close(self) -> None:
         self._log.close()
+
+    def _append(self, content: dict[str, Any]) -> None:
+        elapsed = round(time.monotonic() - self._began, 3)
+        self._log.append(json.dumps({**content, "elapsed_s": elapsed}, allow_nan=False))
 
 
 def finite(content: Any) -> Any:
@@ -100,6 +106,14 @@ def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
     """Each line of a metrics file as `parse_row` reads it; a last one that a kill cut short is left out."""
     with path.open("rb") as file:
         yield from (parse_row(line) for line in file if line.endswith(b"\n"))
+
+
+def last_elapsed(path: Path) -> float:
+    """Seconds of training that the last rows of a log tell of, over all starts; 0 where they tell nothing."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16))
+        told = [(parse_row(line) or {}).get("elapsed_s") for line in file]
+    return float(next((seconds for seconds in reversed(told) if isinstance(seconds, int | float)), 0.0))
 
 
 def probe_fault(row: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from lora_trainer.tracking.metrics import StepRow
 class TensorBoardLog:
     """Writes scalars; on a resume tells TensorBoard to forget what came after `start_step`.
 
-    A disk that refuses them ends this log, not the training: metrics.jsonl has the same numbers.
+    Whatever refuses them ends this log, not the training: metrics.jsonl has the same numbers.
     """
 
     def __init__(self, folder: Path, *, start_step: int, emit: Callable[[str], None]) -> None:
@@ -34,11 +34,23 @@ class TensorBoardLog:
             "train/grad_norm": row.grad_norm,
             "speed/images_per_s": row.images_per_s,
         }
+        if row.base_loss is not None:
+            values["train/ratio"] = row.loss / row.base_loss
+        self.scalars(row.step, values)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._add(Event(summary=summary, step=row.step, wall_time=time.time()))
+        self._add(Event(summary=summary, step=step, wall_time=time.time()))
+
+    def images(self, step: int, files: Sequence[Path]) -> None:
+        """The samples of a step, each prompt under a tag of its own."""
+        for number, file in enumerate(files, start=1):
+            picture = Summary.Image(encoded_image_string=file.read_bytes(), colorspace=3)
+            summary = Summary(value=[Summary.Value(tag=f"samples/{number:02d}", image=picture)])
+            self._add(Event(summary=summary, step=step, wall_time=time.time()))
 
     def close(self) -> None:
-        with suppress(OSError):
+        with suppress(Exception):
             self._writer.close()
 
     def _add(self, event: Event) -> None:
@@ -46,6 +58,6 @@ class TensorBoardLog:
             return
         try:
             self._writer.add_event(event)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - whatever a plot, a font or a log comes up with
             self._refused = True
-            self._emit(f"TensorBoard's events end here ({error.strerror}); metrics.jsonl has them all")
+            self._emit(f"TensorBoard's events end here ({error}); metrics.jsonl has them all")

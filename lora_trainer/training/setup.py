@@ -57,8 +57,10 @@ def set_up(
     """
     shared, config = group.shared, group.shared.config
     family = open_family(shared.base)
+    console.print("reading the cache; what it lacks is encoded now")
     cache = build_cache(config, family, shared.split, shared.base_digests, runtime, progress=console.track)
     console.print(f"cache: {cache.num_encoded} encoded now, {cache.latents.mean_NChw.shape[0]} latents in all")
+    console.print(f"loading the {family.denoiser} on {runtime.device_name} in {runtime.precision}")
     model = family.load_denoiser(runtime.device, runtime.dtype)
     runs = {f"trial{index}": member.prepared for index, member in enumerate(group.members)}
     adapters = {name: peft_config(run.config.adapter, [*run.target_shapes]) for name, run in runs.items()}

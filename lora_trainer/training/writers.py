@@ -7,36 +7,33 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lora_trainer import __version__
 from lora_trainer.config import places
-from lora_trainer.config.load import to_yaml
-from lora_trainer.config.schema import RunConfig
 from lora_trainer.errors import Problem, SystemSetupError
 from lora_trainer.evidence.diagnosis.diagnose import LiveDiagnosis
 from lora_trainer.evidence.diagnosis.log import RunFacts
 from lora_trainer.evidence.statistics.paired import levels
-from lora_trainer.lora_files.files import BaseFacts, DataFacts, Layout, LoopFacts, Recipe, base_facts, write_lora
+from lora_trainer.lora_files.files import Layout, base_facts, write_lora
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.planning.run_plan import RunPlan
-from lora_trainer.report.pictures import draw_grid
-from lora_trainer.runtime.runtime import Runtime, environment_report
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.storage.checkpoint import prune, save_checkpoint
-from lora_trainer.tracking.console import MainConsole, TrainingLine
+from lora_trainer.tracking.console import MainConsole, TrainingLine, needless
 from lora_trainer.tracking.metrics import MetricsLog, StepRow, damage_note
-from lora_trainer.tracking.tensorboard import TensorBoardLog
 from lora_trainer.training.denoiser import Sampler, save_samples
 from lora_trainer.training.gradient_check import checks_due
 from lora_trainer.training.group import TrialGroup
 from lora_trainer.training.optimizer_step import StepResult
 from lora_trainer.training.resume import ResumePoint
+from lora_trainer.training.run_files import recipe_of, write_run_files
 from lora_trainer.training.setup import Setup
 from lora_trainer.training.trial import Tensors, Trial
 from lora_trainer.training.validation import Measurement
+
+if TYPE_CHECKING:
+    from lora_trainer.tracking.tensorboard import TensorBoardLog
 
 Emit = Callable[[str], None]
 RESERVE_FILE = ".reserve"
@@ -76,13 +73,17 @@ class GroupWriter:
 
     def close(self) -> None:
         for writer in self._writers:
-            writer.close()
+            with needless(f"the last lines of {writer.config.name}'s log", self._console.print):
+                writer.close()
 
     def begin(self, measured: Sequence[Measurement]) -> None:
         """What is seen before the first update: the base's own samples, the same for every trial, and its probes."""
+        if self._writers and self._group.shared.config.sample.prompts:
+            self._console.print("step 0: drawing the base's own samples")
         images = self._sampler.draw(self._writers[0].trial) if self._writers else []
         for writer in self._writers:
-            writer.sample(0, images)
+            with self._disk_faults(0, "samples"):
+                writer.sample(0, images)
         self.measured(0, measured)
 
     def update(self, step: int, result: StepResult, seconds: float, line: TrainingLine) -> None:
@@ -94,7 +95,8 @@ class GroupWriter:
             line.step(rows[0])
         elif rows:
             losses = [row.loss for row in rows]
-            line.show(step, f"{len(rows)} trials, loss {min(losses):.4f} .. {max(losses):.4f}, {seconds:.2f} s/update")
+            numbers = f"{len(rows)} trials, loss {min(losses):.4f}..{max(losses):.4f}"
+            line.show(step, numbers, f"{numbers}, {seconds:.2f} s/update")
         for writer in self._writers:
             if writer.trial.name in result.trials:
                 writer.learning(step)
@@ -140,7 +142,8 @@ class GroupWriter:
                     "parent": None if trial.parent is None else trial.parent.name,
                 }
             state = {"step": step, "trials_per_pass": self._setup.trials_per_pass, "trials": trials}
-            save_checkpoint(self._group.checkpoints, step, tensors, state)
+            saved = save_checkpoint(self._group.checkpoints, step, tensors, state)
+            self._console.print(f"step {step}: wrote {saved.parent.name}/{saved.name}")
             try:
                 prune(self._group.checkpoints, self._group.shared.config.checkpoint.keep_last)
             except OSError as error:  # the new one is whole: no reason to stop
@@ -152,7 +155,8 @@ class GroupWriter:
         for writer in self._live():
             if _due(step, self._periods.export):
                 with self._disk_faults(step, "export"):
-                    writer.export(places.lora_file(writer.config, step), step)
+                    writer.export(file := places.lora_file(writer.config, step), step)
+                    self._console.print(f"step {step}: wrote {file.name}")
             if _due(step, self._periods.sample):
                 with self._disk_faults(step, "samples"):
                     writer.sample(step)
@@ -162,6 +166,11 @@ class GroupWriter:
         live = [] if self._group.log_only else self._live()
         for writer in live if self._is_solo else self._console.track(live, "exporting", len(live)):
             writer.conclude(step)
+            with needless("the last samples", self._console.print):
+                writer.sample(step)
+            writer.diagnose(step)
+            with needless("the grid of samples", self._console.print):
+                writer.draw_grid()
 
     def _live(self) -> list[TrialWriter]:
         return [writer for writer in self._writers if writer.trial.is_live]
@@ -212,6 +221,7 @@ class TrialWriter:
         self.trial, self.prepared, self.config, self.run_dir = trial, prepared, prepared.config, prepared.run_dir
         self._denoiser, self._sampler, self._emit, self._log_only = sampler.denoiser, sampler, emit, log_only
         self._has_ended = not trial.is_live
+        self._tensorboard: TensorBoardLog | None = None
         self._opened = ExitStack()
 
     def open(self, point: ResumePoint | None) -> list[str]:
@@ -224,14 +234,16 @@ class TrialWriter:
         if not self._log_only:
             room = self.prepared.plan.export_bytes(self.config.export.dtype)
             atomic_files.reserve_space(self.run_dir / RESERVE_FILE, room)
-        file, notes = self.run_dir / places.METRICS_FILE, []
+        file, notes = self.run_dir / places.METRICS_FILE, list[str]()
         if size > (file.stat().st_size if file.exists() else 0):
             notes.append(f"{file} is shorter than it was at step {step}: rows before it are missing")
         self.log = self._opened.enter_context(closing(MetricsLog(file, keep_bytes=size)))
-        self._tensorboard = None
         if self.config.tracking.tensorboard:
-            events = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, emit=self._emit)
-            self._tensorboard = self._opened.enter_context(closing(events))
+            with needless("TensorBoard's log", notes.append):
+                from lora_trainer.tracking.tensorboard import TensorBoardLog
+
+                events = TensorBoardLog(self.run_dir / "tensorboard", start_step=step, emit=self._emit)
+                self._tensorboard = self._opened.enter_context(closing(events))
         if point is not None:
             self.log.event("resume", step)
             if (before := point.names[name]) != name:
@@ -285,6 +297,8 @@ class TrialWriter:
         """A row per probe and the reductions of plateau schedules."""
         for probe, reading in measurement.readings.items():
             self._event("validation", step, probe=probe, **reading.as_event())
+            if self._tensorboard is not None:
+                self._tensorboard.scalars(step, {f"loss/{probe}": reading.relative})
         for group in measurement.reduced:
             self._event("plateau", step, group=group)
         held_out = measurement.held_out
@@ -295,10 +309,11 @@ class TrialWriter:
 
     def diagnose(self, step: int) -> None:
         """What has become of the verdict. The LR is never touched."""
-        for note in () if self._log_only else self._diagnosis.look():
-            self._event(note.event, step, **note.content)
-            for line in note.lines:
-                self._emit(line)
+        with needless("the diagnosis", self._emit):
+            for note in () if self._log_only else self._diagnosis.look():
+                self._event(note.event, step, **note.content)
+                for line in note.lines:
+                    self._emit(line)
 
     def ending(self) -> str | None:
         """How the trial ended before its group, in words, logged and told once."""
@@ -324,18 +339,25 @@ class TrialWriter:
 
     def sample(self, step: int, images: Sequence[Image.Image] | None = None) -> None:
         """Images of the prompts with what would be exported now, or those given."""
+        if images is None and self.config.sample.prompts:
+            self._emit(f"step {step}: drawing {len(self.config.sample.prompts)} samples")
         drawn = self._sampler.draw(self.trial) if images is None else images
         if drawn:
             files = save_samples(self.run_dir / places.SAMPLES, step, drawn)
             self.log.event("sample", step, files=[file.name for file in files])
+            if self._tensorboard is not None:
+                self._tensorboard.images(step, files)
 
     def conclude(self, step: int) -> None:
-        """The LoRA, with the space that was kept for it; the last samples and the last diagnosis."""
+        """The LoRA, with the space that was kept for it."""
         atomic_files.remove_file(self.run_dir / RESERVE_FILE)
         self.export(places.lora_file(self.config), step)
         self.export(places.diffusers_lora_file(self.config), step, "diffusers")
-        self.sample(step)
-        self.diagnose(step)
+
+    def draw_grid(self) -> None:
+        """All samples in one picture."""
+        from lora_trainer.report.pictures import draw_grid
+
         if texts := [prompt.prompt for prompt in self.config.sample.prompts]:
             draw_grid(self.run_dir / places.SAMPLES, texts, self.run_dir / places.SAMPLES / places.GRID_FILE)
 
@@ -346,50 +368,3 @@ class TrialWriter:
 
 def _due(step: int, period: int | None) -> bool:
     return period is not None and step % period == 0
-
-
-def write_run_files(prepared: Prepared, runtime: Runtime) -> None:
-    """config.yaml, plan.json, environment.json: what this run is, for people and for a rerun."""
-    atomic_files.write_file(prepared.run_dir / places.CONFIG_FILE, to_yaml(prepared.config).encode())
-    plan = prepared.plan.as_json() | {"identity": prepared.identity()}
-    atomic_files.write_json(prepared.run_dir / places.PLAN_FILE, plan)
-    atomic_files.write_json(prepared.run_dir / places.ENVIRONMENT_FILE, environment_report(runtime))
-    if prepared.split.probes:
-        sets = {"images_held_out": prepared.split.held_out, **prepared.split.probes}
-        chosen = {name: [record.sha256 for record in records] for name, records in sets.items()}
-        atomic_files.write_json(prepared.run_dir / places.VALIDATION_FILE, chosen)
-
-
-def recipe_of(config: RunConfig, plan: RunPlan, base: BaseFacts, step: int) -> Recipe:
-    """The recipe of a run after `step` updates."""
-    train, data = config.train, config.data
-    return Recipe(
-        version=__version__,
-        name=config.name,
-        step=step,
-        seed=config.seed,
-        base=base,
-        adapter=config.adapter,
-        objective=config.objective,
-        optimizer=config.optimizer,
-        lr_scheduler=config.lr_scheduler,
-        loop=LoopFacts(
-            num_images=plan.num_images,
-            num_samples=plan.num_samples,
-            num_steps=plan.num_steps,
-            steps_per_epoch=plan.steps_per_epoch,
-            num_warmup_steps=plan.param_groups[0].num_warmup_steps,
-            batch_size=plan.batch_size,
-            accumulation=plan.accumulation,
-            global_batch=plan.global_batch,
-            max_grad_norm=train.max_grad_norm,
-            ema_decay=train.ema_decay,
-            gradient_checkpointing=train.gradient_checkpointing,
-        ),
-        data=DataFacts(
-            resolution=data.resolution,
-            random_crop=data.crop == "random",
-            flip=data.flip,
-            caption_dropout=data.captions.dropout,
-        ),
-    )

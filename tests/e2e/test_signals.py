@@ -69,7 +69,7 @@ def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def assert_saved_at_the_current_step(run_dir: Path) -> None:
     """The trainer may outlive its launcher by an update: wait for its last word."""
     deadline = time.monotonic() + 300
-    while not (run_dir / "exit.json").is_file() and time.monotonic() < deadline:
+    while json.loads((run_dir / "exit.json").read_text())["code"] is None and time.monotonic() < deadline:
         time.sleep(0.1)
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
     rows = step_rows(run_dir / "metrics.jsonl")

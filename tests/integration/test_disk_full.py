@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import refusing
 
 from lora_trainer.errors import ExitCode, SystemSetupError
 from lora_trainer.storage import atomic_files, checkpoint, disk_space
@@ -26,16 +27,6 @@ Train = Callable[..., Path]
 
 def save(folder: Path, step: int, value: float = 0) -> Path:
     return save_checkpoint(folder, step, {"adapter": {"w": torch.full((3,), value)}}, {"value": value})
-
-
-def refusing(operation: str, name: str, error: int) -> atomic_files.Observer:
-    """Refuse an operation on every path whose name holds `name`."""
-
-    def observe(moment: str, seen: str, path: Path) -> None:
-        if moment == "before" and seen == operation and name in path.name:
-            raise OSError(error, "refused", str(path))
-
-    return observe
 
 
 def test_too_little_room_is_said_before_anything_is_loaded(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +115,7 @@ def test_rows_that_the_disk_refuses_wait(tmp_path: Path) -> None:
     with atomic_files.observe_operations(refusing("append", "log", errno.ENOSPC)):
         log.append("two")
         log.append("three")
-        with pytest.raises(OSError, match="refused"):
-            log.sync()
+        assert log.sync() == len("one\ntwo\nthree\n"), "as long as it will be: a log keeps nobody from a checkpoint"
     log.append("four")
     assert log.sync() == len("one\ntwo\nthree\nfour\n")
     log.close()

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,54 @@ def test_without_any_lock_a_run_says_so_once_and_goes_on(
     assert capsys.readouterr().out.count(f"{run_dir} {NO_LOCK}") == 1
 
 
+@pytest.fixture
+def without_locks(refuse: Callable[[Any, str, int], None]) -> None:
+    refuse(fcntl, "flock", errno.ENOSYS)
+    refuse(fcntl, "lockf", errno.ENOLCK)
+
+
+def try_lock(folder: Path) -> None:
+    with atomic_files.sole_writer(folder, lambda line: None):
+        pass
+
+
+def test_without_locks_a_lease_keeps_others_out(
+    without_locks: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic_files, "LEASE_S", 0.3)
+        with atomic_files.sole_writer(tmp_path, lambda line: None):
+            time.sleep(0.5)  # longer than a lease: it is renewed
+            with pytest.raises(SystemSetupError, match=rf"pid {os.getpid()} on .*renewed 0:00:00 h ago"):
+                try_lock(tmp_path)
+    try_lock(tmp_path)
+
+
+@pytest.mark.parametrize("owner", [f"pid {2**22 + 1} on {atomic_files._here()}", "pid 7 on node9 (pid:[1])", "", "?"])
+def test_a_lease_that_a_kill_left_ends(without_locks: None, tmp_path: Path, owner: str) -> None:
+    lock = tmp_path / ".lock"
+    lock.write_text(owner)
+    if "node9" in owner or owner == "?":  # of another host: named with its age, and it ends by itself
+        with pytest.raises(SystemSetupError, match=r"renewed 0:00:0. h ago") as caught:
+            try_lock(tmp_path)
+        assert owner in str(caught.value)
+        os.utime(lock, (0, time.time() - atomic_files.LEASE_S - 1))
+    try_lock(tmp_path)
+
+
+def test_a_lock_that_the_server_of_a_dead_host_keeps(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    with lock.open("a+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write("pid 7 on node9")
+        held.flush()
+        os.utime(lock, (0, time.time() - 7200))
+        with pytest.raises(SystemSetupError, match=f"pid 7 on node9, taken 2:00:0. h ago(.|\n)*delete {lock}"):
+            try_lock(tmp_path)
+        lock.unlink()  # as the message says
+        try_lock(tmp_path)
+
+
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP])
 def test_a_run_where_folders_cannot_be_synced(
     refuse_folder_sync: Callable[[int], None], train_toy: Train, error: int
@@ -172,3 +221,31 @@ def test_a_lock_that_fails_for_another_reason_is_a_fault(
     refuse(fcntl, "flock", error)
     with pytest.raises(OSError, match=os.strerror(error)), atomic_files.sole_writer(tmp_path, print):
         pass
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize("place", ["out", "runs/.cache"])
+def test_a_link_that_leads_nowhere(
+    toy_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, command: str
+) -> None:
+    from lora_trainer.cli.program import main
+
+    link = tmp_path / place
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to("/unmounted/disk")
+    with pytest.raises(SystemExit, match="5"):
+        main([command, "-c", str(toy_config), f"output_dir={link.parent if '.cache' in place else link}"])
+    assert f"{link}: a link leads nowhere\n      why: to /unmounted/disk" in capsys.readouterr().err
+    link.unlink()  # as the message says
+    link.mkdir()
+    main_check = ["check", "-c", str(toy_config), f"output_dir={link.parent if '.cache' in place else link}"]
+    with pytest.raises(SystemExit, match="0"):
+        main(main_check)
+
+
+def test_a_place_that_holds_no_folders(toy_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lora_trainer.cli.program import main
+
+    with pytest.raises(SystemExit, match="5"):
+        main(["check", "-c", str(toy_config), "output_dir=/proc/none"])
+    assert "/proc/none: no folder can be made here" in capsys.readouterr().err

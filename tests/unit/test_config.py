@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lora_trainer.config.identity import difference, identity_fields
-from lora_trainer.config.load import PEER_NAMES, load_config, to_yaml
+from lora_trainer.config.load import load_config, to_yaml
+from lora_trainer.config.names import PEER_NAMES
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.structure import all_keys
 from lora_trainer.errors import ConfigError, ExitCode

@@ -50,6 +50,22 @@ def test_a_launchers_echo_is_no_second_request(clock: list[float]) -> None:
         assert stop()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_that_ask_without_a_screen(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """SIGUSR1 is what schedulers of clusters often send; the screen may be gone by then."""
+
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", gone)
+    before = signal.getsignal(number)
+    with StopRequest().listening() as stop:
+        assert not stop()
+        signal.raise_signal(number)
+        assert stop()
+    assert signal.getsignal(number) == before
+
+
 def test_before_the_loop_a_signal_is_raised_where_it_falls() -> None:
     with StopRequest().listening(), pytest.raises(StoppedBySignal, match="before this start's first update"):
         signal.raise_signal(signal.SIGTERM)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,22 @@ from lora_trainer.experiments.lr_finder.analysis import (
     usual_rules,
 )
 from lora_trainer.experiments.lr_finder.prepare import PreparedFinder
-from lora_trainer.report.pictures import save_png
 from lora_trainer.storage import atomic_files
+from lora_trainer.tracking.console import needless
 from lora_trainer.tracking.metrics import HELD_OUT
 
 DIGITS = 9
 
 
-def write_result(finder: PreparedFinder, result: FinderResult) -> list[Path]:
-    """Write both files, each whole or not at all; their paths."""
+def write_result(finder: PreparedFinder, result: FinderResult, tell: Callable[[str], None]) -> list[Path]:
+    """Write both files, each whole or not at all; their paths. A fault of the picture is told and ends nothing."""
     json_file, picture = finder.folder / "find_lr.json", finder.folder / "find_lr.png"
     atomic_files.write_json(json_file, _as_json(finder, result))
     title = f"{finder.prepared.config.name}: {result.reading.verdict}, {len(result.points)} updates"
-    save_png(_ramp_figure(result, title), picture)
+    with needless(picture.name, tell):
+        from lora_trainer.report.pictures import save_png
+
+        save_png(_ramp_figure(result, title), picture)
     return [json_file, picture]
 
 
