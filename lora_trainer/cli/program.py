@@ -53,6 +53,19 @@ Epoch = Annotated[
     int | None,
     typer.Option("--epoch-steps", min=1, help="Updates of an epoch; default a tenth of the run, or the config's."),
 ]
+
+
+def _allow_plugins(allowed: bool) -> bool:
+    from lora_trainer.schedules.external import allow_plugins
+
+    allow_plugins(allowed)
+    return allowed
+
+
+Plugins = Annotated[
+    bool,
+    typer.Option("--allow-plugins", callback=_allow_plugins, help="Run code that the config names by its path."),
+]
 Layout = Literal["kohya", "diffusers"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Weights = Literal["exported", "raw"]
@@ -79,6 +92,7 @@ def _root(
 def train(
     config: ConfigFile,
     overrides: Overrides,
+    _plugins: Plugins = False,
     dry_run: DryRun = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move an earlier run of this name aside and start anew.")
@@ -102,6 +116,7 @@ def train(
 def sweep(
     config: ConfigFile,
     overrides: Overrides,
+    _plugins: Plugins = False,
     dry_run: DryRun = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move an earlier sweep of this name aside and start anew.")
@@ -192,6 +207,7 @@ def export(
 def check(
     config: ConfigFile,
     overrides: Overrides,
+    _plugins: Plugins = False,
     config_only: Annotated[bool, typer.Option("--config-only", help="Leave base and images alone.")] = False,
 ) -> None:
     """Check a configuration, its base and every image and caption. Never loads torch, trains nothing."""
@@ -206,6 +222,7 @@ def check(
 def plan(
     config: ConfigFile,
     overrides: Overrides,
+    _plugins: Plugins = False,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="Plan for this many processes.")] = None,
 ) -> None:
     """Explain batch, accumulation, processes, repeats, epochs, updates and LR of a run. Never loads torch."""
@@ -222,6 +239,7 @@ def plan(
 def find_lr(
     config: ConfigFile,
     overrides: Overrides,
+    _plugins: Plugins = False,
     steps: Annotated[int, typer.Option("--steps", help="Updates of the ramp.")] = 100,
     start_lr: Annotated[
         float | None, typer.Option("--start-lr", help="First LR; default: the optimizer's default / 100.")
@@ -319,7 +337,7 @@ def show(name: Name) -> None:
     epilog="Examples:  lora-trainer schedules explain rex --steps 2000 --lr 1e-4   |   "
     "lora-trainer schedules explain exponential gamma=0.9 --epoch-steps 25"
 )
-def explain(words: Words, steps: Steps = None, lr: LR = None, epoch: Epoch = None) -> None:
+def explain(words: Words, steps: Steps = None, lr: LR = None, epoch: Epoch = None, _plugins: Plugins = False) -> None:
     """Purpose, limits, formula, and what the schedule amounts to over a run."""
     from lora_trainer.cli.schedules import DEFAULT_LR, example_horizon
     from lora_trainer.cli.schedules import explain as run
@@ -346,6 +364,7 @@ def plot(
     steps: Steps = None,
     lr: LR = None,
     epoch: Epoch = None,
+    _plugins: Plugins = False,
     every: Annotated[bool, typer.Option("--all", help="Every schedule but `torch`.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG file to write.")] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Draw in the terminal.")] = False,
