@@ -9,6 +9,7 @@ from typing import Any
 from rich import progress
 from rich.console import Console
 
+from lora_trainer.errors import printable
 from lora_trainer.tracking.metrics import StepRow
 
 
@@ -19,7 +20,7 @@ class MainConsole:
         self.rich = Console(quiet=silent, highlight=False, soft_wrap=True)
 
     def print(self, text: str) -> None:
-        self.rich.print(text, markup=False)
+        self.rich.print(printable(text), markup=False)
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """A title and rows of name and value; a value may be longer than the line."""
