@@ -112,11 +112,17 @@ def confirm(
     rows = [(arm, f"held-out loss {loss:.4f} of the base's, mean of its seeds") for arm, loss in chosen.losses.items()]
     rows.append(("fresh seeds", ", ".join(map(str, chosen.seeds))))
     console.table("Leaders, as an earlier start chose them" if chosen.began else "Leaders", rows)
-    sweep(config_file, [*overrides, *chosen.overrides], dry_run=dry_run, fresh=fresh, measure=measure)
+    failure: NumericStop | None = None
+    try:
+        sweep(config_file, [*overrides, *chosen.overrides], dry_run=dry_run, fresh=fresh, measure=measure)
+    except NumericStop as error:  # an answer too
+        failure = error
     if launch.is_main and not dry_run:
         page = report_file(config)
         sentence = write_report([page.parent], page, confirm=[confirmation_directory(config)])
         console.print(f"\n{sentence}\nreport: {page}")
+    if failure is not None:
+        raise failure
 
 
 def _load(config_file: Path, overrides: Sequence[str]) -> tuple[RunConfig, list[TrialConfig]]:
@@ -265,18 +271,17 @@ class Start:
                 fit(group, console=self.console, should_stop=self.stop, on_save=save, joined=joined)
             finished.append(planned.name)
             save()
+        now = from_main(self.launch, record.refreshed(content, sweep_dir, finished))
         if self.launch.is_main:
             sentence = write_report([sweep_dir], sweep_dir / REPORT_FILE)
-            record_exit(sweep_dir, ExitCode.DONE, "finished", f"{len(content['trials'])} trials")
-            now = record.refreshed(content, sweep_dir, finished)
             self.console.table("Done", result_rows(now))
             self.console.print(f"\n{sentence}\nresults: {sweep_dir / record.FILE}\nreport: {sweep_dir / REPORT_FILE}")
-            statuses = {trial["status"] for trial in now["trials"]}
-            if "failed" in statuses and "finished" not in statuses:
-                fix = "lower optimizer.lr in the arms (a tenth), use bf16 or fp32, and give the sweep another name"
-                raise NumericStop(
-                    Problem("no trial came to its end", str(sweep_dir), "their numbers were not finite", fix)
-                )
+        statuses = {trial["status"] for trial in now["trials"]}
+        if "failed" in statuses and "finished" not in statuses:
+            fix = "lower optimizer.lr in the arms (a tenth), use bf16 or fp32, and give the sweep another name"
+            raise NumericStop(Problem("no trial came to its end", str(sweep_dir), "their numbers were not finite", fix))
+        if self.launch.is_main:
+            record_exit(sweep_dir, ExitCode.DONE, "finished", f"{len(content['trials'])} trials")
 
 
 @contextmanager

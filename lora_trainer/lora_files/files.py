@@ -12,10 +12,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
 from lora_trainer.config.optimizers import AnyOptimizerOptions
@@ -46,13 +46,15 @@ class BaseFacts(StrictModel):
 
 
 class LoopFacts(StrictModel):
-    """Counts of the run."""
+    """Counts of the run. An alias is the key in the file, which keeps its first name."""
+
+    model_config = ConfigDict(populate_by_name=True)
 
     num_images: int
     num_samples: int
-    num_steps: int
-    steps_per_epoch: int
-    num_warmup_steps: int
+    num_steps: Annotated[int, Field(alias="num_updates")]
+    steps_per_epoch: Annotated[int, Field(alias="updates_per_epoch")]
+    num_warmup_steps: Annotated[int, Field(alias="warmup_updates")]
     batch_size: int
     accumulation: int
     global_batch: int
@@ -89,7 +91,7 @@ class Recipe(StrictModel):
     data: DataFacts
 
     def to_metadata(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
 
 
 def read_recipe(metadata: Mapping[str, Any]) -> Recipe | None:

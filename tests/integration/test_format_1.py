@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from lora_trainer.cli import train as train_command
 from lora_trainer.errors import ConfigError, StoppedBySignal
+from lora_trainer.lora_files.files import read_lora, read_recipe
+from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.storage.checkpoint import open_checkpoint
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.resume import stored_trial
@@ -181,3 +183,19 @@ def test_what_reads_a_checkpoint_reads_its_tensors_by_today_s_names(stored: Call
     assert sorted(tensors) == ["adapter", "average", "optimizer"]
     assert all(name.startswith("unet.") for own in tensors.values() for name in own)
     assert tensors["adapter"].keys() == tensors["average"].keys()
+
+
+def test_files_keep_the_names_of_their_keys() -> None:
+    """Names in the code may change; what lies in a LoRA file and in plan.json is read, and written, as before."""
+    loras = sorted(STORED.rglob("*watched.safetensors"))
+    for file in loras:
+        _, metadata = read_lora(file)
+        recipe = read_recipe(metadata)
+        assert recipe is not None
+        assert json.loads(recipe.to_metadata()) == json.loads(metadata["lora_trainer"])
+    plans = sorted(STORED.rglob("plan.json"))
+    for file in plans:
+        plan = json.loads(file.read_text())
+        again = json.loads(json.dumps(RunPlan.from_json(plan).as_json()))
+        assert again == {key: plan[key] for key in plan if key != "identity"}
+    assert (len(loras), len(plans)) == (2, 6)
