@@ -6,6 +6,7 @@ exception that reaches the top is a bug of ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -26,6 +27,14 @@ class ExitCode(IntEnum):
     STOPPED = 75
 
 
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what would steer a terminal instead of being shown."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong. `where` is file:line, a key or a path; `fix` says what to write or do."""
@@ -41,7 +50,7 @@ class Problem:
             lines.append(f"    why: {self.why}")
         if self.fix:
             lines.append(f"    fix: {self.fix}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 class TrainerError(Exception):

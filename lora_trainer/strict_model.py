@@ -38,7 +38,8 @@ def matching(pattern: str, words: str) -> AfterValidator:
 
 
 NotBool = BeforeValidator(_no_bool)
-Count = Annotated[int, Field(ge=1), NotBool]
+Count = Annotated[int, Field(ge=1, le=1_000_000), NotBool]
+"""Bounded, as what is counted out is also listed: no typing error costs minutes or all memory."""
 Number = Annotated[float, NotBool]
 Positive = Annotated[float, Field(gt=0), NotBool]
 NotNegative = Annotated[float, Field(ge=0), NotBool]

@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Literal
 
 from lora_trainer.cli.sample import find_base
+from lora_trainer.cli.session import check_output
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import CHECKPOINTS, CONFIG_FILE, PLAN_FILE
 from lora_trainer.errors import ConfigError, ModelError, Problem
-from lora_trainer.lora_files.files import Layout, base_facts, from_kohya, is_kohya, read_lora, read_recipe, write_lora
+from lora_trainer.lora_files.files import (
+    Layout,
+    base_facts,
+    check_fit,
+    from_kohya,
+    is_kohya,
+    read_lora,
+    read_recipe,
+    write_lora,
+)
 from lora_trainer.models.family import joined_layers
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan
@@ -31,6 +41,7 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
         ConfigError: the folder holds no run.
         SystemSetupError: it holds no whole checkpoint of that step.
     """
+    check_output(output, _is_ours)
     if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError(Problem("no run here: config.yaml is missing", str(run_dir), fix="name a run directory"))
     config = load_config(run_dir / CONFIG_FILE)
@@ -51,6 +62,7 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
     Raises:
         ModelError: the file was not written by lora_trainer, so its scale is not known for sure.
     """
+    check_output(output, _is_ours)
     tensors, metadata = read_lora(lora)
     recipe = read_recipe(metadata)
     if recipe is None:
@@ -58,7 +70,15 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
         raise ModelError(Problem(what, str(lora), fix=fix))
     base = find_base(lora, model, None)
     family = open_family(base)
+    check_fit(tensors, lora, base, family)
     if is_kohya(tensors):
         num_outputs = {f"{base.denoiser}.{layer}": shape[0] for layer, shape in base.denoiser_shapes().items()}
         tensors = from_kohya(tensors, joined_layers(family.kohya_names(num_outputs)), num_outputs)
     write_lora(output, tensors, recipe, family, layout=layout, dtype=dtype)
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return read_recipe(read_lora(file)[1]) is not None
+    except ModelError:
+        return False

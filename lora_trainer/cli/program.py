@@ -39,18 +39,11 @@ def _one_file(files: list[Path] | None) -> list[Path] | None:
 
 ConfigFile = Annotated[
     list[Path],
-    typer.Option(
-        "--config", "-c", metavar="FILE", callback=_one_file, help="YAML configuration file (docs/config.md)."
-    ),
+    typer.Option("--config", "-c", metavar="FILE", callback=_one_file, help="YAML configuration (docs/config.md)."),
 ]
 Overrides = Annotated[
     list[str],
-    typer.Argument(
-        default_factory=list,
-        metavar="[KEY.PATH=VALUE]...",
-        help="Settings that replace the file's.",
-        show_default=False,
-    ),
+    typer.Argument(default_factory=list, metavar="[KEY.PATH=VALUE]...", help="Replace settings.", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
 Name = Annotated[str, typer.Argument(help="A schedule's name; `lora-trainer schedules list` has them all.")]
@@ -62,6 +55,19 @@ LR = Annotated[
 Epoch = Annotated[
     int | None,
     typer.Option("--epoch-steps", min=1, help="Updates of an epoch; default a tenth of the run, or the config's."),
+]
+
+
+def _allow_plugins(allowed: bool) -> bool:
+    from lora_trainer.schedules.external import allow_plugins
+
+    allow_plugins(allowed)
+    return allowed
+
+
+Plugins = Annotated[
+    bool,
+    typer.Option("--allow-plugins", callback=_allow_plugins, help="Run code that the config names by its path."),
 ]
 Layout = Literal["kohya", "diffusers"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -89,10 +95,9 @@ def _root(
 def train(
     config: ConfigFile,
     overrides: Overrides,
+    _plugins: Plugins = False,
     dry_run: DryRun = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Move an earlier run of this name aside and start anew.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier run aside and start anew.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a reported error.")] = False,
 ) -> None:
     """Train a LoRA. The same command resumes a run that was stopped."""
@@ -112,10 +117,9 @@ def train(
 def sweep(
     config: ConfigFile,
     overrides: Overrides,
+    _plugins: Plugins = False,
     dry_run: DryRun = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Move an earlier sweep of this name aside and start anew.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier run aside and start anew.")] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="With --dry-run: time a few updates of each group, and their memory.")
     ] = False,
@@ -202,6 +206,7 @@ def export(
 def check(
     config: ConfigFile,
     overrides: Overrides,
+    _plugins: Plugins = False,
     config_only: Annotated[bool, typer.Option("--config-only", help="Leave base and images alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="List every file of the image folders as JSON.")] = False,
 ) -> None:
@@ -221,6 +226,7 @@ def check(
 def plan(
     config: ConfigFile,
     overrides: Overrides,
+    _plugins: Plugins = False,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="Plan for this many processes.")] = None,
 ) -> None:
     """Explain batch, accumulation, processes, repeats, epochs, updates and LR of a run. Never loads torch."""
@@ -237,6 +243,7 @@ def plan(
 def find_lr(
     config: ConfigFile,
     overrides: Overrides,
+    _plugins: Plugins = False,
     steps: Annotated[int, typer.Option("--steps", help="Updates of the ramp.")] = 100,
     start_lr: Annotated[
         float | None, typer.Option("--start-lr", help="First LR; default: the optimizer's default / 100.")
@@ -334,7 +341,7 @@ def show(name: Name) -> None:
     epilog="Examples:  lora-trainer schedules explain rex --steps 2000 --lr 1e-4   |   "
     "lora-trainer schedules explain exponential gamma=0.9 --epoch-steps 25"
 )
-def explain(words: Words, steps: Steps = None, lr: LR = None, epoch: Epoch = None) -> None:
+def explain(words: Words, steps: Steps = None, lr: LR = None, epoch: Epoch = None, _plugins: Plugins = False) -> None:
     """Purpose, limits, formula, and what the schedule amounts to over a run."""
     from lora_trainer.cli.schedules import DEFAULT_LR, example_horizon
     from lora_trainer.cli.schedules import explain as run
@@ -364,6 +371,7 @@ def plot(
     steps: Steps = None,
     lr: LR = None,
     epoch: Epoch = None,
+    _plugins: Plugins = False,
     every: Annotated[bool, typer.Option("--all", help="Every schedule but `torch`.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG file to write.")] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Draw in the terminal.")] = False,

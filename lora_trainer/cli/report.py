@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lora_trainer.cli.session import check_output
 from lora_trainer.config.places import CONFIG_FILE, METRICS_FILE, REPORT_FILE
-from lora_trainer.errors import ConfigError, ExitCode, Problem
+from lora_trainer.errors import ExitCode
 from lora_trainer.evidence.diagnosis.diagnose import Diagnosis, EarlyReport, diagnose, early_report, finding_lines
 from lora_trainer.evidence.diagnosis.log import RunFacts, read_run
 from lora_trainer.evidence.statistics.verdict import Rules
@@ -26,9 +27,7 @@ def report(runs: Sequence[Path], output: Path | None, min_effect: float, confirm
         ConfigError: a folder is no run directory, runs do not go together, or the page would replace another's file.
     """
     file = output or (runs[0] if len(runs) == 1 else Path()) / REPORT_FILE
-    if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace"):
-        what = "a file that is no report of ours is in the way"
-        raise ConfigError(Problem(what, str(file), fix="name another with --output"))
+    check_output(file, lambda there: GENERATOR.encode() in there.read_bytes())
     sentence = write_report(runs, file, confirm=confirm, rules=Rules(min_effect=min_effect))
     MainConsole().print(f"{sentence}\n\nwrote {file}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,21 +36,31 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     Raises:
         ModelError: the LoRA or the base cannot be used.
     """
+    if not math.isfinite(request.lora_scale):
+        raise ConfigError(Problem("--scale is no number", fix="write 1"))
     base = find_base(lora, model, revision)
     console = MainConsole()
 
     import torch
 
-    from lora_trainer.lora_files.files import read_lora
+    from lora_trainer.lora_files.files import check_fit, read_lora, read_recipe
     from lora_trainer.runtime.runtime import default_device
     from lora_trainer.training.denoiser import png_bytes
 
-    tensors, _ = read_lora(lora)
+    tensors, metadata = read_lora(lora)
     if any(key.endswith(".dora_scale") for key in tensors):
         what = "diffusers drops the DoRA magnitudes of a file in kohya's layout"
         fix = "sample from diffusers/pytorch_lora_weights.safetensors beside it"
         raise ModelError(Problem(what, str(lora), fix=fix))
-    pipeline = open_family(base).load_pipeline()
+    family = open_family(base)
+    check_fit(tensors, lora, base, family)
+    if request.size_px is not None and request.size_px % family.latent_factor:
+        what = f"--size {request.size_px} is no multiple of {family.latent_factor}"
+        raise ConfigError(Problem(what, fix=f"write {request.size_px // family.latent_factor * family.latent_factor}"))
+    pipeline = family.load_pipeline()
+    if (recipe := read_recipe(metadata)) is not None:
+        kept, chosen = pipeline.scheduler, recipe.base.prediction_type
+        pipeline.scheduler = type(kept).from_config(kept.config, prediction_type=chosen)
     pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="lora")
     pipeline.set_adapters(["lora"], adapter_weights=[request.lora_scale])
     pipeline.to(default_device())

@@ -8,13 +8,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from lora_trainer.config.places import EXIT_FILE
-from lora_trainer.errors import ExitCode, Problem, StoppedBySignal, SystemSetupError, TrainerError
+from lora_trainer.errors import ConfigError, ExitCode, Problem, StoppedBySignal, SystemSetupError, TrainerError
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import MainConsole
 
@@ -77,6 +77,17 @@ def report_error(error: TrainerError, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     return int(error.exit_code)
+
+
+def check_output(file: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Refuse to replace what we did not write.
+
+    Raises:
+        ConfigError: another's file, a folder or a device is in the way.
+    """
+    if os.path.lexists(file) and not (file.is_file() and is_ours(file)):
+        what = "something that is no file of ours is in the way"
+        raise ConfigError(Problem(what, str(file), fix="name another with --output"))
 
 
 def record_exit(run_dir: Path, code: int | None, status: str, message: str) -> None:

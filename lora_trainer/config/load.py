@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import BY_TYPE, KeyPath, Source, read_source
 from lora_trainer.config.structure import all_keys, models_by_type, section_models, type_name
 from lora_trainer.errors import ConfigError, Problem
+
+MAX_PROBLEMS, MAX_SHOWN = 50, 200
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -40,6 +45,8 @@ def check_source(source: Source) -> RunConfig:
     for section in BY_TYPE & source.data.keys():
         if isinstance(kind := source.data[section], str):
             source.data[section] = {"type": kind}
+    if problems := list(islice(_unwritable(source.data, (), source), MAX_PROBLEMS)):
+        raise ConfigError(*problems)
     try:
         config = RunConfig.model_validate(source.data)
     except ValidationError as error:
@@ -47,6 +54,16 @@ def check_source(source: Source) -> RunConfig:
     if problems := [replace(problem, where=source.place(key)) for key, problem in conflicts(config)]:
         raise ConfigError(*problems)
     return config
+
+
+def _unwritable(node: Any, path: KeyPath, source: Source) -> Iterator[Problem]:
+    """Texts that no file or path can hold: with a NUL, or with half a character."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _unwritable(key, path, source)
+            yield from _unwritable(value, (*path, key), source)
+    elif isinstance(node, str) and (odd := re.search("[\0\ud800-\udfff]", node)):
+        yield Problem(f"`{_dotted(path)}` holds U+{ord(odd[0]):04X}, which is no text", source.place(path))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -59,8 +76,15 @@ def to_yaml(config: RunConfig) -> str:
     yaml.representer.add_representer(
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
+    yaml.representer.add_representer(str, _quoted_where_odd)
     yaml.dump(config.model_dump(mode="json"), text)
     return text.getvalue().removeprefix("%YAML 1.2\n---\n")
+
+
+def _quoted_where_odd(dumper: Any, text: str) -> Any:
+    """Line breaks other than the usual one, and what nobody sees, survive only in double quotes, as escapes."""
+    odd = any(not (letter.isprintable() or letter == "\n") for letter in text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if odd else None)
 
 
 def _problems(error: ValidationError, source: Source) -> Iterator[Problem]:
@@ -70,8 +94,10 @@ def _problems(error: ValidationError, source: Source) -> Iterator[Problem]:
         if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
             continue  # long enough as written: its items were found faulty, which is told of each
         by_path.setdefault(_written_path(detail["loc"], source.data), []).append(detail)
-    for path, details in by_path.items():
+    for path, details in islice(by_path.items(), MAX_PROBLEMS):
         yield _problem(path, details, source)
+    if len(by_path) > MAX_PROBLEMS:
+        yield Problem(f"and {len(by_path) - MAX_PROBLEMS:,} more like these")
 
 
 def _written_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
@@ -105,7 +131,16 @@ def _problem(path: KeyPath, details: list[ErrorDetails], source: Source) -> Prob
     if "union_tag_invalid" in kinds:
         return _unknown_type(path, str(details[0]["ctx"]["tag"]), source.place((*path, "type")))
     expectations = dict.fromkeys(_expectation(detail) for detail in details)
-    return Problem(f"`{key}`: {', or '.join(expectations)}", where, why=f"it is {details[0]['input']!r}")
+    return Problem(f"`{key}`: {', or '.join(expectations)}", where, why=f"it is {_shown(details[0]['input'])}")
+
+
+def _shown(value: Any) -> str:
+    """What was written, cut where it is long, with the names of letters in it that look like others."""
+    text = repr(value)
+    text = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    odd = dict.fromkeys(letter for letter in text if not letter.isascii() and not letter.isalpha())
+    names = [f"U+{ord(letter):04X} {unicodedata.name(letter, '')}".strip() for letter in odd]
+    return f"{text}, with {', '.join(names)}" if names else text
 
 
 def _expectation(detail: ErrorDetails) -> str:

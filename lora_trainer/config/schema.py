@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -14,6 +16,16 @@ from lora_trainer.schedules.curves import Constant
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.schedules.schedule import Duration, check_period
 from lora_trainer.strict_model import Count, NotBool, Positive, Ratio, StrictModel, matching
+
+
+def _check_path(value: str) -> str:
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"no path: {str(error).lower()}") from error
+    if len(os.fsencode(path)) > 3900 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ValueError("no path is that long: 255 bytes for each name and 3,900 in all")
+    return value
 
 
 def _one_or_more(value: Any) -> Any:
@@ -26,13 +38,14 @@ def _adamw_unless_said(value: Any) -> Any:
 
 _NAME_RULE = "a run's name becomes a folder's name: letters, digits, `_`, `-`, `.`, `+`, at most 100"
 Period = Annotated[Duration | None, AfterValidator(check_period)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), NotBool]
 
 
 class ModelConfig(StrictModel):
     """The base checkpoint, which stays frozen."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: PathText
     """A diffusers folder (with model_index.json), or a Hub id such as `org/name` together with `revision`."""
     family: str = "auto"
     """Model family; `auto` reads it from the folder. `sd` is Stable Diffusion 1.x and 2.x."""
@@ -45,7 +58,7 @@ class ModelConfig(StrictModel):
 class SourceConfig(StrictModel):
     """One folder of images."""
 
-    dir: Annotated[str, Field(min_length=1)]
+    dir: PathText
     """Folder of images with captions beside them; subfolders count too."""
     repeats: Count = 1
     """How often each image is seen per epoch, on top of the N of a folder `N_name` (N up to 100; more is a name)."""
@@ -69,7 +82,7 @@ class CaptionConfig(StrictModel):
 class DataConfig(StrictModel):
     """The images and how they are framed. They are only ever read."""
 
-    dir: Annotated[str | None, Field(min_length=1)] = None
+    dir: PathText | None = None
     """Folder of images; exactly one of `dir` and `sources`."""
     sources: Annotated[tuple[SourceConfig, ...] | None, Field(min_length=1)] = None
     """Several folders with repeats."""
@@ -82,7 +95,7 @@ class DataConfig(StrictModel):
     flip: bool = False
     """Mirror left-right half of the time; not for text, logos or asymmetric subjects."""
     captions: CaptionConfig = CaptionConfig()
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Where latents and prompt embeddings are kept; default `<output_dir>/.cache`."""
 
 
@@ -114,7 +127,7 @@ class ObjectiveConfig(StrictModel):
 class TrainConfig(StrictModel):
     """The loop."""
 
-    max_steps: Annotated[int, Field(ge=1, le=10_000_000), NotBool] | None = None
+    max_steps: Count | None = None
     """Optimizer updates in all; exactly one of `max_steps` and `epochs`."""
     epochs: Count | None = None
     """Passes over all samples; exactly one of `max_steps` and `epochs`."""
@@ -137,11 +150,11 @@ class TrainConfig(StrictModel):
 class ValidationConfig(StrictModel):
     """A probe: fixed images, timesteps and noise on which the loss is measured again and again. Off unless present."""
 
-    dir: Annotated[str | None, Field(min_length=1)] = None
+    dir: PathText | None = None
     """Folder of held-out images with captions; exactly one of `dir` and `fraction`."""
     fraction: Annotated[float, Field(gt=0, le=0.5), NotBool] | None = None
     """Share of the training images to hold out (at least 2), chosen by content, so that adding files moves none."""
-    prior_dir: Annotated[str | None, Field(min_length=1)] = None
+    prior_dir: PathText | None = None
     """Folder of images with captions that the LoRA should leave alone: shows forgetting."""
     seed: Seed = 0
     """Of the choice and of the probe's noise; its own, so that runs with other training seeds can be compared."""
@@ -306,7 +319,7 @@ class RunConfig(StrictModel):
 
     name: Annotated[str, matching(r"[\w][\w.+-]{0,99}", _NAME_RULE)]
     """Name of the run directory and of the LoRA file."""
-    output_dir: Annotated[str, Field(min_length=1)] = "runs"
+    output_dir: PathText = "runs"
     """The run directory is `<output_dir>/<name>`."""
     seed: Seed = 42
     """Of everything random: adapter init, order, crops, flips, captions, timesteps, noise."""

@@ -11,12 +11,15 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.constructor import DuplicateKeyError, RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent, ScalarEvent
 
+from lora_trainer.config.structure import text_kind
 from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.storage.atomic_files import read_regular
 
-MAX_BYTES = 1_000_000
+MAX_BYTES, MAX_NODES, MAX_DEPTH = 1_000_000, 10_000, 40
 BY_TYPE = frozenset({"optimizer", "lr_scheduler"})
 """Sections for which their `type` alone may stand: `lr_scheduler: cosine`."""
 KeyPath = tuple[str | int, ...]
@@ -58,10 +61,7 @@ def read_source(file: FilePath, overrides: Sequence[str] = ()) -> Source:
 
 def _read_file(file: FilePath) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     try:
-        raw = file.read_bytes()
-        if len(raw) > MAX_BYTES:
-            raise ConfigError(Problem(f"the file is larger than {MAX_BYTES:,} bytes", where=str(file)))
-        text = raw.decode("utf-8-sig")
+        text = read_regular(file, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
             Problem("the file is not UTF-8", str(file), f"byte {error.start}", "save it as UTF-8 text")
@@ -82,7 +82,9 @@ def _read_file(file: FilePath) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 def _parse(text: str, where: str) -> Any:
     yaml = YAML()
     yaml.version = (1, 2)
+    yaml.Constructor = _Constructor
     try:
+        _check_events(yaml, text, where)
         return yaml.load(StringIO(text))
     except DuplicateKeyError as error:
         raise ConfigError(
@@ -95,8 +97,37 @@ def _parse(text: str, where: str) -> Any:
         ) from error
     except MarkedYAMLError as error:
         raise ConfigError(Problem(f"not valid YAML: {error.problem}", _at(where, error))) from error
-    except YAMLError as error:
+    except (YAMLError, ValueError, OverflowError) as error:  # as a whole number of 5,000 digits
         raise ConfigError(Problem(f"not valid YAML: {error}", where)) from error
+
+
+class _Constructor(RoundTripConstructor):
+    """A date is text, as YAML 1.2 has it."""
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
+
+
+def _check_events(yaml: YAML, text: str, where: str) -> None:
+    """Refuse what could grow without bounds, or says something else than it seems to, before anything is built.
+
+    Raises:
+        ConfigError: it holds an alias, a merge key or a tag, or too much in all.
+    """
+    num_nodes = depth = 0
+    for event in yaml.parse(StringIO(text)):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        num_nodes += isinstance(event, NodeEvent)
+        place = f"{where}:{event.start_mark.line + 1}"
+        if isinstance(event, AliasEvent):
+            raise ConfigError(Problem(f"a YAML alias (*{event.anchor}) is not taken", place, fix="write it out"))
+        if isinstance(event, ScalarEvent) and event.value == "<<" and event.implicit[0]:
+            raise ConfigError(Problem("a YAML merge key (<<) is not taken", place, fix="write its keys out"))
+        if tag := getattr(event, "tag", None):
+            raise ConfigError(Problem(f"a YAML tag ({tag}) has no meaning here", place, fix="remove it"))
+        if num_nodes > MAX_NODES or depth > MAX_DEPTH:
+            what = f"more than {MAX_NODES:,} keys and values, or {MAX_DEPTH} levels of them, are no configuration"
+            raise ConfigError(Problem(what, place))
 
 
 def _at(where: str, error: MarkedYAMLError) -> str:
@@ -105,9 +136,6 @@ def _at(where: str, error: MarkedYAMLError) -> str:
 
 def _plain(node: Any, path: KeyPath, where: str, places: dict[KeyPath, str]) -> Any:
     """Plain dicts, lists and scalars of a parsed node; notes the line of each key on the way."""
-    if getattr(getattr(node, "tag", None), "value", None) is not None:
-        place = places.get(path, where)
-        raise ConfigError(Problem(f"a YAML tag ({node.tag.value}) has no meaning here", place, fix="remove it"))
     if isinstance(node, CommentedMap):
         for key in node:
             places[(*path, key)] = f"{where}:{node.lc.key(key)[0] + 1}"
@@ -120,7 +148,7 @@ def _plain(node: Any, path: KeyPath, where: str, places: dict[KeyPath, str]) -> 
 
 
 def split_override(text: str, place: str | None) -> tuple[str, Any]:
-    """The key path of a `key.path=value`, and its value, which is YAML.
+    """The key path of a `key.path=value`, and its value: the text itself where the setting is text, else YAML.
 
     Raises:
         ConfigError: it has another form.
@@ -128,7 +156,12 @@ def split_override(text: str, place: str | None) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise _no_override(text, place)
-    return key, _plain(_parse(value, f"{place}, {text}"), (), "", {})
+    kind = text_kind(key)
+    if kind == "text" or (kind == "text or null" and value.strip() not in ("", "~", "null")):
+        return key, value
+    parsed = _plain(_parse(value, f"{place}, {text}"), (), "", {})
+    written = value.strip()
+    return key, written if isinstance(parsed, str) and written[0] not in "\"'|>" else parsed
 
 
 def set_value(source: Source, key: str, value: Any, place: str | None) -> None:

@@ -35,6 +35,16 @@ def all_keys() -> list[str]:
     return list(dict.fromkeys(keys))
 
 
+def text_kind(key: str) -> str | None:
+    """`text` where a key takes nothing but text, `text or null` where it may be unset; None for any other key."""
+    *section, name = key.split(".")
+    models = section_models(RunConfig).get(tuple(section), []) if section else [RunConfig]
+    annotations = [model.model_fields[name].annotation for model in models if name in model.model_fields]
+    members = {kind for annotation in annotations for kind in getattr(annotation, "__args__", (annotation,))}
+    kinds = {getattr(kind, "__origin__", kind) for kind in members}  # without what `Annotated` adds
+    return "text" if kinds == {str} else "text or null" if kinds == {str, type(None)} else None
+
+
 def section_models(
     model: type[BaseModel], path: SectionPath = (), around: tuple[type[BaseModel], ...] = ()
 ) -> dict[SectionPath, list[type[BaseModel]]]:

@@ -23,12 +23,14 @@ from lora_trainer.config.schema import LoraConfig, ObjectiveConfig
 from lora_trainer.errors import ModelError, NumericStop, Problem, SystemSetupError
 from lora_trainer.models.adapters.bank import peft_config, plain_number
 from lora_trainer.models.family import Family, joined_layers
+from lora_trainer.models.folder import BaseFolder
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.storage import safetensors_io
 from lora_trainer.storage.safetensors_io import Tensors
 from lora_trainer.strict_model import StrictModel
 
 OWN_KEY = "lora_trainer"
+MAX_FILE_BYTES = 8 * 2**30
 Layout = Literal["kohya", "diffusers"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER_KEY = "lora_adapter_metadata"  # where diffusers looks for alpha and rank stabilisation
@@ -145,13 +147,54 @@ def read_lora(file: Path) -> tuple[Tensors, dict[str, str]]:
     if file.suffix != ".safetensors":
         raise ModelError(Problem("a LoRA file ends in .safetensors; pickled files are never opened", str(file)))
     try:
+        if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
+            why = f"it is no regular file, or larger than {MAX_FILE_BYTES:,} bytes"
+            raise ModelError(Problem("the LoRA file cannot be read", str(file), why))
         tensors, metadata = safetensors_io.load(file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(Problem("the LoRA file cannot be read", str(file), str(error))) from error
     if not any("lora_" in key for key in tensors):
         why = f"its tensors are like {next(iter(tensors), 'none')}"
         raise ModelError(Problem("the file holds no LoRA", str(file), why))
+    faulty = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if faulty:
+        what = f"{len(faulty)} of its tensors hold NaN or infinite values, as `{faulty[0]}`"
+        raise ModelError(Problem(what, str(file), fix="use an earlier LoRA of that run"))
     return tensors, metadata
+
+
+def check_fit(tensors: Tensors, file: Path, base: BaseFolder, family: Family) -> None:
+    """Whether each adapter of the base's denoiser is whole and has its layer's shape; text encoders' are not looked at.
+
+    Raises:
+        ModelError: it names the first that does not, and how many there are.
+    """
+    shapes = {f"{base.denoiser}.{layer}": shape for layer, shape in base.denoiser_shapes().items()}
+    kohya = is_kohya(tensors)
+    names = joined_layers(family.kohya_names(shapes)) if kohya else {layer: [layer] for layer in shapes}
+    halves = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
+    own = {key.partition(".")[0] if kohya else key.rpartition(".lora_")[0] for key in tensors}
+    faults = []
+    for name in sorted(name for name in own if not name.startswith("lora_te" if kohya else "text_")):
+        down, up = (tensors.get(f"{name}.{half}.weight") for half in halves)
+        alpha, layers = tensors.get(f"{name}.alpha"), names.get(name)
+        if layers is None or down is None or up is None:
+            faults.append(f"`{name}` is no layer of the base" if layers is None else f"`{name}` lacks a half")
+            continue
+        outputs, inputs = sum(shapes[layer][0] for layer in layers), shapes[layers[0]][1:]
+        wanted = (down.shape[0], *inputs), (outputs, down.shape[0])
+        if any(_bare(list(half.shape)) != _bare(list(shape)) for half, shape in zip((down, up), wanted, strict=True)):
+            faults.append(f"`{name}` has the shapes {tuple(down.shape)} and {tuple(up.shape)}, not {wanted}")
+        elif alpha is not None and alpha.numel() != 1:
+            faults.append(f"`{name}.alpha` is not one number")
+    if faults:
+        what = f"the LoRA does not fit the base {base.path}: {len(faults)} of its layers"
+        raise ModelError(Problem(what, str(file), faults[0], "give the base that it was made for, with --model"))
+
+
+def _bare(shape: list[int]) -> list[int]:
+    """A kernel of 1 x 1 is a matrix."""
+    return shape[:2] if shape[2:] == [1, 1] else shape
 
 
 def is_kohya(tensors: Mapping[str, torch.Tensor]) -> bool:

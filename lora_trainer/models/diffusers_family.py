@@ -42,7 +42,8 @@ class DiffusersFamily(Family):
     def tokenizer(self) -> Any:
         from transformers import CLIPTokenizer
 
-        return CLIPTokenizer.from_pretrained(self.base.path / "tokenizer")
+        length = self.base.component_config("text_encoder")["max_position_embeddings"]
+        return CLIPTokenizer.from_pretrained(self.base.path / "tokenizer", model_max_length=length)
 
     @property
     def max_tokens(self) -> int:

@@ -7,7 +7,6 @@ to do about it.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +16,21 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_trainer.errors import ModelError, Problem
+from lora_trainer.storage.atomic_files import read_json
 
 _CONVERT = (
     'python -c "from diffusers import StableDiffusionPipeline as P; '
     "P.from_single_file('{file}').save_pretrained('{folder}')\""
 )
+_KINDS = {
+    "joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "FLUX",
+    "conditioner.embedders.1.": "SDXL",
+    "cond_stage_model.model.": "Stable Diffusion 2",
+    "cond_stage_model.transformer.": "Stable Diffusion 1",
+    "model.diffusion_model.": "Stable Diffusion",
+}
+"""Parts of tensor names that tell what a single file holds, the first found."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,7 +58,7 @@ class BaseFolder:
     def component_config(self, component: str) -> dict[str, Any]:
         """The component's JSON configuration."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return json.loads((self.path / component / name).read_text())
+        return read_object(self.path / component / name)
 
     def prediction_type(self, asked: str = "auto") -> str:
         """What the denoiser predicts: as asked, else as the scheduler says; `flow` under a flow-matching one.
@@ -103,7 +112,7 @@ def locate_base(path: str, revision: str | None, components: Sequence[str]) -> P
         if revision is not None:
             raise ModelError(Problem("`model.revision` has no effect on a folder", path, fix="remove model.revision"))
         return folder
-    if _HUB_ID.fullmatch(path) is None:
+    if _HUB_ID.fullmatch(path) is None or Path(path).parent.exists():
         fix = "set model.path; relative paths start where you are"
         raise ModelError(Problem("the base folder does not exist", str(folder.absolute()), fix=fix))
     if revision is None:
@@ -122,6 +131,8 @@ def pipeline_name(folder: Path) -> str:
     Raises:
         ModelError: it is something else, and what.
     """
+    if not folder.is_dir() and not folder.is_file():
+        raise ModelError(Problem("the base is neither a folder nor a file", str(folder.absolute())))
     if folder.is_file():
         raise ModelError(_single_file(folder))
     file = folder / "model_index.json"
@@ -129,11 +140,22 @@ def pipeline_name(folder: Path) -> str:
         singles = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".ckpt", ".pt")]
         what, fix = "no diffusers base here: model_index.json is missing", "set model.path to a diffusers folder"
         raise ModelError(_single_file(singles[0]) if singles else Problem(what, str(folder.absolute()), fix=fix))
+    return str(read_object(file).get("_class_name"))
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file's content.
+
+    Raises:
+        ModelError: it cannot be read, or is no object.
+    """
     try:
-        index = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(Problem(f"not valid JSON: {error}", str(file))) from error
-    return str((index if isinstance(index, dict) else {}).get("_class_name"))
+        content = read_json(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(Problem(f"not valid JSON: {error}", str(file), fix="fetch the base again")) from error
+    if not isinstance(content, dict):
+        raise ModelError(Problem("a JSON object is expected", str(file), fix="fetch the base again"))
+    return content
 
 
 def missing_parts(base: BaseFolder) -> list[Problem]:
@@ -155,14 +177,19 @@ def _single_file(file: Path) -> Problem:
     if any("lora_" in key for key in keys):
         fix = "set model.path to the base it was made for"
         return Problem("this is a LoRA, not a base checkpoint", str(file), fix=fix)
+    kind = next((kind for part, kind in _KINDS.items() if any(part in key for key in keys)), "no base that is known")
+    if not kind.startswith("Stable Diffusion") or kind.endswith("3"):
+        fix = "use a diffusers folder of Stable Diffusion 1.x or 2.x"
+        return Problem(f"the file holds {kind}, which is not supported", str(file), fix=fix)
     fix = f"convert it once to a folder:\n         {_CONVERT.format(file=file, folder=file.with_suffix(''))}"
-    return Problem("a single-file base is not read yet", str(file), fix=fix)
+    return Problem(f"a single-file base is not read yet (this one is {kind})", str(file), fix=fix)
 
 
 def _check_component(folder: Path, component: str) -> list[Problem]:
     place = folder / component
     if not (place / "config.json").is_file():
         return [incomplete(folder, component, f"{component}/config.json")]
+    read_object(place / "config.json")
     _, files = _find_weights(place)
     if not files:
         pickled = sorted([*place.glob("*.bin"), *place.glob("*.ckpt")])
@@ -187,7 +214,10 @@ def _find_weights(place: Path) -> tuple[str | None, list[Path]]:
                 return variant, [whole]
             index = place / f"{stem}.safetensors.index{ending}.json"
             if index.is_file():
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                shards = read_object(index).get("weight_map")
+                if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                    raise ModelError(Problem("the index of the shards is damaged", str(index), fix="fetch it again"))
+                shards = sorted(set(shards.values()))
                 return variant, [place / Path(shard).name for shard in shards]
     return None, []
 

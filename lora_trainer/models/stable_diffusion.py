@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_trainer.errors import Problem
 from lora_trainer.models.clip import check_vocabulary, last_hidden_state
 from lora_trainer.models.diffusers_family import DiffusersFamily
 from lora_trainer.models.family import SampleSettings
+from lora_trainer.models.folder import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +50,28 @@ class StableDiffusion(DiffusersFamily):
     }
 
     def problems(self) -> list[Problem]:
-        return check_vocabulary(self.base.path)
+        return [*check_vocabulary(self.base.path), *self._misfits()]
+
+    def _misfits(self) -> Iterator[Problem]:
+        """What makes the components another model than their index says: inpainting, SDXL, a foreign text encoder."""
+        unet, vae, encoder = (self.base.component_config(component) for component in self.models)
+        for where, config, key, wanted in (
+            ("unet", unet, "in_channels", 4),
+            ("unet", unet, "out_channels", 4),
+            ("unet", unet, "addition_embed_type", None),
+            ("unet", unet, "class_embed_type", None),
+            ("unet", unet, "encoder_hid_dim", None),
+            ("unet", unet, "cross_attention_dim", encoder.get("hidden_size")),
+            ("vae", vae, "latent_channels", 4),
+        ):
+            if (value := config.get(key, wanted)) != wanted:
+                what = f"`{key}` is {value}, where Stable Diffusion 1.x and 2.x with these parts have {wanted}"
+                yield Problem(what, str(self.base.path / where / "config.json"), fix="use the base's own folder")
+        settings = read_object(self.base.path / "tokenizer" / "tokenizer_config.json")
+        length = encoder.get("max_position_embeddings")
+        if (said := settings.get("model_max_length", length)) != length:
+            what = f"`model_max_length` is {said}, but the text encoder has {length} positions"
+            yield Problem(what, str(self.base.path / "tokenizer"), fix="fetch tokenizer and text_encoder of one base")
 
     @property
     def kohya_version(self) -> str:
@@ -115,6 +138,7 @@ class StableDiffusion(DiffusersFamily):
             self.base.path,
             unet=self.load_denoiser(host, torch.float32),
             vae=self.load_vae(host),
+            tokenizer=self.tokenizer,
             text_encoder=self.load_text_encoders(host),
             safety_checker=None,
             requires_safety_checker=False,

@@ -19,6 +19,7 @@ from lora_trainer.schedules.facts import facts_of
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, ScheduleOptions, to_steps
 
 TRAINING_FORWARDS = 2.2  # backward through a frozen UNet costs about 1.2 forwards (counted at SD 1.5's shape)
+MAX_STEPS = 1_000_000
 PROBE_STRATA = 16
 MIN_PROBE_ITEMS = 2
 MIN_MEASUREMENTS = 10
@@ -169,6 +170,13 @@ def resolve_param_groups(config: RunConfig, horizon: Horizon, denoiser: str) -> 
     return tuple(param_groups)
 
 
+def _steps_of(num_epochs: int, per_epoch: int) -> int:
+    if num_epochs * per_epoch > MAX_STEPS:
+        what = f"{num_epochs:,} epochs of {per_epoch:,} updates are more than {MAX_STEPS:,} updates"
+        raise ConfigError(Problem(what, "train.epochs", fix="write fewer"))
+    return num_epochs * per_epoch
+
+
 def plan_run(
     config: RunConfig,
     *,
@@ -201,7 +209,7 @@ def plan_run(
     train = config.train
     global_batch = num_processes * train.batch_size * train.gradient_accumulation_steps
     per_epoch = steps_per_epoch(bucket_sizes, global_batch)
-    num_steps = train.max_steps if train.max_steps is not None else (train.epochs or 0) * per_epoch
+    num_steps = train.max_steps if train.max_steps is not None else _steps_of(train.epochs or 0, per_epoch)
     horizon = Horizon(num_steps, per_epoch)
     groups = resolve_param_groups(config, Horizon(num_lr_steps or num_steps, per_epoch), denoiser)
     return RunPlan(

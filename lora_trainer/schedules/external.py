@@ -1,4 +1,4 @@
-"""Schedules from elsewhere: any torch scheduler, entry points, functions by dotted path. Tabulated before a run starts.
+"""Schedules from elsewhere: torch's and the libraries', entry points, functions by path. Tabulated before a run starts.
 
 Whatever they do inside, a run sees a table of multipliers, one per update, checked finite and not negative.
 """
@@ -6,6 +6,7 @@ Whatever they do inside, a run sees a table of multipliers, one per update, chec
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,9 @@ from pydantic import Field
 from lora_trainer.schedules.schedule import Core, Horizon, ScheduleError, ScheduleOptions
 
 ENTRY_POINTS = "lora_trainer.lr_schedules"
+LIBRARIES = ("transformers.optimization", "diffusers.optimization")
+"""Where a `torch` target may be a function (optimizer, **args) -> torch scheduler."""
+_allowed = False
 Plugin = Callable[..., Callable[[int], float]]  # (num_steps, steps_per_epoch, **args) -> (update -> multiplier)
 
 
@@ -25,7 +29,8 @@ class TorchSchedule(ScheduleOptions):
 
     type: Literal["torch"] = "torch"
     target: str = Field(min_length=1)
-    """A class of torch.optim.lr_scheduler (`ExponentialLR`) or a dotted path (`package.module.Class`). Required."""
+    """A class of torch.optim.lr_scheduler (`ExponentialLR`), or a function of transformers.optimization or
+    diffusers.optimization by its whole path; any other path needs `--allow-plugins`. Required."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Its arguments. The texts `num_updates` and `updates_per_epoch` stand for the run's own numbers."""
     example: ClassVar[dict[str, Any]] = {"target": "CosineAnnealingLR", "args": {"T_max": "num_updates"}}
@@ -45,13 +50,13 @@ class TorchSchedule(ScheduleOptions):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=base_lr)
         try:
             scheduler = kind(optimizer, **args)
-        except (TypeError, ValueError) as error:
+            lrs = []
+            for _ in range(horizon.num_steps):
+                lrs.append(float(optimizer.param_groups[0]["lr"]) / base_lr)
+                optimizer.step()
+                scheduler.step()
+        except Exception as error:
             raise ScheduleError(f"{self.target} does not take these args: {error}") from error
-        lrs = []
-        for _ in range(horizon.num_steps):
-            lrs.append(float(optimizer.param_groups[0]["lr"]) / base_lr)
-            optimizer.step()
-            scheduler.step()
         return checked(lrs, self.target)
 
 
@@ -69,10 +74,22 @@ class PluginSchedule(ScheduleOptions):
         function = load_plugin(self.type)
         try:
             multiplier = function(num_updates=horizon.num_steps, updates_per_epoch=horizon.steps_per_epoch, **self.args)
-        except (TypeError, ValueError) as error:
+            values = [float(multiplier(k)) for k in range(horizon.num_steps)]
+        except Exception as error:
             raise ScheduleError(f"{self.type} does not take these args: {error}") from error
-        table = checked([float(multiplier(k)) for k in range(horizon.num_steps)], self.type)
+        table = checked(values, self.type)
         return lambda k, _: table[min(k, horizon.num_steps - 1)]
+
+
+def allow_plugins(allowed: bool) -> None:
+    """Whether code that a configuration names by its path, and nobody installed for this, may run from now on."""
+    global _allowed
+    _allowed = allowed
+
+
+def _refuse_code(name: str) -> None:
+    if not _allowed:
+        raise ScheduleError(f"`{name}` is code that this configuration would run: add --allow-plugins if you trust it")
 
 
 def plugin_names() -> list[str]:
@@ -89,9 +106,12 @@ def load_plugin(name: str) -> Plugin:
     try:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             return entry.load()
+        _refuse_code(name)
         module, _, attribute = name.partition(":")
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except ScheduleError:
+        raise
+    except Exception as error:  # also whatever a module raises while it is imported
         raise ScheduleError(f"the schedule `{name}` cannot be imported: {error}") from error
 
 
@@ -111,10 +131,15 @@ def _torch_class(target: str) -> Any:
     import torch
 
     module, _, name = target.rpartition(".")
+    module = module or "torch.optim.lr_scheduler"
+    if module not in ("torch.optim.lr_scheduler", *LIBRARIES):
+        _refuse_code(target)
     try:
-        scheduler = getattr(importlib.import_module(module or "torch.optim.lr_scheduler"), name)
-    except (ImportError, AttributeError) as error:
+        scheduler = getattr(importlib.import_module(module), name)
+    except Exception as error:
         raise ScheduleError(f"there is no torch scheduler `{target}`: {error}") from error
+    if module in LIBRARIES and inspect.isfunction(scheduler) and scheduler.__module__ == module:
+        return scheduler
     if not (isinstance(scheduler, type) and issubclass(scheduler, torch.optim.lr_scheduler.LRScheduler)):
         raise ScheduleError(f"`{target}` is no torch LR scheduler")
     if issubclass(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

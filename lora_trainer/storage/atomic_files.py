@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -64,7 +65,28 @@ def read_json(path: Path) -> Any:
     Raises:
         OSError, ValueError: it cannot be read, or is no JSON.
     """
-    return json.loads(path.read_bytes())
+    return json.loads(read_regular(path))
+
+
+def read_regular(path: Path, max_bytes: int = 64 * 2**20) -> bytes:
+    """The content of a regular file of bounded size: no pipe can make us wait, no device fill the memory.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger.
+    """
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:  # a NUL in its name
+        raise OSError(errno.EINVAL, str(error)) from error
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"the file is larger than {max_bytes:,} bytes")
+    return content
 
 
 def write_synced(path: Path, chunks: bytes | Iterable[bytes]) -> None:

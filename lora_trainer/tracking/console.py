@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from lora_trainer.errors import StoppedBySignal
+from lora_trainer.errors import StoppedBySignal, printable
 from lora_trainer.tracking.metrics import StepRow
 
 MEAN_OVER = 100
@@ -45,7 +45,7 @@ class MainConsole:
         self.rich = Console(quiet=silent, highlight=False, soft_wrap=True, force_terminal=is_terminal)
 
     def print(self, text: str) -> None:
-        self.rich.print(text, markup=False)
+        self.rich.print(printable(text), markup=False)
 
     def drawing(self, text: str) -> None:
         """Lines with colours of their own, which show on a terminal alone."""

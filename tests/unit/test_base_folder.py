@@ -202,3 +202,30 @@ def test_digests_follow_content_component_by_component(base: Path) -> None:
     config.write_text(config.read_text().replace("64", "65"))
     after = open_base(str(moved)).digests()
     assert {name for name in before if before[name] != after[name]} == {"vae"}
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("unet/config.json", {"in_channels": 9}, "`in_channels` is 9"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "`addition_embed_type`"),
+        ("unet/config.json", {"cross_attention_dim": 2048}, "`cross_attention_dim` is 2048"),
+        ("vae/config.json", {"latent_channels": 16}, "`latent_channels` is 16"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 5}, "`model_max_length` is 5"),
+    ],
+)
+def test_a_base_is_judged_by_what_its_parts_are(base: Path, file: str, change: dict[str, Any], said: str) -> None:
+    config = json.loads((base / file).read_text())
+    (base / file).write_text(json.dumps(config | change))
+    assert said in refusal(base)
+
+
+def test_damaged_settings_are_refused(base: Path) -> None:
+    (base / "unet" / "config.json").write_text("[" * 100_000)
+    assert "unet/config.json" in refusal(base)
+
+
+def test_a_single_file_is_named_by_its_family(tmp_path: Path) -> None:
+    for key, said in (("conditioner.embedders.1.model.x", "SDXL"), ("double_blocks.0.x", "FLUX")):
+        save_file({key: torch.zeros(1)}, tmp_path / "x.safetensors")
+        assert said in refusal(tmp_path / "x.safetensors")

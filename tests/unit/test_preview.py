@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from lora_trainer.config.load import check_source, load_config
 from lora_trainer.config.source import Source
 from lora_trainer.errors import ConfigError, SystemSetupError
 from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
+from lora_trainer.schedules.external import allow_plugins
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
 from lora_trainer.schedules.schedule import Mark
 
@@ -94,6 +95,14 @@ def two_steps(num_updates: int, updates_per_epoch: int, low: float = 0.5) -> Cal
     return lambda k: 1.0 if k < updates_per_epoch else low
 
 
+@pytest.fixture
+def plugins() -> Iterator[None]:
+    allow_plugins(True)
+    yield
+    allow_plugins(False)
+
+
+@pytest.mark.usefixtures("plugins")
 def test_a_function_by_dotted_path_is_previewed_like_any_other() -> None:
     (shown,) = previews([f"{__name__}:two_steps", "args={low: 0.25}"], None, 8, 1.0, steps_per_epoch=3)
     assert shown.facts.lrs == (1.0,) * 3 + (0.25,) * 5

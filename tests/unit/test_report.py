@@ -310,7 +310,7 @@ def test_the_command_writes_into_the_run_and_replaces_no_other_file(
     assert "wrote" in capsys.readouterr().out
     mine = tmp_path / "mine.html"
     mine.write_text("my page")
-    with pytest.raises(ConfigError, match="no report of ours"):
+    with pytest.raises(ConfigError, match="no file of ours"):
         report(compared, mine, 0.01)
     assert mine.read_text() == "my page"
 

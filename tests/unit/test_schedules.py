@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lora_trainer.config.load import check_source
 from lora_trainer.config.source import Source
 from lora_trainer.config.structure import all_keys, models_by_type
 from lora_trainer.errors import ConfigError
+from lora_trainer.schedules.external import allow_plugins
 from lora_trainer.schedules.registry import CLASSIC, ROWS, SCHEDULES, LRSchedulerOptions
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError
 
@@ -203,9 +205,45 @@ def test_torch_schedules_are_tabulated_with_the_runs_numbers() -> None:
         ({"target": "StepLR", "args": {"step_sizes": 3}}, "does not take these args"),
     ],
 )
+@pytest.mark.usefixtures("trusting")
 def test_what_is_no_torch_schedule(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ScheduleError, match=said):
         laid("torch", 10, **options).multiplier(0, 1e-3)
+
+
+@pytest.fixture
+def trusting() -> Iterator[None]:
+    allow_plugins(True)
+    yield
+    allow_plugins(False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type": "torch", "target": "evil_code.Scheduler"},
+        {"type": "torch", "target": "torch.hub.load", "args": {"repo_or_dir": "x"}},
+        {"type": "evil_code:run"},
+        {"type": "torch.hub:load", "args": {"repo_or_dir": "x"}},
+    ],
+)
+def test_code_that_a_config_names_runs_only_where_allowed(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil_code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ScheduleError, match="--allow-plugins"):
+        TypeAdapter(LRSchedulerOptions).validate_python(options).resolve(Horizon(10, 5)).lr(0, 1)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
+def test_a_function_of_the_libraries_is_a_torch_target(library: str) -> None:
+    args = {"num_warmup_steps": 2, "num_training_steps": "num_updates"}
+    target = f"{library}.optimization.get_cosine_schedule_with_warmup"
+    schedule = laid("torch", 20, target=target, args=args)
+    ours = laid("cosine", 20, warmup_steps=2)
+    assert curve(schedule, 20) == pytest.approx(curve(ours, 20))
 
 
 def sawtooth(num_updates: int, updates_per_epoch: int, low: float = 0.5) -> Callable[[int], float]:
@@ -216,6 +254,7 @@ def falls_below_zero(num_updates: int, updates_per_epoch: int) -> Callable[[int]
     return lambda k: 1 - k
 
 
+@pytest.mark.usefixtures("trusting")
 def test_a_function_by_dotted_path_is_a_schedule() -> None:
     options = TypeAdapter(LRSchedulerOptions).validate_python({"type": f"{__name__}:sawtooth", "args": {"low": 0.2}})
     schedule = options.resolve(Horizon(20, 10))
@@ -233,6 +272,7 @@ def test_a_function_by_dotted_path_is_a_schedule() -> None:
         (".:absent", {}, "cannot be imported"),
     ],
 )
+@pytest.mark.usefixtures("trusting")
 def test_what_is_no_schedule_of_ones_own(path: str, args: dict[str, Any], said: str) -> None:
     with pytest.raises(ScheduleError, match=said):
         TypeAdapter(LRSchedulerOptions).validate_python({"type": path, "args": args}).resolve(Horizon(10, 5))

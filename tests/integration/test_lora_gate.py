@@ -1,0 +1,84 @@
+"""What is no LoRA of this base is neither drawn with nor converted, and nobody's file is overwritten."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_trainer.cli import sample as sampling
+from lora_trainer.cli.export import convert_file
+from lora_trainer.cli.report import report
+from lora_trainer.errors import ConfigError, ModelError, Problem
+from lora_trainer.models.stable_diffusion import StableDiffusion
+from lora_trainer.storage import safetensors_io
+
+UP = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight"
+
+
+def request(**changes: Any) -> sampling.SampleRequest:
+    usual: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "lora_scale": 1.0, "size_px": 32}
+    return sampling.SampleRequest(("x",), "", 0, 1, **{**usual, **changes})
+
+
+def test_loras_are_judged_before_they_are_used(
+    train_toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_toy("train.max_steps=3", "model.prediction_type=v_prediction", "sample={}")
+    file, out = run / f"{run.name}.safetensors", tmp_path / "out.safetensors"
+    tensors, metadata = safetensors_io.load(file)
+    assert UP in tensors
+    bad = {
+        "NaN": tensors | {UP: torch.full_like(tensors[UP], torch.nan)},
+        "infinite": tensors | {UP.replace("lora_up.weight", "alpha"): torch.tensor(torch.inf)},
+        "lacks a half": {key: tensor for key, tensor in tensors.items() if key != UP},
+        "shapes": tensors | {UP: tensors[UP][:-1]},
+        "one number": tensors | {UP.replace("lora_up.weight", "alpha"): torch.ones(3)},
+        "no layer": tensors | {"lora_unet_mid.lora_down.weight": torch.ones(2, 2)},
+    }
+    for said, content in bad.items():
+        safetensors_io.save(run / "bad.safetensors", content, metadata)
+        with pytest.raises(ModelError, match=said):
+            convert_file(run / "bad.safetensors", "diffusers", "fp32", None, out)
+        with pytest.raises(ModelError, match=said):
+            sampling.sample(run / "bad.safetensors", None, None, request(), tmp_path)
+    os.mkfifo(run / "pipe.safetensors")
+    with pytest.raises(ModelError, match="regular"):
+        convert_file(run / "pipe.safetensors", "diffusers", "fp32", None, out)
+    assert not out.exists()
+
+    used = []
+    load = StableDiffusion.load_pipeline
+
+    def watched(family: StableDiffusion) -> Any:
+        pipeline = load(family)
+        call = type(pipeline).__call__
+        spy = lambda self, *a, **k: used.append(self.scheduler.config.prediction_type) or call(self, *a, **k)  # noqa: E731
+        monkeypatch.setattr(type(pipeline), "__call__", spy)
+        return pipeline
+
+    monkeypatch.setattr(StableDiffusion, "load_pipeline", watched)
+    assert len(sampling.sample(file, None, None, request(), tmp_path)) == 1
+    assert used == ["v_prediction"]
+    for odd in ({"size_px": 33}, {"lora_scale": float("nan")}):
+        with pytest.raises(ConfigError):
+            sampling.sample(file, None, None, request(**odd), tmp_path)
+
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    for taken in (notes, tmp_path, Path("/dev/null")):
+        with pytest.raises(ConfigError, match="in the way"):
+            convert_file(file, "diffusers", "fp32", None, taken)
+        with pytest.raises(ConfigError, match="in the way"):
+            report([run], taken, 0.01)
+    assert notes.read_text() == "mine"
+    for _ in range(2):
+        convert_file(file, "diffusers", "fp32", None, out)
+
+
+def test_what_steers_a_terminal_is_shown_as_an_escape() -> None:
+    assert str(Problem("a\x1b[31mb\x9bc\u202ed\te\né")) == "a\\x1b[31mb\\x9bc\\u202ed\te\né"
