@@ -19,7 +19,6 @@ from diffusers import DDPMScheduler
 from lora_trainer.diffusion import random_streams
 from lora_trainer.diffusion.batch import Batch
 
-
 Weighting = Callable[[torch.Tensor, float, str], torch.Tensor]
 """Weight of each t from (SNR [T], the setting's value, prediction type)."""
 

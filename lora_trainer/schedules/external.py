@@ -17,7 +17,7 @@ from pydantic import Field
 from lora_trainer.schedules.schedule import Core, Horizon, ScheduleError, ScheduleOptions
 
 ENTRY_POINTS = "lora_trainer.lr_schedules"
-Plugin = Callable[..., Callable[[int], float]]  # (num_steps, steps_per_epoch, **args) -> (update -> multiplier)
+Plugin = Callable[..., Callable[[int], float]]  # (num_updates, updates_per_epoch, **args) -> (update -> multiplier)
 
 
 class TorchSchedule(ScheduleOptions):
@@ -56,7 +56,7 @@ class TorchSchedule(ScheduleOptions):
 
 
 class PluginSchedule(ScheduleOptions):
-    """m = function(num_steps, steps_per_epoch, **args)(k): an entry point's name, or `package.module:function`."""
+    """m = function(num_updates, updates_per_epoch, **args)(k): an entry point's name, or `package.module:function`."""
 
     type: str
     args: dict[str, Any] = Field(default_factory=dict)
