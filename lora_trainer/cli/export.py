@@ -12,6 +12,7 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.places import CHECKPOINTS, CONFIG_FILE, PLAN_FILE
 from lora_trainer.errors import ConfigError, ModelError, Problem
 from lora_trainer.lora_files.files import (
+    OWN_KEY,
     Layout,
     base_facts,
     check_fit,
@@ -45,6 +46,9 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
     if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError(Problem("no run here: config.yaml is missing", str(run_dir), fix="name a run directory"))
     config = load_config(run_dir / CONFIG_FILE)
+    if config.sweep is not None:
+        what, fix = "this is a sweep; its LoRAs lie under trials/", "name one of its trials, or convert its LoRA file"
+        raise ConfigError(Problem(what, str(run_dir), fix=fix))
     plan = RunPlan.from_json(json.loads((run_dir / PLAN_FILE).read_text()))
     checkpoint = open_checkpoint(run_dir / CHECKPOINTS, step)
     base = open_base(config.model.path, config.model.revision, config.model.family)
@@ -66,7 +70,13 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
     tensors, metadata = read_lora(lora)
     recipe = read_recipe(metadata)
     if recipe is None:
-        what, fix = "the file was not written by lora_trainer", "convert it with the tool that wrote it"
+        if OWN_KEY in metadata:
+            what = (
+                "how this LoRA was made is not understood: a newer version or a plug-in that is not installed wrote it"
+            )
+            fix = f"install it; the file says: {str(metadata[OWN_KEY])[:300]}"
+        else:
+            what, fix = "the file was not written by lora_trainer", "convert it with the tool that wrote it"
         raise ModelError(Problem(what, str(lora), fix=fix))
     base = find_base(lora, model, None)
     family = open_family(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from lora_trainer.config.structure import section_models, type_name
 from lora_trainer.errors import ConfigError, Problem
 
 Identity = dict[str, Any]
+GLOBAL_BATCH = "global batch"
 RESOLVED = ("model.prediction_type", "train.precision", "train.threads")
 """Settings that are compared as what their `auto` became, once that is known."""
 
@@ -74,13 +76,23 @@ def compare(before: Identity, now: Identity, allowed: ResumeConfig, where: str) 
 def refusal(name: str, before: Identity, now: Identity, refused: Sequence[str], where: str) -> Problem:
     """That a run, or a trial of a sweep, began otherwise."""
     listed = "\n         ".join(difference(before, now, refused))
+    fixed = [key for key in refused if any(_covers(key, shape) or _covers(shape, key) for shape in SHAPES_THE_STATE)]
+    accept = f"accept the change with 'resume.allow_changes=[{', '.join(refused)}]', "
     return Problem(
         f"`{name}` began with other settings or contents",
         where,
         f"changed since:\n         {listed}",
-        "set the old values to resume it, accept the change with "
-        f"'resume.allow_changes=[{', '.join(refused)}]', give the new one another name, or start anew with --fresh",
+        f"set the old values to resume it, {'' if fixed else accept}give the new one another name, or start anew with "
+        "--fresh",
     )
+
+
+def completed(identity: Identity) -> Identity:
+    """A stored identity with the global batch, which an earlier version stored in its parts."""
+    parts = [identity.get(key) for key in ("num_processes", "train.batch_size", "train.gradient_accumulation_steps")]
+    if GLOBAL_BATCH in identity or not all(isinstance(part, int) for part in parts):
+        return identity
+    return identity | {GLOBAL_BATCH: math.prod(part for part in parts if part is not None)}
 
 
 def changed_keys(before: Identity, now: Identity) -> list[str]:

@@ -279,6 +279,12 @@ class ShortRunsConfig(StrictModel):
     """Learning rates of each setting that are then trained in full."""
 
 
+def _without_behind(value: Any) -> Any:
+    """The section without a key that is gone, where it only stands as the null of a config.yaml of ours."""
+    is_unused = isinstance(value, dict) and "behind" in value and value["behind"] is None
+    return {key: entry for key, entry in value.items() if key != "behind"} if is_unused else value
+
+
 class PruneConfig(StrictModel):
     """Trials that end early or are not begun. Everything is off unless set; what was stopped and why is reported."""
 
@@ -311,7 +317,7 @@ class SweepConfig(StrictModel):
     seeds: Seeds | None = None
     """Training seeds, each with all arms; default the config's own `seed`."""
     confirm: ConfirmConfig = ConfirmConfig()
-    prune: PruneConfig = PruneConfig()
+    prune: Annotated[PruneConfig, BeforeValidator(_without_behind)] = PruneConfig()
 
 
 class RunConfig(StrictModel):

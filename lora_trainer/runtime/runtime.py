@@ -138,7 +138,7 @@ def start_runtime(
     """
     torch.set_num_threads(threads)
     with joined_processes(launch) if joined is None else nullcontext(joined) as state:
-        yield Runtime(launch, state.device, _choose_precision(precision, state.device), threads, state)
+        yield Runtime(launch, state.device, choose_precision(precision, state.device), threads, state)
 
 
 def environment_report(runtime: Runtime) -> dict[str, Any]:
@@ -163,7 +163,12 @@ def processor_name() -> str:
     return platform.machine()
 
 
-def _choose_precision(asked: str, device: torch.device) -> Precision:
+def choose_precision(asked: str, device: torch.device) -> Precision:
+    """What `train.precision` means on a device.
+
+    Raises:
+        SystemSetupError: the device does not have it.
+    """
     lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "bf16" and lacks_bf16:
         name, fix = torch.cuda.get_device_name(device), "write fp16 or auto"

@@ -21,7 +21,7 @@ ENTRY_POINTS = "lora_trainer.lr_schedules"
 LIBRARIES = ("transformers.optimization", "diffusers.optimization")
 """Where a `torch` target may be a function (optimizer, **args) -> torch scheduler."""
 _allowed = False
-Plugin = Callable[..., Callable[[int], float]]  # (num_steps, steps_per_epoch, **args) -> (update -> multiplier)
+Plugin = Callable[..., Callable[[int], float]]  # (num_updates, updates_per_epoch, **args) -> (update -> multiplier)
 
 
 class TorchSchedule(ScheduleOptions):
@@ -61,7 +61,7 @@ class TorchSchedule(ScheduleOptions):
 
 
 class PluginSchedule(ScheduleOptions):
-    """m = function(num_steps, steps_per_epoch, **args)(k): an entry point's name, or `package.module:function`."""
+    """m = function(num_updates, updates_per_epoch, **args)(k): an entry point's name, or `package.module:function`."""
 
     type: str
     args: dict[str, Any] = Field(default_factory=dict)

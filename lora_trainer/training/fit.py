@@ -88,8 +88,8 @@ def train_loop(
 ) -> int:
     """Updates from number `start` on until the planned number is done or no trial is left; how many were done."""
     step, num_steps, validation = start, setup.num_steps, setup.validation
+    setup.optimizer_step.settle_scales(start)  # fp16 alone, once a trial: from 2**16 down, a backward for each halving
     if start == 0:
-        setup.optimizer_step.settle_scales()  # fp16 alone: from 2**16 down, a backward of update 0 for each halving
         measurements = validation.start() if validation is not None else []
         writer.begin(measurements)
         on_measure(0, measurements)

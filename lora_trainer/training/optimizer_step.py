@@ -135,12 +135,12 @@ class OptimizerStep:
             draws=sums.draws.hexdigest(),
         )
 
-    def settle_scales(self) -> None:
-        """Halve each fp16 loss scale until update 0 has finite gradients, with room for the next; apply nothing."""
-        unsettled = [trial for trial in self.trials if trial.scaler.is_enabled() and trial.parent is None]
+    def settle_scales(self, k: int) -> None:
+        """Halve each new fp16 loss scale until update k has finite gradients, with room for the next; apply nothing."""
+        unsettled = [trial for trial in self.trials if not trial.has_scale and trial.parent is None]
         for halvings in range(MAX_OVERFLOWS_IN_A_ROW):
             if unsettled:
-                self._reduce(self._gradients(0, with_base=False).losses, stop_asked=False)
+                self._reduce(self._gradients(k, with_base=False).losses, stop_asked=False)
                 unsettled = [trial for trial in unsettled if not trial.settle_scale(has_halved=halvings > 0)]
         for trial in self.trials:
             trial.optimizer.zero_grad()

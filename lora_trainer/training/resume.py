@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_trainer.config.identity import compare, difference, refusal
+from lora_trainer.config.identity import compare, completed, difference, refusal
 from lora_trainer.config.places import METRICS_FILE, lora_file
 from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.runtime.runtime import Runtime, from_main
+from lora_trainer.runtime.runtime import Runtime, choose_precision, from_main
 from lora_trainer.storage.checkpoint import Checkpoint, newest_checkpoint
 from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.group import TrialGroup
@@ -103,7 +103,7 @@ def _as_format_2(state: Mapping[str, Any]) -> Mapping[str, Any]:
         trials[name] = {
             **plain,
             "optimizer": {**plain["optimizer"], "values": values},
-            "identity": identity["trials"][name] if "trials" in identity else identity,
+            "identity": completed(identity["trials"][name] if "trials" in identity else identity),
             "metrics_bytes": plain.get("metrics_bytes", progress["metrics_bytes"]),
             "parent": plain.get("trunk"),
             "skips": asdict(Skips(progress["attempt"] - progress["step"])),
@@ -124,6 +124,9 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, console: Ma
     for member in group.members:
         prepared, stored = member.prepared, point.trials[member.name]
         now = prepared.identity() | runtime.facts()
+        if stored["identity"].get("train.precision") == "auto" != prepared.config.train.precision:
+            meant = {"train.precision": choose_precision("auto", runtime.device)}  # format 1 did not say what it became
+            stored = stored | {"identity": stored["identity"] | meant}
         changes = compare(stored["identity"], now, prepared.config.resume, str(group.folder))
         if changes.refused:
             problems.append(refusal(member.name, stored["identity"], now, changes.refused, str(group.folder)))

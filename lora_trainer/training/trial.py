@@ -74,6 +74,8 @@ class Trial:
         self.ending: Ending | None = None
         """Where it ended before its group; its weights stay those after its last update."""
         self.skips = Skips()
+        self.has_scale = not scaler.is_enabled()
+        """Whether its loss scale is settled; without fp16 there is none to settle."""
         self.parent: Trial | None = None
         """The trial whose updates this one still shares."""
         self._branches_at = 0
@@ -170,6 +172,7 @@ class Trial:
         self.scaler.update()
         if fits and has_halved:
             self.scaler.update(self.scaler.get_scale() / SETTLING_MARGIN)
+        self.has_scale = fits
         return fits
 
     def weights(self) -> Tensors:
@@ -211,7 +214,9 @@ class Trial:
         self.best = None if plain["best"] is None else BestProbe(**plain["best"])
         self.ending = None if plain["ending"] is None else Ending(**plain["ending"])
         self.skips = Skips(**plain["skips"])
-        self.scaler.load_state_dict(plain["scaler"])
+        if plain["scaler"]:  # none where it was saved in another precision
+            self.scaler.load_state_dict(plain["scaler"])
+            self.has_scale = True
         for group, state in zip(self.param_groups, plain["feedback"], strict=True):
             if group.schedule.feedback is not None and state is not None:
                 group.schedule.feedback.load(state)

@@ -31,7 +31,7 @@ TOLERANCE = 1e-3
 Text = pytest.CaptureFixture[str]
 Start = Callable[..., Path]
 SAID = "not recorded by the earlier version, taken as unchanged: "
-UNKNOWN = "accelerate, data order, device, diffusers, global batch, peft, torch, train.precision"
+UNKNOWN = "accelerate, data order, device, diffusers, peft, torch, train.precision"
 
 
 @pytest.fixture
@@ -112,6 +112,22 @@ def test_it_goes_on_from_today_s_checkpoints_afterwards(
     run_dir = start("watched")
     assert SAID not in capsys.readouterr().out
     assert_close(run_dir / "watched.safetensors", STORED / "expected" / "watched" / "watched.safetensors")
+
+
+@pytest.mark.parametrize(("name", "change"), [("watched", "train.batch_size=3"), ("swept", "train.batch_size=3")])
+def test_another_batch_is_refused_though_only_its_parts_were_stored(
+    start: Start, stored: Callable[..., Path], name: str, change: str
+) -> None:
+    stored(name)
+    with pytest.raises(ConfigError, match="global batch: 2 -> 3"):
+        start(name, change)
+
+
+def test_another_precision_than_auto_meant_is_refused(start: Start, stored: Callable[..., Path]) -> None:
+    stored("watched")
+    with pytest.raises(ConfigError, match=r"train\.precision: fp32 -> bf16"):
+        start("watched", "train.precision=bf16")
+    start("watched", "train.precision=fp32")
 
 
 def test_a_run_whose_two_counters_differ_goes_on_at_its_step_and_says_so_once(

@@ -81,7 +81,7 @@ def train(toy_config: Path) -> Train:
             setup = set_up(group, runtime, MainConsole(silent=True), trials_per_pass=trials_per_pass)
             if exact:
                 in_float64(setup)
-            setup.optimizer_step.settle_scales()
+            setup.optimizer_step.settle_scales(0)
             for k in range(num_steps):
                 before(k, setup)
                 setup.optimizer_step.run(k, stop_asked=False)

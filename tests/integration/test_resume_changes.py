@@ -112,3 +112,18 @@ def test_what_cannot_be_allowed_is_refused(train_toy: Train, allowed: str, messa
 def test_stretch_without_a_change_of_length_is_refused(toy_config: Path) -> None:
     with pytest.raises(ConfigError, match="has no effect"):
         load_config(toy_config, ["resume.schedule=stretch"])
+
+
+def test_a_run_may_go_on_in_fp16_under_a_scale_that_is_settled_there(
+    train_toy: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(train_toy, monkeypatch, 3)
+    run_dir = train_toy("train.precision=fp16", "resume.allow_changes=train.precision")
+    assert [row["step"] for row in step_rows(run_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_shapes_the_state_is_not_offered_as_a_change(train_toy: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(train_toy, monkeypatch, 3)
+    with pytest.raises(ConfigError, match=r"optimizer\.type") as refused:
+        train_toy("optimizer={type: lion, lr: 1e-3}")
+    assert "allow_changes" not in str(refused.value)

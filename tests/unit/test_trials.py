@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_trainer.config.identity import difference, identity_fields
+from lora_trainer.config.load import load_config
 from lora_trainer.config.trials import TrialConfig, arm_name, is_path_safe, load_sweep
 from lora_trainer.errors import ConfigError
 
@@ -163,3 +164,16 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
 )
 def test_refusals(tmp_path: Path, sweep: str, overrides: tuple[str, ...], said: str) -> None:
     assert said in refusal(tmp_path, sweep, *overrides)
+
+
+def test_the_null_of_a_key_that_is_gone_is_read_and_its_use_refused(tmp_path: Path) -> None:
+    """An earlier version wrote every default into config.yaml."""
+    text = "name: x\nmodel: {path: b}\ndata: {dir: d}\ntrain: {max_steps: 4}\nvalidation: {fraction: 0.1}\n"
+    for behind, is_read in (("null", True), ("{at: 50%, keep: 2}", False)):
+        file = tmp_path / "config.yaml"
+        file.write_text(text + f"sweep: {{prune: {{behind: {behind}}}}}\n")
+        if is_read:
+            assert load_config(file).sweep is not None
+        else:
+            with pytest.raises(ConfigError, match="behind"):
+                load_config(file)

@@ -44,6 +44,8 @@ class FinderOptions:
 class PreparedFinder:
     """A finder's run that is checked and planned."""
 
+    config: RunConfig
+    """Of the training that the answer is for."""
     prepared: Prepared
     """Of the same training under a ramp and another name, so that it writes beside the run and not into it."""
     start_lr: float
@@ -104,7 +106,7 @@ def prepare_finder(config: RunConfig, launch: Launch, options: FinderOptions, pr
     assert config.validation is not None
     watched = with_watched(prepared.split, None, options.num_images, config.validation.seed).probes[HELD_OUT]
     prepared = replace(prepared, split=replace(prepared.split, probes={HELD_OUT: watched}))
-    return PreparedFinder(_validated_every(prepared, 1), start, end, options, usual)
+    return PreparedFinder(config, _validated_every(prepared, 1), start, end, options, usual)
 
 
 def _validated_every(prepared: Prepared, every: int) -> Prepared:

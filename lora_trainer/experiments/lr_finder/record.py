@@ -52,7 +52,7 @@ def _as_json(finder: PreparedFinder, result: FinderResult) -> dict[str, Any]:
     prepared = finder.prepared
     records = prepared.split.probes[HELD_OUT]
     return {
-        "config": prepared.config.model_dump(mode="json"),
+        "config": finder.config.model_dump(mode="json"),
         "identity": prepared.identity(),
         "ramp": {"start_lr": finder.start_lr, "end_lr": finder.end_lr, "num_updates": finder.options.num_steps},
         "probe": {

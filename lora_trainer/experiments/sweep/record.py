@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config.identity import compare, difference, refusal
+from lora_trainer.config.identity import compare, completed, difference, refusal
 from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
 from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Rules
@@ -116,7 +116,7 @@ def _contents(prepared: Prepared) -> Json:
 
 def _stored_identity(folder: Path) -> Json | None:
     try:
-        return json.loads((folder / PLAN_FILE).read_text())["identity"]
+        return completed(json.loads((folder / PLAN_FILE).read_text())["identity"])
     except (OSError, ValueError, KeyError):
         return None
 
