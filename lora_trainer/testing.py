@@ -21,6 +21,7 @@ from lora_trainer.config.load import check_source, to_yaml
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source
+from lora_trainer.schedules.external import allow_plugins
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError
 from lora_trainer.training.optimizers import build_optimizer, evaluated_weights
 
@@ -66,7 +67,15 @@ class ScheduleContract(_Contract):
 
     def schedule(self, horizon: Horizon = USUAL, **more: Any) -> LRSchedule:
         """The schedule over a run."""
-        return self.config(**more).lr_scheduler.resolve(horizon)
+        return self.resolved(self.config(**more), horizon)
+
+    def resolved(self, config: RunConfig, horizon: Horizon) -> LRSchedule:
+        """The schedule of a configuration; one that is named by its path is the author's own, and may run."""
+        allow_plugins(True)
+        try:
+            return config.lr_scheduler.resolve(horizon)
+        finally:
+            allow_plugins(False)
 
     def table(self, schedule: LRSchedule) -> list[float]:
         """Its multipliers, the one at the run's end included."""
@@ -127,7 +136,7 @@ class ScheduleContract(_Contract):
 
     def test_it_survives_the_saved_configuration(self) -> None:
         super().test_it_survives_the_saved_configuration()
-        again = self.saved_and_loaded().lr_scheduler.resolve(USUAL)
+        again = self.resolved(self.saved_and_loaded(), USUAL)
         assert self.table(again) == self.table(self.schedule())
 
 
