@@ -146,7 +146,7 @@ def _why_skipped(file: Path, caption_ending: str) -> str:
     if ending in (*CAPTION_ENDINGS, ".json") or ending == caption_ending.lower():
         return f"captions are read from files that end in {caption_ending}"
     if ending in PACKAGES:
-        return f"{ending} is not read yet: convert it to PNG or JPEG, as Pillow does after `pip install {PACKAGES[ending]}`"
+        return f"{ending} is not read yet: make it PNG or JPEG, with Pillow after pip install {PACKAGES[ending]}"
     return f"{ending or 'no ending'}: not a kind of picture that is read"
 
 
