@@ -47,7 +47,10 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
         raise ConfigError(Problem("no run here: config.yaml is missing", str(run_dir), fix="name a run directory"))
     config = load_config(run_dir / CONFIG_FILE)
     if config.sweep is not None:
-        what, fix = "this is a sweep; its LoRAs lie under trials/", "name one of its trials, or convert its LoRA file"
+        what, fix = (
+            "this is a sweep; its LoRAs lie under trials/",
+            "name a file there: trials/<trial>/<trial>.safetensors",
+        )
         raise ConfigError(Problem(what, str(run_dir), fix=fix))
     plan = RunPlan.from_json(json.loads((run_dir / PLAN_FILE).read_text()))
     checkpoint = open_checkpoint(run_dir / CHECKPOINTS, step)

@@ -187,11 +187,11 @@ def test_tokens_are_counted_as_the_tokenizer_counts_them(base: Path, addition: s
     count = len(CLIPTokenizer.from_pretrained(base / "tokenizer"))
     config = base / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": count}))
-    open_base(str(base))
+    assert open_base(str(base)).path == base
 
 
 def test_the_shipped_base_is_whole() -> None:
-    open_base(str(Path(__file__).parents[2] / "demo" / "base"))
+    assert open_base(str(Path(__file__).parents[2] / "demo" / "base")).family == "sd"
 
 
 def test_digests_follow_content_component_by_component(base: Path) -> None:
