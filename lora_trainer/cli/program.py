@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from lora_trainer import __version__
+from lora_trainer.cli import schedule_commands
+from lora_trainer.cli.options import ConfigFile, DryRun, Overrides, Plugins
 
 app = typer.Typer(
     name="lora-trainer",
@@ -19,56 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-schedules_app = typer.Typer(
-    help="Learning-rate schedules: list, show options, explain, plot. Nothing is trained.", no_args_is_help=True
-)
-app.add_typer(schedules_app, name="schedules")
+app.add_typer(schedule_commands.app, name="schedules")
 
 
-def _above_zero(lr: float | None) -> float | None:
-    if lr is not None and not 0 < lr < float("inf"):
-        raise typer.BadParameter("a learning rate is above 0")
-    return lr
-
-
-def _one_file(files: list[Path] | None) -> list[Path] | None:
-    if files and len(files) > 1:
-        raise typer.BadParameter("one configuration file; what differs is written behind it as key.path=value")
-    return files
-
-
-ConfigFile = Annotated[
-    list[Path],
-    typer.Option("--config", "-c", metavar="FILE", callback=_one_file, help="YAML configuration (docs/config.md)."),
-]
-Overrides = Annotated[
-    list[str],
-    typer.Argument(default_factory=list, metavar="[KEY.PATH=VALUE]...", help="Replace settings.", show_default=False),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
-Name = Annotated[str, typer.Argument(help="A schedule's name; `lora-trainer schedules list` has them all.")]
-Words = Annotated[list[str], typer.Argument(metavar="NAME [KEY=VALUE]...", help="A schedule, and options for it.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Updates of the run; default 1000, or the config's.")]
-LR = Annotated[
-    float | None, typer.Option("--lr", callback=_above_zero, help="Base learning rate; default 1e-4, or the config's.")
-]
-Epoch = Annotated[
-    int | None,
-    typer.Option("--epoch-steps", min=1, help="Updates of an epoch; default a tenth of the run, or the config's."),
-]
-
-
-def _allow_plugins(allowed: bool) -> bool:
-    from lora_trainer.schedules.external import allow_plugins
-
-    allow_plugins(allowed)
-    return allowed
-
-
-Plugins = Annotated[
-    bool,
-    typer.Option("--allow-plugins", callback=_allow_plugins, help="Run code that the config names by its path."),
-]
 Layout = Literal["kohya", "diffusers"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Weights = Literal["exported", "raw"]
@@ -317,69 +272,6 @@ def presets(name: Annotated[str | None, typer.Argument(help="Preset to show as s
         MainConsole().table("Presets (lora-trainer presets NAME shows one)", list_presets())
     else:
         print(show_preset(name), end="")
-
-
-@schedules_app.command("list")
-def list_schedules() -> None:
-    """Every schedule and what it is for."""
-    from lora_trainer.cli.schedules import list_schedules as rows
-    from lora_trainer.tracking.console import MainConsole
-
-    MainConsole().table("Schedules (lr_scheduler.type)", rows())
-
-
-@schedules_app.command(epilog="Example:  lora-trainer schedules show cosine")
-def show(name: Name) -> None:
-    """The options of a schedule."""
-    from lora_trainer.cli.schedules import show_options
-    from lora_trainer.tracking.console import MainConsole
-
-    MainConsole().table(f"Options of {name}", show_options(name))
-
-
-@schedules_app.command(
-    epilog="Examples:  lora-trainer schedules explain rex --steps 2000 --lr 1e-4   |   "
-    "lora-trainer schedules explain exponential gamma=0.9 --epoch-steps 25"
-)
-def explain(words: Words, steps: Steps = None, lr: LR = None, epoch: Epoch = None, _plugins: Plugins = False) -> None:
-    """Purpose, limits, formula, and what the schedule amounts to over a run."""
-    from lora_trainer.cli.schedules import DEFAULT_LR, example_horizon
-    from lora_trainer.cli.schedules import explain as run
-    from lora_trainer.tracking.console import MainConsole
-
-    rows = list(run(words, example_horizon(steps, epoch), DEFAULT_LR if lr is None else lr))
-    MainConsole().table(" ".join(words), rows)
-
-
-@schedules_app.command(
-    epilog="Examples:  lora-trainer schedules plot -o six.png   |   "
-    "lora-trainer schedules plot cosine rex warmup_steps=5% --terminal   |   "
-    "lora-trainer schedules plot --config configs/demo.yaml optimizer.lr=1e-3 -o plan.png"
-)
-def plot(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME|KEY=VALUE]...",
-            help="Schedules, and options for them; default: the six. With --config and no name: its overrides.",
-        ),
-    ] = None,
-    config: Annotated[
-        list[Path] | None,
-        typer.Option("--config", "-c", metavar="FILE", callback=_one_file, help="Lay them over this config's run."),
-    ] = None,
-    steps: Steps = None,
-    lr: LR = None,
-    epoch: Epoch = None,
-    _plugins: Plugins = False,
-    every: Annotated[bool, typer.Option("--all", help="Every schedule but `torch`.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG file to write.")] = None,
-    terminal: Annotated[bool, typer.Option("--terminal", help="Draw in the terminal.")] = False,
-) -> None:
-    """Draw the learning rate of each update before any GPU time is spent."""
-    from lora_trainer.cli.schedules import plot as run
-
-    run(names or [], config[0] if config else None, steps, lr, epoch, every=every, output=output, terminal=terminal)
 
 
 def main(arguments: list[str] | None = None) -> None:

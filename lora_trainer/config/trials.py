@@ -18,8 +18,9 @@ from typing import Any
 from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.load import check_source
 from lora_trainer.config.places import cache_folder, run_directory
-from lora_trainer.config.schema import RandomConfig, RunConfig
+from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import KeyPath, Source, read_source, set_value, split_override
+from lora_trainer.config.sweep_schema import RandomConfig
 from lora_trainer.errors import ConfigError, Problem
 
 RESERVED = {

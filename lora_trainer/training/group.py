@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from lora_trainer.config.places import CHECKPOINTS
-from lora_trainer.config.schema import PruneConfig
+from lora_trainer.config.sweep_schema import PruneConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.planning.prepare import Prepared
 

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from lora_trainer.config.places import run_directory
-from lora_trainer.config.schema import ConfirmConfig, RunConfig
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.sweep_schema import ConfirmConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.verdict import by_setting, leaders, ranked

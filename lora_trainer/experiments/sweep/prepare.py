@@ -17,7 +17,8 @@ from typing import Any
 
 from lora_trainer.config.identity import difference, identity_fields
 from lora_trainer.config.places import GROUPS, run_directory
-from lora_trainer.config.schema import RunConfig, SweepConfig
+from lora_trainer.config.schema import RunConfig
+from lora_trainer.config.sweep_schema import SweepConfig
 from lora_trainer.config.trials import TrialConfig
 from lora_trainer.data.records import Progress
 from lora_trainer.experiments.sweep.record import (
