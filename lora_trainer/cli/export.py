@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +51,7 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
             "name a file there: trials/<trial>/<trial>.safetensors",
         )
         raise ConfigError(Problem(what, str(run_dir), fix=fix))
-    plan = RunPlan.from_json(json.loads((run_dir / PLAN_FILE).read_text()))
+    plan = RunPlan.read(run_dir / PLAN_FILE)
     checkpoint = open_checkpoint(run_dir / CHECKPOINTS, step)
     base = open_base(config.model.path, config.model.revision, config.model.family)
     family = open_family(base)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,7 @@ app.add_typer(schedule_commands.app, name="schedules")
 Layout = Literal["kohya", "diffusers"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Weights = Literal["exported", "raw"]
+_UsageError: Any = typer.BadParameter.__base__  # click's, which some versions of typer bring along
 _debug = False
 
 
@@ -277,14 +278,21 @@ def presets(name: Annotated[str | None, typer.Argument(help="Preset to show as s
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit with its documented code."""
     from lora_trainer.cli.surroundings import settle
-    from lora_trainer.errors import TrainerError
+    from lora_trainer.errors import ConfigError, Problem, TrainerError
     from lora_trainer.storage.disk_space import faults_in_words
 
     settle()
+    error: TrainerError
     try:
         with faults_in_words():
-            app(arguments, standalone_mode=True)
-    except TrainerError as error:
-        from lora_trainer.cli.session import report_error
+            sys.exit(app(arguments, standalone_mode=False) or 0)
+    except _UsageError as wrong:
+        if wrong.ctx is None or wrong.message == wrong.ctx.get_help():  # asked for nothing, which asks for help
+            wrong.show()
+            sys.exit(wrong.exit_code)
+        error = ConfigError(Problem(wrong.format_message(), "command line", fix=f"{wrong.ctx.command_path} --help"))
+    except TrainerError as fault:
+        error = fault
+    from lora_trainer.cli.session import report_error
 
-        sys.exit(report_error(error, debug=_debug))
+    sys.exit(report_error(error, debug=_debug))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
@@ -17,6 +18,8 @@ from lora_trainer.config.schema import LoraConfig, RunConfig, ValidationConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.schedules.facts import facts_of
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, ScheduleOptions, to_steps
+from lora_trainer.storage.records import read_record, reason
+from lora_trainer.strict_model import Count
 
 TRAINING_FORWARDS = 2.2  # backward through a frozen UNet costs about 1.2 forwards (counted at SD 1.5's shape)
 MAX_STEPS = 1_000_000
@@ -72,9 +75,9 @@ class RunPlan:
     num_processes: int
     batch_size: int
     accumulation: int
-    steps_per_epoch: Annotated[int, Field(alias="updates_per_epoch")]
-    num_steps: Annotated[int, Field(alias="num_updates")]
-    param_groups: Annotated[tuple[ParamGroupPlan, ...], Field(alias="lr_groups")]
+    steps_per_epoch: Annotated[Count, Field(alias="updates_per_epoch")]
+    num_steps: Annotated[Count, Field(alias="num_updates")]
+    param_groups: Annotated[tuple[ParamGroupPlan, ...], Field(alias="lr_groups", min_length=1)]
     num_modules: int
     num_parameters: int
     periods: Periods
@@ -122,6 +125,19 @@ class RunPlan:
     def from_json(cls, content: Mapping[str, Any]) -> RunPlan:
         """The inverse of `as_json`."""
         return TypeAdapter(cls).validate_python(content)
+
+    @classmethod
+    def read(cls, file: Path) -> RunPlan:
+        """The plan in a run's `plan.json`.
+
+        Raises:
+            ConfigError: it cannot be read, or is none.
+        """
+        try:
+            return cls.from_json(read_record(file, cls))
+        except (OSError, ValueError) as error:
+            fix = "restore it; a start of the run with its own configuration writes it anew"
+            raise ConfigError(Problem("the plan of this run cannot be read", str(file), reason(error), fix)) from error
 
 
 def steps_per_epoch(bucket_sizes: Sequence[int], global_batch: int) -> int:

@@ -127,7 +127,7 @@ def _probe_line(arm: ArmRuns, probe: str) -> Line | None:
         return None
     steps = sorted(set.intersection(*({row["step"] for row in rows} for rows in by_seed)))
     values = np.array([[row["relative"] for row in rows if row["step"] in steps] for rows in by_seed])
-    errors = np.array([row["se"] for row in by_seed[0]]) if len(by_seed) == 1 else 0.0
+    errors = np.array([row.get("se", 0.0) for row in by_seed[0]]) if len(by_seed) == 1 else 0.0
     low, high = values.min(axis=0) - errors, values.max(axis=0) + errors
     return Line(arm.name, arm.place, steps, values.mean(axis=0), low, high)
 
@@ -178,7 +178,8 @@ def _scale_by_decades(axes: Axes) -> None:
 def band_plot(arms: Sequence[ArmRuns]) -> Plot | None:
     """The last held-out loss in four bands of timesteps, mean over seeds."""
     finals = [(arm, [run.final for run in arm.runs if run.final and run.failure is None]) for arm in arms]
-    measured = [(arm, np.mean([row["bands"] for row in rows], axis=0)) for arm, rows in finals if rows]
+    bands = [(arm, [row["bands"] for row in rows if "bands" in row]) for arm, rows in finals]
+    measured = [(arm, np.mean(np.asarray(rows, float), axis=0)) for arm, rows in bands if rows]
     if not measured:
         return None
     title = f"Held-out loss by timestep, {RELATIVE}"

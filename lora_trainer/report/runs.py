@@ -11,11 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from lora_trainer.config.places import CONFIG_FILE, ENVIRONMENT_FILE, EXIT_FILE, METRICS_FILE, PLAN_FILE, SAMPLES
+from lora_trainer.config.source import read_source
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.verdict import Arm, Purpose
+from lora_trainer.storage.records import ExitRecord, PlanRecord, SweepRecord, Text, read_record, reason
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_lines
 
 SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
@@ -123,12 +123,12 @@ class RunRecord:
     @property
     def training_s(self) -> float:
         """Seconds spent in updates; probes, samples and saves are not in it."""
-        speeds = [row["images_per_s"] for row in self.updates]  # rounded in the log: the slowest may read 0
+        speeds = [row.get("images_per_s") for row in self.updates]  # rounded in the log: the slowest may read 0
         return sum(self.plan["global_batch"] / speed for speed in speeds if speed)
 
     @property
     def peak_memory_gib(self) -> float | None:
-        return max((row["peak_memory_gib"] for row in self.updates), default=None)
+        return max((row["peak_memory_gib"] for row in self.updates if "peak_memory_gib" in row), default=None)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -147,9 +147,9 @@ def read_run(folder: Path) -> RunRecord:
         return RunRecord(
             name=folder.resolve().name,
             folder=folder,
-            plan=_read_json(folder / PLAN_FILE),
-            environment=_read_json(folder / ENVIRONMENT_FILE),
-            exit=_read_json(folder / EXIT_FILE),
+            plan=read_record(folder / PLAN_FILE, PlanRecord),
+            environment=_read_if_there(folder / ENVIRONMENT_FILE, dict[Text, Any]),
+            exit=_read_if_there(folder / EXIT_FILE, ExitRecord),
             updates=tuple(row for row in rows if "event" not in row),
             events=tuple(row for row in rows if "event" in row),
             num_damaged=len(lines) - len(rows),
@@ -157,7 +157,7 @@ def read_run(folder: Path) -> RunRecord:
             samples=sample_files(folder / SAMPLES),
         )
     except (ValueError, OSError) as error:
-        raise ConfigError(Problem("this run directory cannot be read", str(folder), str(error))) from error
+        raise ConfigError(Problem("this run directory cannot be read", str(folder), reason(error))) from error
 
 
 def _read_sweep(folder: Path) -> list[RunRecord]:
@@ -167,7 +167,7 @@ def _read_sweep(folder: Path) -> list[RunRecord]:
         ConfigError: nothing has begun, or something cannot be read.
     """
     try:
-        trials = _read_json(folder / SWEEP_FILE)["trials"]
+        trials = read_record(folder / SWEEP_FILE, SweepRecord)["trials"]
         left_out = sorted({(trial["setting"], trial["peak_lr"]) for trial in _not_begun(trials)})
         records = []
         for trial in trials:
@@ -184,8 +184,8 @@ def _read_sweep(folder: Path) -> list[RunRecord]:
 
 def not_begun(folders: Sequence[Path]) -> list[str]:
     """The trials of sweeps that were decided not to be begun, with the reason; from what `read_runs` could read."""
-    sweeps = [_read_json(folder / SWEEP_FILE) for folder in folders]
-    idle = [trial for sweep in sweeps for trial in _not_begun(sweep.get("trials", ()))]
+    sweeps = [folder / SWEEP_FILE for folder in folders if (folder / SWEEP_FILE).is_file()]
+    idle = [trial for sweep in sweeps for trial in _not_begun(read_record(sweep, SweepRecord)["trials"])]
     return [f"{trial['name']} was not trained: {trial['reason']}" for trial in idle]
 
 
@@ -212,21 +212,23 @@ def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[R
     return records
 
 
-def _read_json(file: Path) -> Row:
-    return json.loads(file.read_text()) if file.is_file() else {}
+def _read_if_there(file: Path, shape: Any) -> Row:
+    return read_record(file, shape) if file.is_file() else {}
 
 
 def _place(folder: Path) -> str:
     """Where a run or sweep lies seen from where it was started; its name alone where its place is absolute."""
     config = folder / CONFIG_FILE
-    settings = YAML(typ="safe").load(config) if config.is_file() else {}
+    settings = read_source(config).data if config.is_file() else {}
     output_dir = str(settings.get("output_dir", ""))
     return folder.name if Path(output_dir).expanduser().is_absolute() else str(Path(output_dir) / folder.name)
 
 
 def _prompts(config: Path) -> tuple[str, ...]:
-    settings = YAML(typ="safe").load(config) if config.is_file() else {"sample": {"prompts": ()}}
-    return tuple(prompt["prompt"] for prompt in settings["sample"]["prompts"])
+    section = read_source(config).data.get("sample") if config.is_file() else None
+    prompts = section.get("prompts") if isinstance(section, dict) else None
+    listed = prompts if isinstance(prompts, list) else []
+    return tuple(str(prompt["prompt"]) for prompt in listed if isinstance(prompt, dict) and "prompt" in prompt)
 
 
 def sample_files(folder: Path) -> dict[tuple[int, int], Path]:
@@ -327,7 +329,7 @@ def pairing_notes(arms: Sequence[ArmRuns]) -> list[str]:
     """Seeds whose runs did not see the same images, timesteps and noise, by the digests in the log."""
     draws_by_seed: dict[int, list[dict[int, str]]] = {}
     for _, run in named_runs(arms):
-        draws_by_seed.setdefault(run.seed, []).append({row["step"]: row["draws"] for row in run.updates})
+        draws_by_seed.setdefault(run.seed, []).append({row["step"]: row.get("draws", "") for row in run.updates})
     loose = [
         str(seed)
         for seed, draws in sorted(draws_by_seed.items())

@@ -66,7 +66,7 @@ def _probe_cells(run: RunRecord) -> tuple[str, ...]:
     trained = run.probe(TRAIN)
     known = trained and probe_fault(trained[-1]) is None
     gap = f"{last['relative'] - trained[-1]['relative']:+z.4f}" if known else NOT_MEASURED
-    return f"{last['relative']:.4f}", f"{last['se']:.4f}", f"{best['relative']:.4f}", str(best["step"]), gap
+    return f"{last['relative']:.4f}", f"{last.get('se', 0):.4f}", f"{best['relative']:.4f}", str(best["step"]), gap
 
 
 def diagnosis_table(arms: Sequence[ArmRuns]) -> Table | None:

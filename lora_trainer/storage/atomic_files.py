@@ -59,13 +59,16 @@ def to_json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, max_bytes: int = 16 * 2**20) -> Any:
     """The content of a JSON file.
 
     Raises:
         OSError, ValueError: it cannot be read, or is no JSON.
     """
-    return json.loads(read_regular(path))
+    try:
+        return json.loads(read_regular(path, max_bytes))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_regular(path: Path, max_bytes: int = 64 * 2**20) -> bytes:
@@ -74,19 +77,28 @@ def read_regular(path: Path, max_bytes: int = 64 * 2**20) -> bytes:
     Raises:
         OSError: it cannot be read, is no regular file, or is larger.
     """
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"the file is larger than {max_bytes:,} bytes")
+    return content
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, opened to be read.
+
+    Raises:
+        OSError: it cannot be, or is something else.
+    """
     try:
         mode = path.stat().st_mode
     except ValueError as error:  # a NUL in its name
         raise OSError(errno.EINVAL, str(error)) from error
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "it is no regular file")
-    with path.open("rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise OSError(errno.EFBIG, f"the file is larger than {max_bytes:,} bytes")
-    return content
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.open("rb")
 
 
 def write_synced(path: Path, chunks: bytes | Iterable[bytes]) -> None:

@@ -8,9 +8,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Required
 
-from lora_trainer.storage.atomic_files import AppendLog
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from lora_trainer.storage.atomic_files import AppendLog, open_regular
+from lora_trainer.storage.records import Finite, Text, Update, read_log, shape_fault
 
 TIMING_FIELDS = ("images_per_s", "step_s", "peak_memory_gib", "elapsed_s")
 """Fields that differ between two otherwise equal runs."""
@@ -21,9 +25,49 @@ _ESSENTIAL = {
     UPDATE: {"trial", "lr", "grad_norm"},
     "validation": {"probe", "items"},
     "skip": {"reason"},
+    "failed": {"reason"},
+    "stopped": {"reason"},
+    "fork": {"items"},
+    "cooldown": {"items"},
+    "diagnosis": {"findings"},
     "renamed": {"trial", "before"},
 }
 """Fields, besides `step`, without which a line is no row of its event; an update is none."""
+_Reading = Finite | Literal["nan", "inf", "-inf"]
+
+
+class _Finding(TypedDict):
+    state: Text
+    evidence: Text
+    confidence: Text | None
+    advice: list[dict[Text, Any]]
+
+
+class _Row(TypedDict, total=False):
+    """What the fields of rows hold, whatever the event."""
+
+    step: Required[Update]
+    event: Text
+    trial: Text
+    before: Text
+    reason: Text
+    probe: Text
+    draws: Text
+    files: list[Text]
+    findings: list[_Finding]
+    items: Annotated[list[_Reading], Field(min_length=1)]
+    bands: Annotated[list[_Reading], Field(min_length=4, max_length=4)]
+    relative: _Reading
+    se: _Reading
+    loss: _Reading
+    lr: Finite
+    grad_norm: Finite
+    factor: Finite
+    ratio: Finite
+    base_loss: Finite
+    images_per_s: Finite
+    peak_memory_gib: Finite
+    elapsed_s: Finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +148,12 @@ def finite(content: Any) -> Any:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
     """Each line of a metrics file as `parse_row` reads it; a last one that a kill cut short is left out."""
-    with path.open("rb") as file:
-        yield from (parse_row(line) for line in file if line.endswith(b"\n"))
+    return map(parse_row, read_log(path))
 
 
 def last_elapsed(path: Path) -> float:
     """Seconds of training that the last rows of a log tell of, over all starts; 0 where they tell nothing."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(max(0, path.stat().st_size - 2**16))
         told = [(parse_row(line) or {}).get("elapsed_s") for line in file]
     return float(next((seconds for seconds in reversed(told) if isinstance(seconds, int | float)), 0.0))
@@ -118,7 +161,7 @@ def last_elapsed(path: Path) -> float:
 
 def probe_fault(row: Mapping[str, Any]) -> str | None:
     """Why the loss of a `validation` row counts for nothing: it is no finite number. None where it is one."""
-    value = row["relative"]
+    value = row.get("relative", "not recorded")
     named = row["probe"].replace("_", "-")
     return f"the {named} loss at step {row['step']} is {value}" if isinstance(value, str) else None
 
@@ -134,7 +177,9 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    if shape_fault(row, _Row) is not None or not all(
+        isinstance(rate, int | float) for key, rate in row.items() if key.startswith("lr/")
+    ):
         return None
     return row if row.keys() >= _ESSENTIAL.get(str(row.get("event", UPDATE)), set()) else None
 

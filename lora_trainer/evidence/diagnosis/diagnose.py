@@ -115,7 +115,7 @@ def _advice(finding: Finding, log: TrialLog, run: RunFacts) -> Iterator[Advice]:
     config = run.config
     match finding.state:
         case State.NON_FINITE:
-            if files := sorted({file for skip in log.skips for file in skip["files"]}):
+            if files := sorted({file for skip in log.skips for file in skip.get("files", ())}):
                 yield Advice(f"look at the images of the skipped updates: {', '.join(files[:8])}")
             if config.train.precision in ("auto", "fp16"):
                 yield Advice("rule out the precision: fp32 on a short run", "train.precision", "fp32")

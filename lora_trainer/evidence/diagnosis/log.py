@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -102,7 +101,7 @@ class ProbeLog:
     def add(self, event: Mapping[str, Any]) -> None:
         self.steps.append(int(event["step"]))
         self.rows.append(np.asarray([float(value) for value in event["items"]]))
-        self.losses.append(float(event["loss"]))
+        self.losses.append(float(event.get("loss", "nan")))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -216,7 +215,7 @@ class TrialLog:
         self.failure = None
         missing = int(row["step"]) - 1 - len(self.lrs)  # rows of skipped updates, or lost with a damaged log
         self.lrs += [float(row["lr"])] * (max(0, missing) + 1)
-        self.clipped.append(bool(row["clipped"]))
+        self.clipped.append(bool(row.get("clipped")))
         self.grad_norms.append(float(row["grad_norm"]))
         if "ratio" in row:
             self.ratios.append((int(row["step"]), float(row["ratio"])))
@@ -235,5 +234,5 @@ def read_run(run_dir: Path) -> tuple[TrialLog, RunFacts]:
     log = TrialLog()
     for row in read_lines(run_dir / METRICS_FILE):
         log.add(row)
-    plan = RunPlan.from_json(json.loads((run_dir / PLAN_FILE).read_text(encoding="utf-8")))
+    plan = RunPlan.read(run_dir / PLAN_FILE)
     return log, RunFacts.of(plan, load_config(run_dir / CONFIG_FILE))

@@ -61,7 +61,7 @@ def non_finite(log: TrialLog, run: RunFacts, limits: Thresholds) -> Finding:
     probes = log.non_finite_probes
     if faults or probes or log.failure:
         reasons = " and ".join(sorted({f"{skip['reason']} at step {skip['step']}" for skip in faults[:3]}))
-        files = sorted({file for skip in faults for file in skip["files"]})
+        files = sorted({file for skip in faults for file in skip.get("files", ())})
         clauses = [f"not finite: {reasons}, {len(faults)} updates skipped ({', '.join(files[:4])})"] if faults else []
         clauses += [f"it was ended: {log.failure}"] if log.failure else []
         clauses += [f"the {name} probe at step {step} is not finite" for step, name in probes[:3]]

@@ -8,10 +8,12 @@ no schedule is judged before it came to its end. The level of 5 % is divided by 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from lora_trainer.config.identity import compare, completed, difference, refusal
 from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
@@ -19,6 +21,7 @@ from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Rules
 from lora_trainer.evidence.statistics.verdict import compare as compare_arms
 from lora_trainer.planning.prepare import Prepared
+from lora_trainer.storage.records import Finite, Text, TrialRecord, Update, read_record, reason
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_rows
 from lora_trainer.training.group import Member, TrialGroup
 
@@ -35,6 +38,44 @@ _PROBE_FIELDS = ("step", "relative", "loss", "se", "items")
 FEWER_SEEDS = "sweep.prune.worse_after_seeds"
 
 
+class _Group(TypedDict):
+    name: Text
+    trials: list[Text]
+    status: Text
+    num_updates: Update
+
+
+class _Reading(TypedDict):
+    step: Update
+    relative: Finite
+
+
+class _Trial(TrialRecord):
+    seed: int
+    group: Text | None
+    overrides: dict[Text, Any]
+    peak_lr: Finite
+    lr_budget: Finite
+    num_updates: Update
+    reason: Text | None
+    final: _Reading | None
+    best: _Reading | None
+
+
+class _Sweep(TypedDict):
+    """What is looked at of a record of ours."""
+
+    format: Literal[1]
+    name: Text
+    shared: dict[Text, Any]
+    groups: list[_Group]
+    trials: Annotated[list[_Trial], Field(min_length=1)]
+
+
+class _Planned(TypedDict):
+    identity: dict[Text, Any]
+
+
 def read_sweep(sweep_dir: Path) -> Json | None:
     """What an earlier start wrote; None where there is nothing.
 
@@ -45,15 +86,12 @@ def read_sweep(sweep_dir: Path) -> Json | None:
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text())
-        if content["format"] == FORMAT:
-            return content
-        fault = f"its format is {content['format']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fault = str(error)
-    raise SystemSetupError(
-        Problem("the record of this sweep cannot be read", str(file), fault, "restore it, or use --fresh")
-    )
+        return read_record(file, _Sweep)
+    except (OSError, ValueError) as error:
+        fix = "restore it, or use --fresh"
+        raise SystemSetupError(
+            Problem("the record of this sweep cannot be read", str(file), reason(error), fix)
+        ) from error
 
 
 def started_groups(before: Json, sweep_dir: Path) -> dict[str, list[str]]:
@@ -116,8 +154,8 @@ def _contents(prepared: Prepared) -> Json:
 
 def _stored_identity(folder: Path) -> Json | None:
     try:
-        return completed(json.loads((folder / PLAN_FILE).read_text())["identity"])
-    except (OSError, ValueError, KeyError):
+        return completed(read_record(folder / PLAN_FILE, _Planned)["identity"])
+    except (OSError, ValueError):
         return None
 
 
@@ -220,7 +258,7 @@ def _with_results(trial: Json, sweep_dir: Path, *, done: bool) -> Json:
     log = sweep_dir / trial["folder"] / METRICS_FILE
     rows = list(read_rows(log)) if log.exists() else []
     probes = [r for r in rows if r.get("event") == "validation" and r["probe"] == HELD_OUT and r["step"] > 0]
-    measured = [{key: row[key] for key in _PROBE_FIELDS} for row in probes if probe_fault(row) is None]
+    measured = [{key: row[key] for key in _PROBE_FIELDS if key in row} for row in probes if probe_fault(row) is None]
     step = max((row["step"] for row in rows), default=0)
     ending = next((row for row in rows if row.get("event") in ("failed", "stopped")), None)
     if ending is None and done and probes and (fault := probe_fault(probes[-1])) is not None:

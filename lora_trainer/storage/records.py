@@ -1,0 +1,111 @@
+"""Records and logs of ours as a reader finds them, whatever happened to them since: bounded, and of the shape meant."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from lora_trainer.storage.atomic_files import open_regular, read_json
+from lora_trainer.strict_model import Count
+
+MAX_LINE, MAX_LOG = 2**24, 2**31
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Text = Annotated[str, Field(max_length=10_000, strict=True)]
+Update = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
+"""A number of updates."""
+_Identity = TypedDict("_Identity", {"seed": int, "optimizer.lr": Finite})
+
+
+class _ParamGroup(TypedDict):
+    name: Text
+    lr_budget: Finite
+
+
+class PlanRecord(TypedDict):
+    """What a report looks at in `plan.json`."""
+
+    identity: _Identity
+    num_updates: Count
+    global_batch: Count
+    lr_groups: Annotated[list[_ParamGroup], Field(min_length=1)]
+
+
+class ExitRecord(TypedDict, total=False):
+    """How a run ended, in `exit.json`."""
+
+    status: Text
+    message: Text
+
+
+class TrialRecord(TypedDict):
+    """What every reader looks at in a trial's row of `sweep.json`."""
+
+    name: Text
+    arm: Text
+    setting: Text
+    folder: Annotated[Text, Field(pattern=r"^trials/[^/\x00]+$")]
+    status: Text
+    step: Update
+
+
+class SweepRecord(TypedDict):
+    """A sweep's rows."""
+
+    trials: list[TrialRecord]
+
+
+def read_record(file: Path, shape: Any) -> Any:
+    """The content of a JSON file that has at least the fields of `shape`, a `TypedDict`, with their types.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is something else.
+    """
+    content = read_json(file)
+    if (fault := shape_fault(content, shape)) is not None:
+        raise ValueError(fault)
+    return content
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why a file cannot be used, in a sentence."""
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def shape_fault(content: Any, shape: Any) -> str | None:
+    """What first differs from a shape; None where nothing does."""
+    try:
+        _adapter(shape).validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}" if first["loc"] else first["msg"]
+    return None
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
+def read_log(file: Path) -> Iterator[bytes]:
+    """The lines of a log; of one that is too long its beginning, and none where a kill cut the last one short.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than any log.
+    """
+    with open_regular(file) as opened:
+        if opened.seek(0, os.SEEK_END) > MAX_LOG:
+            raise OSError(errno.EFBIG, f"it is larger than {MAX_LOG:,} bytes")
+        opened.seek(0)
+        while line := opened.readline(MAX_LINE):
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = opened.readline(MAX_LINE)
+            if rest:
+                yield line
