@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,12 @@ def _above_zero(lr: float | None) -> float | None:
     if lr is not None and not 0 < lr < float("inf"):
         raise typer.BadParameter("a learning rate is above 0")
     return lr
+
+
+def finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise typer.BadParameter("a finite number is expected")
+    return number
 
 
 def one_file(files: list[Path] | None) -> list[Path] | None:
@@ -31,13 +38,17 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
 Name = Annotated[str, typer.Argument(help="A schedule's name; `lora-trainer schedules list` has them all.")]
 Words = Annotated[list[str], typer.Argument(metavar="NAME [KEY=VALUE]...", help="A schedule, and options for it.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Updates of the run; default 1000, or the config's.")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", min=1, max=1_000_000, help="Updates of the run; default 1000, or the config's.")
+]
 LR = Annotated[
     float | None, typer.Option("--lr", callback=_above_zero, help="Base learning rate; default 1e-4, or the config's.")
 ]
 Epoch = Annotated[
     int | None,
-    typer.Option("--epoch-steps", min=1, help="Updates of an epoch; default a tenth of the run, or the config's."),
+    typer.Option(
+        "--epoch-steps", min=1, max=1_000_000, help="Updates of an epoch; default a tenth of the run, or the config's."
+    ),
 ]
 
 

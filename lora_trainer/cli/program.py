@@ -10,7 +10,7 @@ import typer
 
 from lora_trainer import __version__
 from lora_trainer.cli import schedule_commands
-from lora_trainer.cli.options import ConfigFile, DryRun, Overrides, Plugins
+from lora_trainer.cli.options import ConfigFile, DryRun, Overrides, Plugins, finite
 
 app = typer.Typer(
     name="lora-trainer",
@@ -107,13 +107,19 @@ def sample(
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a Hub id given as --model.")] = None,
     negative_prompt: Annotated[str, typer.Option("--negative-prompt", help="What to steer away from.")] = "",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first image; the next ones count up.")] = 0,
-    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images per prompt.")] = 1,
-    num_inference_steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option("--guidance", min=1, help="Classifier-free guidance.")] = 7.5,
-    lora_scale: Annotated[float, typer.Option("--scale", help="Strength of the LoRA; 0 is the base alone.")] = 1.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**62, help="Seed of the first image; the next ones count up.")
+    ] = 0,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, max=10_000, help="Images per prompt.")] = 1,
+    num_inference_steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")] = 25,
+    guidance_scale: Annotated[
+        float, typer.Option("--guidance", min=1, max=1000, callback=finite, help="Classifier-free guidance.")
+    ] = 7.5,
+    lora_scale: Annotated[
+        float, typer.Option("--scale", callback=finite, help="Strength of the LoRA; 0 is the base alone.")
+    ] = 1.0,
     size: Annotated[
-        int | None, typer.Option("--size", min=8, help="Width and height, px; default: the base's.")
+        int | None, typer.Option("--size", min=8, max=8192, help="Width and height, px; default: the base's.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the PNG files.")] = Path(),
 ) -> None:
@@ -183,7 +189,9 @@ def plan(
     config: ConfigFile,
     overrides: Overrides,
     _plugins: Plugins = False,
-    processes: Annotated[int | None, typer.Option("--processes", min=1, help="Plan for this many processes.")] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, max=100_000, help="Plan for this many processes.")
+    ] = None,
 ) -> None:
     """Explain batch, accumulation, processes, repeats, epochs, updates and LR of a run. Never loads torch."""
     from lora_trainer.cli.plan import plan as run
@@ -200,18 +208,22 @@ def find_lr(
     config: ConfigFile,
     overrides: Overrides,
     _plugins: Plugins = False,
-    steps: Annotated[int, typer.Option("--steps", help="Updates of the ramp.")] = 100,
+    steps: Annotated[int, typer.Option("--steps", max=1_000_000, help="Updates of the ramp.")] = 100,
     start_lr: Annotated[
         float | None, typer.Option("--start-lr", help="First LR; default: the optimizer's default / 100.")
     ] = None,
     end_lr: Annotated[
         float | None, typer.Option("--end-lr", help="Last LR; default: the optimizer's default x 10,000, at most 1.")
     ] = None,
-    images: Annotated[int, typer.Option("--images", min=2, help="Held-out images probed after each update.")] = 4,
+    images: Annotated[
+        int, typer.Option("--images", min=2, max=1_000_000, help="Held-out images probed after each update.")
+    ] = 4,
     verify: Annotated[
         bool, typer.Option("--verify", help="Confirm by short runs at five LRs from one state on the same batches.")
     ] = False,
-    verify_steps: Annotated[int, typer.Option("--verify-steps", min=1, help="Updates of each of these runs.")] = 50,
+    verify_steps: Annotated[
+        int, typer.Option("--verify-steps", min=1, max=1_000_000, help="Updates of each of these runs.")
+    ] = 50,
 ) -> None:
     """Find a base learning rate by a ramp on your data and base; the model and the run's folder stay untouched."""
     from lora_trainer.cli.find_lr import find_lr as run
@@ -232,7 +244,14 @@ def report(
         Path | None, typer.Option("--output", "-o", help="HTML file; default: RUN/report.html, of several report.html.")
     ] = None,
     min_effect: Annotated[
-        float, typer.Option("--min-effect", min=0, help="Smallest difference that matters, as a share of the gain.")
+        float,
+        typer.Option(
+            "--min-effect",
+            min=0,
+            max=1,
+            callback=finite,
+            help="Smallest difference that matters, as a share of the gain.",
+        ),
     ] = 0.01,
     confirm: Annotated[
         list[Path] | None,

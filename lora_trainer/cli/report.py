@@ -27,7 +27,7 @@ def report(runs: Sequence[Path], output: Path | None, min_effect: float, confirm
         ConfigError: a folder is no run directory, runs do not go together, or the page would replace another's file.
     """
     file = output or (runs[0] if len(runs) == 1 else Path()) / REPORT_FILE
-    check_output(file, lambda there: GENERATOR.encode() in there.read_bytes())
+    check_output(file, lambda there: GENERATOR.encode() in there.open("rb").read(2**20))
     sentence = write_report(runs, file, confirm=confirm, rules=Rules(min_effect=min_effect))
     MainConsole().print(f"{sentence}\n\nwrote {file}")
 

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from lora_trainer.cli.plan import prepare_plan
+from lora_trainer.cli.session import check_output
 from lora_trainer.config.load import check_source, load_config
-from lora_trainer.config.source import Source
+from lora_trainer.config.source import Source, split_override
 from lora_trainer.config.structure import option_rows
 from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.planning.run_plan import resolve_param_groups
-from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
+from lora_trainer.report.pictures import Curve, draw_schedules, is_our_picture, terminal_plot
 from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
 from lora_trainer.schedules.facts import ScheduleFacts, facts_of
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
@@ -147,7 +145,7 @@ def named_previews(words: Sequence[str], horizon: Horizon, lr: float) -> list[Pr
         given = {key: value for key, value in options.items() if key in fields or key not in taken}
         try:
             shown.append(_preview(name, _checked_options(name, given), horizon, lr))
-        except ScheduleError as error:
+        except (ScheduleError, OverflowError) as error:
             raise ConfigError(Problem(f"{name}: {error}", fix=f"lora-trainer schedules show {name}")) from None
     return shown
 
@@ -187,6 +185,8 @@ def plot(
     """
     if output is not None and output.suffix.lower() != ".png":
         raise ConfigError(Problem("a picture is written as PNG", f"--output {output}", fix="end its name in .png"))
+    if output is not None:
+        check_output(output, is_our_picture)
     console = MainConsole()
     if every:
         words = [*words, *(name for name, kind in SCHEDULES.items() if kind is not TorchSchedule)]
@@ -220,13 +220,10 @@ def _options_class(name: str) -> type[ScheduleOptions]:
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Names, and the options given as `key=value`; the values are YAML."""
+    """Names, and the options given as `key=value`, read as overrides of `lr_scheduler` are."""
     names = [word for word in words if "=" not in word]
-    pairs = (word.partition("=") for word in words if "=" in word)
-    try:
-        return names, {key: YAML(typ="safe").load(value) for key, _, value in pairs}
-    except YAMLError as error:
-        raise ConfigError(Problem(f"not valid YAML: {error}", "command line")) from error
+    pairs = (split_override(f"lr_scheduler.{word}", "command line") for word in words if "=" in word)
+    return names, {key.removeprefix("lr_scheduler."): value for key, value in pairs}
 
 
 def _written(options: ScheduleOptions) -> dict[str, Any]:

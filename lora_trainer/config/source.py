@@ -159,7 +159,7 @@ def split_override(text: str, place: str | None) -> tuple[str, Any]:
     kind = text_kind(key)
     if kind == "text" or (kind == "text or null" and value.strip() not in ("", "~", "null")):
         return key, value
-    parsed = _plain(_parse(value, f"{place}, {text}"), (), "", {})
+    parsed = _plain(_parse(value, place or text), (), "", {})
     written = value.strip()
     return key, written if isinstance(parsed, str) and written[0] not in "\"'|>" else parsed
 

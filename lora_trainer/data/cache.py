@@ -90,7 +90,7 @@ def build_cache(
         _encode_texts(family, runtime, missing_texts, text_files, progress)
     if missing_images:
         _encode_views(family, runtime, missing_images, image_files, progress)
-    runtime.state.wait_for_everyone()
+    runtime.wait_for_all()
     prompts = {name: runtime.place(values) for name, values in _stacked(text_files.values()).items()}
     return Cache(
         latents=_read_latents(training, image_files, config.data, family, runtime),

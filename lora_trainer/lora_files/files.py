@@ -27,7 +27,7 @@ from lora_trainer.models.folder import BaseFolder
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.storage import safetensors_io
 from lora_trainer.storage.safetensors_io import Tensors
-from lora_trainer.strict_model import StrictModel
+from lora_trainer.strict_model import Count, StrictModel
 
 OWN_KEY = "lora_trainer"
 MAX_FILE_BYTES = 8 * 2**30
@@ -53,7 +53,7 @@ class LoopFacts(StrictModel):
     num_images: int
     num_samples: int
     num_steps: Annotated[int, Field(alias="num_updates")]
-    steps_per_epoch: Annotated[int, Field(alias="updates_per_epoch")]
+    steps_per_epoch: Annotated[Count, Field(alias="updates_per_epoch")]
     num_warmup_steps: Annotated[int, Field(alias="warmup_updates")]
     batch_size: int
     accumulation: int

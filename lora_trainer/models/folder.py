@@ -11,12 +11,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
 from lora_trainer.errors import ModelError, Problem
 from lora_trainer.storage.atomic_files import read_json
+from lora_trainer.storage.records import shape_fault
+from lora_trainer.strict_model import Count
 
 _CONVERT = (
     'python -c "from diffusers import StableDiffusionPipeline as P; '
@@ -32,6 +36,18 @@ _KINDS = {
 }
 """Parts of tensor names that tell what a single file holds, the first found."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class _VAE(TypedDict):
+    block_out_channels: Annotated[list[int], Field(min_length=1, max_length=8)]
+
+
+class _TextEncoder(TypedDict):
+    max_position_embeddings: Count
+
+
+_SHAPES = {"vae": _VAE, "text_encoder": _TextEncoder}
+"""What is counted on in the components' configurations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +73,11 @@ class BaseFolder:
 
     def component_config(self, component: str) -> dict[str, Any]:
         """The component's JSON configuration."""
-        name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return read_object(self.path / component / name)
+        file = self.path / component / ("scheduler_config.json" if component == "scheduler" else "config.json")
+        content = read_object(file)
+        if component in _SHAPES and (fault := shape_fault(content, _SHAPES[component])) is not None:
+            raise ModelError(Problem("not what a base has here", str(file), fault, "fetch the base again"))
+        return content
 
     def prediction_type(self, asked: str = "auto") -> str:
         """What the denoiser predicts: as asked, else as the scheduler says; `flow` under a flow-matching one.
@@ -232,7 +251,7 @@ def _header_keys(file: Path) -> tuple[list[str], str | None]:
             return [], "it is an HTML page"
         with safe_open(file, framework="np") as opened:
             return list(opened.keys()), None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         return [], str(error)
 
 

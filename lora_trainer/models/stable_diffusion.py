@@ -76,7 +76,7 @@ class StableDiffusion(DiffusersFamily):
     @property
     def kohya_version(self) -> str:
         """SD 2.x is told by its wider text encoder."""
-        if self.base.component_config("unet")["cross_attention_dim"] != 1024:
+        if self.base.component_config("unet").get("cross_attention_dim") != 1024:
             return "sd_v1"
         return "sd_v2_v" if self.base.prediction_type() == "v_prediction" else "sd_v2"
 
@@ -132,7 +132,9 @@ class StableDiffusion(DiffusersFamily):
     def load_pipeline(self) -> Any:
         import torch
         from diffusers import StableDiffusionPipeline
+        from diffusers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         host = torch.device("cpu")
         return StableDiffusionPipeline.from_pretrained(
             self.base.path,

@@ -179,7 +179,7 @@ def resolve_param_groups(config: RunConfig, horizon: Horizon, denoiser: str) -> 
             schedule = options.resolve(horizon)
             schedule.multiplier(horizon.num_steps - 1, base_lr)
             param_groups.append(ParamGroup(name, base_lr, options, schedule))
-        except ScheduleError as error:
+        except (ScheduleError, OverflowError) as error:
             problems.append(Problem(f"`{place}`: {error}"))
     if problems:
         raise ConfigError(*problems)
@@ -300,7 +300,10 @@ def _measurements(num_steps: int, every: int) -> int:
 
 
 def _param_group_plan(group: ParamGroup) -> ParamGroupPlan:
-    facts = facts_of(group.options, group.schedule, group.base_lr)
+    try:
+        facts = facts_of(group.options, group.schedule, group.base_lr)
+    except (ScheduleError, OverflowError) as error:
+        raise ConfigError(Problem(f"the LR schedule of {group.name}: {error}", fix="write usual numbers")) from error
     return ParamGroupPlan(
         name=group.name,
         schedule=group.options.type,

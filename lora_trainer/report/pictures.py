@@ -24,6 +24,7 @@ from lora_trainer.tracking.metrics import step_rows
 MOST_IN_ONE_PANEL, PANELS_PER_ROW = 8, 4
 MOST_NUMBERED_MARKS = 5  # more milestones than this share one entry of the legend
 MOST_SAMPLED_STEPS = 8
+SOFTWARE = "lora_trainer"
 T = TypeVar("T")
 
 
@@ -177,7 +178,16 @@ def spread(items: Sequence[T], most: int) -> list[T]:
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
+def is_our_picture(file: Path) -> bool:
+    """Whether `save_png` wrote this file."""
+    try:
+        with Image.open(file) as image:
+            return image.info.get("Software") == SOFTWARE
+    except OSError:  # no picture at all
+        return False
+
+
 def save_png(figure: Figure, picture: Path) -> None:
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": SOFTWARE})
     atomic_files.write_file(picture, buffer.getvalue())

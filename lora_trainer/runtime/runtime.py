@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 _PR_SET_PDEATHSIG = 1
+_peers: list[tuple[int, int, str]] = []
+"""Rank, process id and host of all that joined."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,18 @@ class Runtime:
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes; the tensor itself for one."""
-        return values if self.launch.num_processes == 1 else reduce_over_processes(values, "sum")
+        with _peers_in_words():
+            return values if self.launch.num_processes == 1 else reduce_over_processes(values, "sum")
 
     def from_all(self, values: list[Any]) -> list[Any]:
         """The lists of all processes, one after the other."""
-        return values if self.launch.num_processes == 1 else gather_object(values)
+        with _peers_in_words():
+            return values if self.launch.num_processes == 1 else gather_object(values)
+
+    def wait_for_all(self) -> None:
+        """Go on when every process has come here."""
+        with _peers_in_words():
+            self.state.wait_for_everyone()
 
     def facts(self) -> dict[str, str]:
         """What may move the last bits of a run: device, precision as it became, versions (`config/identity.py`)."""
@@ -99,7 +109,32 @@ def default_device() -> torch.device:
 
 def from_main(launch: Launch, value: Any) -> Any:
     """The main process's value, in every process; they must have joined."""
-    return value if launch.num_processes == 1 else broadcast_object_list([value])[0]
+    with _peers_in_words():
+        return value if launch.num_processes == 1 else broadcast_object_list([value])[0]
+
+
+@contextmanager
+def _peers_in_words() -> Iterator[None]:
+    """The end of another process, as this one notices it.
+
+    Raises:
+        SystemSetupError: it names the processes of this host that are gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower() and not isinstance(error, torch.distributed.DistError):
+            raise
+        gone = [str(rank) for rank, pid, host in _peers if host == socket.gethostname() and not _lives(pid)]
+        which = f"the process of rank {', '.join(gone)} has ended" if gone else "another process can no longer be heard"
+        fix = "its own last words say why; the same command goes on from the newest checkpoint"
+        raise SystemSetupError(Problem(f"{which}, so this one ends too", fix=fix)) from error
+
+
+def _lives(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @contextmanager
@@ -118,6 +153,9 @@ def joined_processes(launch: Launch) -> Iterator[PartialState]:
         why = "each process would train on a part of the images and none would hear of the others"
         fix = "start with torchrun --nproc-per-node N train.py --config ..., or unset WORLD_SIZE"
         raise SystemSetupError(Problem(what, "WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR", why, fix))
+    if launch.num_processes > 1:
+        with _peers_in_words():
+            _peers[:] = gather_object([(launch.rank, os.getpid(), socket.gethostname())])
     try:
         yield state
     finally:

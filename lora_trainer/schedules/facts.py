@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lora_trainer.schedules.schedule import LRSchedule, ScheduleOptions
+from lora_trainer.schedules.schedule import LRSchedule, ScheduleError, ScheduleOptions
 
 NEGLIGIBLE = 1e-3  # a multiplier under which an update trains next to nothing
 NEGLIGIBLE_SHARE = 0.1
@@ -45,9 +45,11 @@ def facts_of(options: ScheduleOptions, schedule: LRSchedule, base_lr: float) -> 
     """Tabulate a schedule and look at it.
 
     Raises:
-        ScheduleError: an absolute end does not fit the base LR.
+        ScheduleError: an absolute end does not fit the base LR, or an LR is no finite number.
     """
     lrs = tuple(schedule.lr(k, base_lr) for k in range(schedule.horizon.num_steps))
+    if not all(map(math.isfinite, lrs)) or math.isinf(base_lr * len(lrs)):
+        raise ScheduleError("with these options its learning rates are no finite numbers")
     return ScheduleFacts(
         lrs=lrs,
         budget=math.fsum(lrs) / (base_lr * len(lrs)),

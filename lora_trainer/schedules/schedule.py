@@ -160,7 +160,12 @@ class LRSchedule:
         k = min(k, self.horizon.num_steps)
         if k < self.warmup.num_steps:
             return self.warmup.multiplier(k)
-        value = self.core(k, base_lr)
+        try:
+            value = self.core(k, base_lr)
+        except (ArithmeticError, ValueError) as error:
+            if isinstance(error, ScheduleError):
+                raise
+            raise ScheduleError(f"with these options the multiplier of update {k} is no number: {error}") from error
         remaining = self.horizon.num_steps - k
         return value * remaining / self.num_cooldown_steps if remaining < self.num_cooldown_steps else value
 

@@ -73,7 +73,7 @@ def fit(
         with closing(GroupWriter(group, setup, console, on_save)) as writer:
             writer.open(point)
             step = train_loop(start, setup, writer, console=console, should_stop=should_stop, on_measure=on_measure)
-        runtime.state.wait_for_everyone()
+        runtime.wait_for_all()
     return FitResult(step, {trial.name: trial.ending for trial in setup.trials})
 
 

@@ -322,7 +322,7 @@ def test_records(world: World, judge: Callable[..., None]) -> None:
         content = json.loads(file.read_bytes())
         judge(spoilt(file, hostile.json_files(content), *commands), 6, every=2)
         judge(taken(file, *commands), 2, every=3)
-        judge(spoilt(file, hostile.json_contents(content), *commands), 10, every=149 if name == "plan.json" else 17)
+        judge(spoilt(file, hostile.json_contents(content), *commands), 4, every=149 if name == "plan.json" else 17)
     manifest = next(world.run.glob("checkpoints/*/manifest.json"))
     for file in (manifest, manifest.with_name("state.json")):
         content = json.loads(file.read_bytes())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from faults import spoil_losses
+from faults import before_updates, spoil_losses
 from safetensors.torch import load_file
 from worlds import run_in_world
 
@@ -18,6 +20,7 @@ from lora_trainer.errors import ExitCode, SystemSetupError
 from lora_trainer.schedules.registry import SCHEDULES
 from lora_trainer.schedules.schedule import Horizon
 from lora_trainer.tracking.metrics import read_rows, step_rows
+from lora_trainer.training.optimizer_step import OptimizerStep
 
 GLOBAL_BATCH = 16
 NUM_UPDATES = 4
@@ -92,3 +95,26 @@ def test_a_world_whose_processes_do_not_meet_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemSetupError, match="2 processes are announced"):
         train_toy()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_is_named_by_the_other(
+    train_toy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], killed: int
+) -> None:
+    def die(step: OptimizerStep, k: int) -> None:
+        if k == 2 and int(os.environ["RANK"]) == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before_updates(monkeypatch, die)
+
+    def work() -> None:
+        try:
+            train_toy("train.batch_size=1", name="halved")
+        except SystemSetupError as error:
+            print(error, file=sys.stderr)
+            raise
+
+    codes = run_in_world(2, work)
+    assert sorted(codes) == [-signal.SIGKILL, ExitCode.ENVIRONMENT]
+    assert f"the process of rank {killed} has ended" in capfd.readouterr().err
