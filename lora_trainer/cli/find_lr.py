@@ -11,7 +11,7 @@ from lora_trainer.config.load import load_config
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, finder_rows, prepare_finder
 from lora_trainer.experiments.lr_finder.record import answer_rows, write_result
 from lora_trainer.runtime.launch import read_launch
-from lora_trainer.storage import atomic_files
+from lora_trainer.storage import locks
 from lora_trainer.tracking.console import MainConsole
 
 
@@ -29,7 +29,7 @@ def find_lr(config_file: Path, overrides: Sequence[str], options: FinderOptions)
     console.table(f"Plan of find-lr for {config.name}", finder_rows(finder))
     from lora_trainer.experiments.lr_finder.run import find_lr as run
 
-    lock = atomic_files.sole_writer(finder.folder, console.print) if launch.is_main else nullcontext()
+    lock = locks.sole_writer(finder.folder, console.print) if launch.is_main else nullcontext()
     with lock, StopRequest().listening() as stop:
         result = run(finder, console=console, should_stop=stop)
         if launch.is_main:

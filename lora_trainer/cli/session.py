@@ -15,7 +15,7 @@ from types import FrameType
 
 from lora_trainer.config.places import EXIT_FILE
 from lora_trainer.errors import ConfigError, ExitCode, Problem, StoppedBySignal, SystemSetupError, TrainerError
-from lora_trainer.storage import atomic_files, disk_space
+from lora_trainer.storage import atomic_files, disk_space, locks
 from lora_trainer.tracking.console import MainConsole
 
 ECHO_S = 1.0
@@ -106,7 +106,7 @@ def writing(run_dir: Path, console: MainConsole, *, fresh: bool) -> Iterator[Non
     Args:
         fresh: move an earlier run aside first.
     """
-    with atomic_files.sole_writer(run_dir, console.print):
+    with locks.sole_writer(run_dir, console.print):
         if fresh:
             _set_aside(run_dir, console)
         record_exit(run_dir, None, "running", f"started by process {os.getpid()}")

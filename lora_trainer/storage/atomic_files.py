@@ -7,30 +7,21 @@ them before and after it happens, so that a test can count them and let the n-th
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import socket
 import stat
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
-
-import psutil
+from typing import Any, BinaryIO
 
 from lora_trainer.errors import Problem, SystemSetupError
 
 TEMPORARY_PREFIX = ".tmp-"
 UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 """What a file system answers that lacks an operation: no fault of the disk."""
-LEASE_S = 60.0
-"""An owner's lease ends so long after its last touch."""
 Observer = Callable[[str, str, Path], None]  # ("before" | "after", operation, path)
 _observer: Observer | None = None
 
@@ -94,10 +85,9 @@ def open_regular(path: Path) -> BinaryIO:
         mode = path.stat().st_mode
     except ValueError as error:  # a NUL in its name
         raise OSError(errno.EINVAL, str(error)) from error
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        kind = IsADirectoryError if stat.S_ISDIR(mode) else OSError
+        raise kind(errno.EINVAL, "it is no regular file", str(path))
     return path.open("rb")
 
 
@@ -181,101 +171,6 @@ class AppendLog:
         self._length = length
 
 
-@contextmanager
-def sole_writer(folder: Path, emit: Callable[[str], None]) -> Iterator[None]:
-    """Hold the folder's lock: one writer at a time. The kernel frees it when the process dies, however it dies.
-
-    Where the file system has no locks a lease stands in: the owner's name in the file, which is touched all the time.
-
-    Args:
-        emit: shows a line to a person.
-
-    Raises:
-        SystemSetupError: another process holds it; its pid and host are named, and how long ago it was heard of.
-    """
-    make_folder(folder)
-    path = folder / ".lock"
-    with path.open("a+") as file:
-        file.seek(0)
-        owner = file.read().strip()
-        try:
-            is_locked = _lock(file)
-            is_held = not is_locked and not _is_gone(owner) and _age(path) < LEASE_S
-        except BlockingIOError:
-            is_locked = is_held = True
-        if is_held:
-            heard = f"{'taken' if is_locked else 'renewed'} {timedelta(seconds=round(_age(path)))} h ago"
-            why = f"its lock is held by {owner or 'an unknown process'}, {heard}"
-            fix = f"wait for it, stop it, or give this run another `name`; if it is gone for sure, delete {path}"
-            raise SystemSetupError(Problem("another process is writing this run", str(folder), why, fix))
-        if not is_locked:
-            emit(f"{folder} cannot be locked on this file system: a lease stands in, the time of {path}")
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {_here()}")
-        file.flush()
-        try:
-            with nullcontext() if is_locked else _lease(path):
-                yield
-        finally:
-            file.truncate(0)
-
-
-@contextmanager
-def _lease(path: Path) -> Iterator[None]:
-    """Touch a file all through the block."""
-    is_over = threading.Event()
-
-    def renew() -> None:
-        while not is_over.wait(LEASE_S / 6):
-            with suppress(OSError):
-                os.utime(path)
-
-    threading.Thread(target=renew, daemon=True).start()
-    try:
-        yield
-    finally:
-        is_over.set()
-
-
-def _age(path: Path) -> float:
-    """Seconds since a file was written or touched, by the clock of its file system."""
-    clock = path.with_name(f"{TEMPORARY_PREFIX}clock-{os.getpid()}")
-    try:
-        clock.touch()
-        now = clock.stat().st_mtime
-        clock.unlink()
-    except OSError:  # a full disk
-        now = time.time()
-    return max(0.0, now - path.stat().st_mtime)
-
-
-def _here() -> str:
-    """This host; in a container, where process ids mean others, with the container's mark."""
-    return f"{socket.gethostname()} ({Path('/proc/self/ns/pid').readlink()})"
-
-
-def _is_gone(owner: str) -> bool:
-    """Whether nobody holds the lease, or a process of this host that has ended."""
-    pid, _, host = owner.removeprefix("pid ").partition(" on ")
-    return not owner or (host == _here() and pid.isdecimal() and not psutil.pid_exists(int(pid)))
-
-
-def _lock(file: TextIO) -> bool:
-    """Lock a file for this process; False where its file system has neither kind of lock.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    for lock in (fcntl.flock, fcntl.lockf):  # Lustre and NFS may have the second alone
-        try:
-            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno not in UNSUPPORTED | {errno.ENOLCK}:
-                raise
-    return False
-
-
 def reserve_space(file: Path, num_bytes: int) -> None:
     """Make a file that takes up this many bytes of the disk; what it holds of an earlier time stays taken.
 
@@ -288,7 +183,7 @@ def reserve_space(file: Path, num_bytes: int) -> None:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # glibc's stand-in for fallocate reads, too
         try:
             _allocate(descriptor, num_bytes)
-            os.fsync(descriptor)  # where blocks are only promised, a full disk is told of here
+            _fsync(descriptor)  # where blocks are only promised, a full disk is told of here
         except OSError:
             file.unlink()
             raise
@@ -358,7 +253,13 @@ def make_folder(folder: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Give a file or folder its final name; durable once the folder around it is synced."""
     with _observed("rename", target):
-        source.replace(target)
+        try:
+            source.replace(target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.EPERM) or not target.is_file():
+                raise
+            target.unlink()  # sshfs and some more of FUSE replace nothing; for a moment there is no such file
+            source.rename(target)
 
 
 def sync_folder(folder: Path) -> None:
@@ -366,17 +267,23 @@ def sync_folder(folder: Path) -> None:
     with _observed("sync_folder", folder):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
+            _fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
 def _sync(file: BinaryIO | FileIO, path: Path) -> None:
     with _observed("sync", path):
-        os.fsync(file.fileno())
+        _fsync(file.fileno())
+
+
+def _fsync(descriptor: int) -> None:
+    """Sync, where the file system can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lora_trainer.errors import SystemSetupError
-from lora_trainer.storage import atomic_files
+from lora_trainer.storage import atomic_files, locks
 
 Train = Callable[..., Path]
 NO_LOCK = "cannot be locked on this file system"
@@ -121,21 +121,21 @@ def test_without_flock_another_lock_holds_the_folder(
 ) -> None:
     refuse(fcntl, "flock", error)
     hold = (
-        "import fcntl, sys, time; from pathlib import Path; from lora_trainer.storage import atomic_files\n"
+        "import fcntl, sys, time; from pathlib import Path; from lora_trainer.storage import locks\n"
         f"def flock(*_): raise OSError({error}, 'no flock')\n"
         "fcntl.flock = flock\n"
-        "with atomic_files.sole_writer(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)"
+        "with locks.sole_writer(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(SystemSetupError, match=f"pid {holder.pid}"), atomic_files.sole_writer(tmp_path, print):
+        with pytest.raises(SystemSetupError, match=f"pid {holder.pid}"), locks.sole_writer(tmp_path, print):
             pass
     finally:
         holder.kill()
         holder.wait()
-    with atomic_files.sole_writer(tmp_path, print):
+    with locks.sole_writer(tmp_path, print):
         assert NO_LOCK not in capsys.readouterr().out
 
 
@@ -156,7 +156,7 @@ def without_locks(refuse: Callable[[Any, str, int], None]) -> None:
 
 
 def try_lock(folder: Path) -> None:
-    with atomic_files.sole_writer(folder, lambda line: None):
+    with locks.sole_writer(folder, lambda line: None):
         pass
 
 
@@ -164,15 +164,15 @@ def test_without_locks_a_lease_keeps_others_out(
     without_locks: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(atomic_files, "LEASE_S", 0.3)
-        with atomic_files.sole_writer(tmp_path, lambda line: None):
+        patch.setattr(locks, "LEASE_S", 0.3)
+        with locks.sole_writer(tmp_path, lambda line: None):
             time.sleep(0.5)  # longer than a lease: it is renewed
             with pytest.raises(SystemSetupError, match=rf"pid {os.getpid()} on .*renewed 0:00:00 h ago"):
                 try_lock(tmp_path)
     try_lock(tmp_path)
 
 
-@pytest.mark.parametrize("owner", [f"pid {2**22 + 1} on {atomic_files._here()}", "pid 7 on node9 (pid:[1])", "", "?"])
+@pytest.mark.parametrize("owner", [f"pid {2**22 + 1} on {locks._here()}", "pid 7 on node9 (pid:[1])", "", "?"])
 def test_a_lease_that_a_kill_left_ends(without_locks: None, tmp_path: Path, owner: str) -> None:
     lock = tmp_path / ".lock"
     lock.write_text(owner)
@@ -180,8 +180,31 @@ def test_a_lease_that_a_kill_left_ends(without_locks: None, tmp_path: Path, owne
         with pytest.raises(SystemSetupError, match=r"renewed 0:00:0. h ago") as caught:
             try_lock(tmp_path)
         assert owner in str(caught.value)
-        os.utime(lock, (0, time.time() - atomic_files.LEASE_S - 1))
+        os.utime(lock, (0, time.time() - locks.LEASE_S - 1))
     try_lock(tmp_path)
+
+
+@pytest.mark.process
+def test_without_locks_only_one_of_many_that_start_at_once_writes(without_locks: None, tmp_path: Path) -> None:
+    (tmp_path / f"{atomic_files.TEMPORARY_PREFIX}claim").touch()  # that of a process killed while it looked
+    os.utime(tmp_path / f"{atomic_files.TEMPORARY_PREFIX}claim", (0, time.time() - 60))
+    children, start = [], time.time() + 0.3
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                time.sleep(max(0.0, start - time.time()))
+                with locks.sole_writer(tmp_path, lambda line: None):
+                    time.sleep(1.5)
+                    code = 0
+            except SystemSetupError:
+                code = 5
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    assert codes == [0, *[5] * 7]
 
 
 def test_a_lock_that_the_server_of_a_dead_host_keeps(tmp_path: Path) -> None:
@@ -205,6 +228,33 @@ def test_a_run_where_folders_cannot_be_synced(
     assert (train_toy("checkpoint.every_steps=2") / "toy.safetensors").is_file()
 
 
+@pytest.mark.parametrize("error", [errno.EEXIST, errno.EPERM])
+def test_a_run_where_a_rename_replaces_nothing(train_toy: Train, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    straight = train_toy("checkpoint.every_steps=2", name="straight")
+    honest = Path.replace
+
+    def replace(source: Path, target: Path) -> Path:
+        if Path(target).exists():
+            raise OSError(error, os.strerror(error), str(source), None, str(target))
+        return honest(source, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    run_dir = train_toy("checkpoint.every_steps=2")
+    assert sorted(file.name for file in run_dir.iterdir()) == sorted(
+        file.name.replace("straight", "toy") for file in straight.iterdir()
+    )
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EINVAL])
+def test_a_run_where_nothing_can_be_synced_nor_touched(
+    refuse: Callable[[Any, str, int], None], train_toy: Train, error: int
+) -> None:
+    refuse(os, "fsync", error)
+    for name in ("utime", "chmod", "link"):
+        refuse(os, name, errno.EPERM)
+    assert (train_toy("checkpoint.every_steps=2") / "toy.safetensors").is_file()
+
+
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
 def test_a_folder_whose_sync_fails_is_a_fault(
     refuse_folder_sync: Callable[[int], None], tmp_path: Path, error: int
@@ -219,7 +269,7 @@ def test_a_lock_that_fails_for_another_reason_is_a_fault(
     refuse: Callable[[Any, str, int], None], tmp_path: Path, error: int
 ) -> None:
     refuse(fcntl, "flock", error)
-    with pytest.raises(OSError, match=os.strerror(error)), atomic_files.sole_writer(tmp_path, print):
+    with pytest.raises(OSError, match=os.strerror(error)), locks.sole_writer(tmp_path, print):
         pass
 
 

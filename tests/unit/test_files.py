@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_trainer.errors import ExitCode, SystemSetupError
-from lora_trainer.storage import atomic_files, safetensors_io
+from lora_trainer.storage import atomic_files, locks, safetensors_io
 
 
 class Cut(Exception):
@@ -74,8 +74,8 @@ def test_json_is_canonical_and_refuses_nan() -> None:
 @pytest.mark.process
 def test_one_writer_per_folder_and_a_killed_one_does_not_block(tmp_path: Path) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from lora_trainer.storage import atomic_files\n"
-        "with atomic_files.sole_writer(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from lora_trainer.storage import locks\n"
+        "with locks.sole_writer(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
@@ -83,14 +83,14 @@ def test_one_writer_per_folder_and_a_killed_one_does_not_block(tmp_path: Path) -
         assert holder.stdout.readline() == "held\n"
         with (
             pytest.raises(SystemSetupError, match=f"pid {holder.pid}") as caught,
-            atomic_files.sole_writer(tmp_path, print),
+            locks.sole_writer(tmp_path, print),
         ):
             pass
         assert caught.value.exit_code == ExitCode.ENVIRONMENT
     finally:
         holder.kill()
         holder.wait()
-    with atomic_files.sole_writer(tmp_path, print):
+    with locks.sole_writer(tmp_path, print):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 

@@ -14,7 +14,7 @@ from stress.torture_trials.record import Trial
 from stress.torture_trials.world import World, kill
 
 from lora_trainer.errors import ExitCode
-from lora_trainer.storage.atomic_files import sole_writer
+from lora_trainer.storage.locks import sole_writer
 from lora_trainer.tracking.metrics import step_rows
 
 LONG = ("train.max_steps=24", "checkpoint.every_steps=6", "export.every_steps=null")
