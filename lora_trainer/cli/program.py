@@ -154,12 +154,13 @@ def export(
 ) -> None:
     """Write a LoRA file from a run's checkpoint, or a LoRA file in another layout or dtype."""
     from lora_trainer.cli.export import convert_file, export_run
+    from lora_trainer.tracking.console import MainConsole
 
     if source.is_dir():
         export_run(source, step, layout, dtype, weights, output)
     else:
         convert_file(source, layout, dtype, model, output)
-    print(output)
+    MainConsole().print(str(output))
 
 
 @app.command(
@@ -306,10 +307,11 @@ def main(arguments: list[str] | None = None) -> None:
         with faults_in_words():
             sys.exit(app(arguments, standalone_mode=False) or 0)
     except _UsageError as wrong:
-        if wrong.ctx is None or wrong.message == wrong.ctx.get_help():  # asked for nothing, which asks for help
+        if wrong.ctx is not None and wrong.message == wrong.ctx.get_help():  # asked for nothing, which asks for help
             wrong.show()
             sys.exit(wrong.exit_code)
-        error = ConfigError(Problem(wrong.format_message(), "command line", fix=f"{wrong.ctx.command_path} --help"))
+        command = wrong.ctx.command_path if wrong.ctx is not None else "lora-trainer"
+        error = ConfigError(Problem(wrong.format_message(), "command line", fix=f"{command} --help"))
     except TrainerError as fault:
         error = fault
     from lora_trainer.cli.session import report_error

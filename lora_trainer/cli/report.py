@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from lora_trainer.evidence.diagnosis.diagnose import Diagnosis, EarlyReport, dia
 from lora_trainer.evidence.diagnosis.log import RunFacts, read_run
 from lora_trainer.evidence.statistics.verdict import Rules
 from lora_trainer.report.page import GENERATOR, write_report
-from lora_trainer.storage.atomic_files import to_json
 from lora_trainer.tracking.console import MainConsole
 from lora_trainer.tracking.metrics import damage_note, finite
 
@@ -45,7 +45,7 @@ def diagnose_run(run_dir: Path, *, as_json: bool, check: bool) -> ExitCode:
         first = None if early is None else {"step": early.step} | early.as_event()
         trials = [diagnosis.as_json() | {"early_report": first}]
         content = {"run": str(run_dir), "damaged_lines": log.num_damaged, "trials": trials}
-        console.print(to_json(finite(content)).decode().rstrip())
+        console.print(json.dumps(finite(content), indent=2, sort_keys=True))
     else:
         if log.num_damaged:
             console.print(damage_note(str(run_dir / METRICS_FILE), log.num_damaged))

@@ -53,7 +53,7 @@ class MainConsole:
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """A title and rows of name and value; a value may be longer than the line."""
-        self.rich.print(f"\n[bold]{title}[/bold]")
+        self.rich.print(Text(f"\n{printable(title)}", style="bold"))
         listed = list(rows)
         width = max((len(name) for name, _ in listed), default=0)
         for name, value in listed:
