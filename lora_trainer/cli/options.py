@@ -38,17 +38,13 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
 Name = Annotated[str, typer.Argument(help="A schedule's name; `lora-trainer schedules list` has them all.")]
 Words = Annotated[list[str], typer.Argument(metavar="NAME [KEY=VALUE]...", help="A schedule, and options for it.")]
-Steps = Annotated[
-    int | None, typer.Option("--steps", min=1, max=1_000_000, help="Updates of the run; default 1000, or the config's.")
-]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, max=10**6, help="Updates; default 1000, or the config's.")]
 LR = Annotated[
     float | None, typer.Option("--lr", callback=_above_zero, help="Base learning rate; default 1e-4, or the config's.")
 ]
 Epoch = Annotated[
     int | None,
-    typer.Option(
-        "--epoch-steps", min=1, max=1_000_000, help="Updates of an epoch; default a tenth of the run, or the config's."
-    ),
+    typer.Option("--epoch-steps", min=1, max=10**6, help="Updates of an epoch; default a tenth, or the config's."),
 ]
 
 

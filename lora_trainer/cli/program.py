@@ -108,15 +108,13 @@ def sample(
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a Hub id given as --model.")] = None,
     negative_prompt: Annotated[str, typer.Option("--negative-prompt", help="What to steer away from.")] = "",
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**62, help="Seed of the first image; the next ones count up.")
+        int, typer.Option("--seed", min=0, max=2**62, help="Seed of the first image; others count up.")
     ] = 0,
     num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, max=10_000, help="Images per prompt.")] = 1,
     num_inference_steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")] = 25,
-    guidance_scale: Annotated[
-        float, typer.Option("--guidance", min=1, max=1000, callback=finite, help="Classifier-free guidance.")
-    ] = 7.5,
+    guidance_scale: Annotated[float, typer.Option("--guidance", min=1, callback=finite, help="Of the prompt.")] = 7.5,
     lora_scale: Annotated[
-        float, typer.Option("--scale", callback=finite, help="Strength of the LoRA; 0 is the base alone.")
+        float, typer.Option("--scale", callback=finite, help="Of the LoRA; 0: the base alone.")
     ] = 1.0,
     size: Annotated[
         int | None, typer.Option("--size", min=8, max=8192, help="Width and height, px; default: the base's.")
@@ -190,9 +188,7 @@ def plan(
     config: ConfigFile,
     overrides: Overrides,
     _plugins: Plugins = False,
-    processes: Annotated[
-        int | None, typer.Option("--processes", min=1, max=100_000, help="Plan for this many processes.")
-    ] = None,
+    processes: Annotated[int | None, typer.Option("--processes", min=1, max=10**5, help="As for this many.")] = None,
 ) -> None:
     """Explain batch, accumulation, processes, repeats, epochs, updates and LR of a run. Never loads torch."""
     from lora_trainer.cli.plan import plan as run
@@ -216,14 +212,12 @@ def find_lr(
     end_lr: Annotated[
         float | None, typer.Option("--end-lr", help="Last LR; default: the optimizer's default x 10,000, at most 1.")
     ] = None,
-    images: Annotated[
-        int, typer.Option("--images", min=2, max=1_000_000, help="Held-out images probed after each update.")
-    ] = 4,
+    images: Annotated[int, typer.Option("--images", min=2, max=10**6, help="Held-out images in each probe.")] = 4,
     verify: Annotated[
         bool, typer.Option("--verify", help="Confirm by short runs at five LRs from one state on the same batches.")
     ] = False,
     verify_steps: Annotated[
-        int, typer.Option("--verify-steps", min=1, max=1_000_000, help="Updates of each of these runs.")
+        int, typer.Option("--verify-steps", min=1, max=10**6, help="Updates of each of these.")
     ] = 50,
 ) -> None:
     """Find a base learning rate by a ramp on your data and base; the model and the run's folder stay untouched."""
@@ -245,14 +239,7 @@ def report(
         Path | None, typer.Option("--output", "-o", help="HTML file; default: RUN/report.html, of several report.html.")
     ] = None,
     min_effect: Annotated[
-        float,
-        typer.Option(
-            "--min-effect",
-            min=0,
-            max=1,
-            callback=finite,
-            help="Smallest difference that matters, as a share of the gain.",
-        ),
+        float, typer.Option("--min-effect", min=0, callback=finite, help="Smallest share of the gain that matters.")
     ] = 0.01,
     confirm: Annotated[
         list[Path] | None,

@@ -243,9 +243,9 @@ def _words(name: str) -> str:
 def _read_checked(file: Path) -> dict[str, tuple[int, int]]:
     """Size by content hash of the images that were decoded before; empty where the file cannot be read."""
     try:
-        rows = json.loads(file.read_text()) if is_file(file) else {}
+        rows = atomic_files.read_json(file, 2**26) if is_file(file) else {}
         sizes = {digest: (width, height) for digest, (width, height) in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
     usable = all(isinstance(side, int) and side > 0 for size in sizes.values() for side in size)
     return sizes if usable else {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.errors import Problem
 from lora_trainer.models.folder import incomplete
+from lora_trainer.storage.atomic_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -67,4 +67,4 @@ def _tokens(place: Path) -> set[str]:
 
 def _read_json(file: Path) -> Any:
     """The file's content; an empty object where there is none."""
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}

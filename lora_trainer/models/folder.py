@@ -15,11 +15,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from typing_extensions import TypedDict
 
 from lora_trainer.errors import ModelError, Problem
 from lora_trainer.storage.atomic_files import read_json
-from lora_trainer.storage.records import shape_fault
+from lora_trainer.storage.records import shape, shape_fault
 from lora_trainer.strict_model import Count
 
 _CONVERT = (
@@ -38,15 +37,10 @@ _KINDS = {
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class _VAE(TypedDict):
-    block_out_channels: Annotated[list[int], Field(min_length=1, max_length=8)]
-
-
-class _TextEncoder(TypedDict):
-    max_position_embeddings: Count
-
-
-_SHAPES = {"vae": _VAE, "text_encoder": _TextEncoder}
+_SHAPES = {
+    "vae": shape({"block_out_channels": Annotated[list[int], Field(min_length=1, max_length=8)]}),
+    "text_encoder": shape({"max_position_embeddings": Count}),
+}
 """What is counted on in the components' configurations."""
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
-
 from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.learning_rates import unusual_rates
 from lora_trainer.config.places import (
@@ -37,7 +35,7 @@ from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import ParamGroup, RunPlan, plan_run, resolve_param_groups
 from lora_trainer.runtime.launch import Launch, default_threads
 from lora_trainer.storage import disk_space
-from lora_trainer.storage.records import Text, Update, read_record
+from lora_trainer.storage.records import Text, Update, read_record, shape
 
 
 @dataclass(frozen=True)
@@ -184,26 +182,17 @@ class _Fixed:
     """Content hashes of the images that it held out."""
 
 
-class _Watched(TypedDict):
-    num_items: Update
-
-
-_Threads = TypedDict("_Threads", {"train.threads": Update}, total=False)
-
-
-class _Before(TypedDict, total=False):
-    """What is looked at of an earlier start's plan."""
-
-    num_updates: Update
-    lr_updates: Update | None
-    validation: _Watched | None
-    identity: _Threads
-
-
-class _Chosen(TypedDict):
-    """What is looked at of an earlier start's held-out images."""
-
-    images_held_out: list[Text]
+_BEFORE = shape(
+    {},
+    {
+        "num_updates": Update,
+        "lr_updates": Update | None,
+        "validation": shape({"num_items": Update}) | None,
+        "identity": shape({}, {"train.threads": Update}),
+    },
+)
+"""What is looked at of an earlier start's plan."""
+_CHOSEN = shape({"images_held_out": list[Text]})
 
 
 def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
@@ -214,7 +203,7 @@ def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
         return _Fixed()
     held_out = _chosen_before(run_dir / VALIDATION_FILE)
     try:
-        before = read_record(run_dir / PLAN_FILE, _Before)
+        before = read_record(run_dir / PLAN_FILE, _BEFORE)
         length = None if config.resume.schedule == "stretch" else before.get("lr_updates") or before.get("num_updates")
         num_watched = (before.get("validation") or {}).get("num_items")
         threads = before.get("identity", {}).get("train.threads")
@@ -266,7 +255,7 @@ def _with_cut_captions(config: RunConfig, family: Family, split: Split, prior: D
 def _chosen_before(file: Path) -> tuple[str, ...] | None:
     """Content hashes of the images that an earlier start of this run held out."""
     try:
-        return tuple(read_record(file, _Chosen)["images_held_out"])
+        return tuple(read_record(file, _CHOSEN)["images_held_out"])
     except (OSError, ValueError):
         return None
 

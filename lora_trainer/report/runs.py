@@ -15,7 +15,7 @@ from lora_trainer.config.places import CONFIG_FILE, ENVIRONMENT_FILE, EXIT_FILE,
 from lora_trainer.config.source import read_source
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.verdict import Arm, Purpose
-from lora_trainer.storage.records import ExitRecord, PlanRecord, SweepRecord, Text, read_record, reason
+from lora_trainer.storage.records import EXIT, PLAN, SWEEP, Text, read_record, reason
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_lines
 
 SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
@@ -147,9 +147,9 @@ def read_run(folder: Path) -> RunRecord:
         return RunRecord(
             name=folder.resolve().name,
             folder=folder,
-            plan=read_record(folder / PLAN_FILE, PlanRecord),
+            plan=read_record(folder / PLAN_FILE, PLAN),
             environment=_read_if_there(folder / ENVIRONMENT_FILE, dict[Text, Any]),
-            exit=_read_if_there(folder / EXIT_FILE, ExitRecord),
+            exit=_read_if_there(folder / EXIT_FILE, EXIT),
             updates=tuple(row for row in rows if "event" not in row),
             events=tuple(row for row in rows if "event" in row),
             num_damaged=len(lines) - len(rows),
@@ -167,7 +167,7 @@ def _read_sweep(folder: Path) -> list[RunRecord]:
         ConfigError: nothing has begun, or something cannot be read.
     """
     try:
-        trials = read_record(folder / SWEEP_FILE, SweepRecord)["trials"]
+        trials = read_record(folder / SWEEP_FILE, SWEEP)["trials"]
         left_out = sorted({(trial["setting"], trial["peak_lr"]) for trial in _not_begun(trials)})
         records = []
         for trial in trials:
@@ -185,7 +185,7 @@ def _read_sweep(folder: Path) -> list[RunRecord]:
 def not_begun(folders: Sequence[Path]) -> list[str]:
     """The trials of sweeps that were decided not to be begun, with the reason; from what `read_runs` could read."""
     sweeps = [folder / SWEEP_FILE for folder in folders if (folder / SWEEP_FILE).is_file()]
-    idle = [trial for sweep in sweeps for trial in _not_begun(read_record(sweep, SweepRecord)["trials"])]
+    idle = [trial for sweep in sweeps for trial in _not_begun(read_record(sweep, SWEEP)["trials"])]
     return [f"{trial['name']} was not trained: {trial['reason']}" for trial in idle]
 
 

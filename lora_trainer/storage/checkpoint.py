@@ -22,7 +22,7 @@ import torch
 
 from lora_trainer.errors import NumericStop, Problem, SystemSetupError
 from lora_trainer.storage import atomic_files, disk_space, safetensors_io
-from lora_trainer.storage.atomic_files import read_json
+from lora_trainer.storage.atomic_files import open_regular, read_json
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -184,7 +184,7 @@ def _fault(folder: Path) -> str | None:
         if manifest["sha256"] != _digest_of(manifest["files"]):
             return "manifest.json is not what was written"
         for name, expected in manifest["files"].items():
-            with (folder / name).open("rb") as file:
+            with open_regular(folder / name) as file:
                 if os.fstat(file.fileno()).st_size != expected["bytes"]:
                     return f"{name} has the wrong size"
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:

@@ -12,7 +12,18 @@ from lora_trainer.errors import Problem, SystemSetupError
 
 DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG})
 """What a full or failing disk answers."""
-PLACE_FAULTS = frozenset({errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ESTALE, errno.EMFILE})
+PLACE_FAULTS = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+        errno.ESTALE,
+        errno.EMFILE,
+        errno.EISDIR,
+        errno.ELOOP,
+    }
+)
 """What a folder answers that cannot be written as it is."""
 
 

@@ -37,14 +37,14 @@ def sole_writer(folder: Path, emit: Callable[[str], None]) -> Iterator[None]:
     """
     make_folder(folder)
     path = folder / ".lock"
-    with path.open("a+") as file:
+    with path.open("a+", errors="replace") as file:
         try:
             is_locked, is_held = _lock(file), False
         except BlockingIOError:
             is_locked = is_held = True
         with nullcontext() if is_locked else _alone(path.with_name(f"{TEMPORARY_PREFIX}claim")):
             file.seek(0)
-            owner = file.read().strip()
+            owner = file.read(1000).strip()
             if is_held or not (is_locked or _is_gone(owner) or _age(path) >= LEASE_S):
                 heard = f"{'taken' if is_locked else 'renewed'} {timedelta(seconds=round(_age(path)))} h ago"
                 why = f"its lock is held by {owner or 'an unknown process'}, {heard}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -20,55 +20,42 @@ Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Text = Annotated[str, Field(max_length=10_000, strict=True)]
 Update = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
 """A number of updates."""
-_Identity = TypedDict("_Identity", {"seed": int, "optimizer.lr": Finite})
 
 
-class _ParamGroup(TypedDict):
-    name: Text
-    lr_budget: Finite
+def shape(needed: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Any:
+    """The type of a JSON object that has at least the fields needed, and `more` with their types where it has them."""
+    fields = {**needed, **{name: NotRequired[kind] for name, kind in (more or {}).items()}}
+    return TypedDict("Shape", fields)  # type: ignore[operator]
 
 
-class PlanRecord(TypedDict):
-    """What a report looks at in `plan.json`."""
-
-    identity: _Identity
-    num_updates: Count
-    global_batch: Count
-    lr_groups: Annotated[list[_ParamGroup], Field(min_length=1)]
-
-
-class ExitRecord(TypedDict, total=False):
-    """How a run ended, in `exit.json`."""
-
-    status: Text
-    message: Text
-
-
-class TrialRecord(TypedDict):
-    """What every reader looks at in a trial's row of `sweep.json`."""
-
-    name: Text
-    arm: Text
-    setting: Text
-    folder: Annotated[Text, Field(pattern=r"^trials/[^/\x00]+$")]
-    status: Text
-    step: Update
+PLAN = shape(
+    {
+        "identity": shape({"seed": int, "optimizer.lr": Finite}),
+        "num_updates": Count,
+        "global_batch": Count,
+        "lr_groups": Annotated[list[shape({"name": Text, "lr_budget": Finite})], Field(min_length=1)],  # type: ignore[misc]
+    }
+)
+"""What a report looks at in `plan.json`."""
+EXIT = shape({}, {"status": Text, "message": Text})
+"""How a run ended, in `exit.json`."""
+TRIAL = {
+    **dict.fromkeys(("name", "arm", "setting", "status"), Text),
+    "folder": Annotated[Text, Field(pattern=r"^trials/[^/\x00]+$")],
+    "step": Update,
+}
+"""What every reader looks at in a trial's row of `sweep.json`."""
+SWEEP = shape({"trials": list[shape(TRIAL)]})  # type: ignore[misc]
 
 
-class SweepRecord(TypedDict):
-    """A sweep's rows."""
-
-    trials: list[TrialRecord]
-
-
-def read_record(file: Path, shape: Any) -> Any:
-    """The content of a JSON file that has at least the fields of `shape`, a `TypedDict`, with their types.
+def read_record(file: Path, wanted: Any) -> Any:
+    """The content of a JSON file of a shape.
 
     Raises:
         OSError, ValueError: it cannot be read, or is something else.
     """
     content = read_json(file)
-    if (fault := shape_fault(content, shape)) is not None:
+    if (fault := shape_fault(content, wanted)) is not None:
         raise ValueError(fault)
     return content
 
@@ -78,10 +65,10 @@ def reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
-def shape_fault(content: Any, shape: Any) -> str | None:
+def shape_fault(content: Any, wanted: Any) -> str | None:
     """What first differs from a shape; None where nothing does."""
     try:
-        _adapter(shape).validate_python(content)
+        _adapter(wanted).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         return f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}" if first["loc"] else first["msg"]
@@ -89,8 +76,8 @@ def shape_fault(content: Any, shape: Any) -> str | None:
 
 
 @cache
-def _adapter(shape: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(shape)
+def _adapter(wanted: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(wanted)
 
 
 def read_log(file: Path) -> Iterator[bytes]:

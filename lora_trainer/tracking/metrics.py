@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Required
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from typing_extensions import TypedDict
 
 from lora_trainer.storage.atomic_files import AppendLog, open_regular
-from lora_trainer.storage.records import Finite, Text, Update, read_log, shape_fault
+from lora_trainer.storage.records import Finite, Text, Update, read_log, shape, shape_fault
 
 TIMING_FIELDS = ("images_per_s", "step_s", "peak_memory_gib", "elapsed_s")
 """Fields that differ between two otherwise equal runs."""
@@ -36,38 +35,21 @@ _ESSENTIAL = {
 _Reading = Finite | Literal["nan", "inf", "-inf"]
 
 
-class _Finding(TypedDict):
-    state: Text
-    evidence: Text
-    confidence: Text | None
-    advice: list[dict[Text, Any]]
-
-
-class _Row(TypedDict, total=False):
-    """What the fields of rows hold, whatever the event."""
-
-    step: Required[Update]
-    event: Text
-    trial: Text
-    before: Text
-    reason: Text
-    probe: Text
-    draws: Text
-    files: list[Text]
-    findings: list[_Finding]
-    items: Annotated[list[_Reading], Field(min_length=1)]
-    bands: Annotated[list[_Reading], Field(min_length=4, max_length=4)]
-    relative: _Reading
-    se: _Reading
-    loss: _Reading
-    lr: Finite
-    grad_norm: Finite
-    factor: Finite
-    ratio: Finite
-    base_loss: Finite
-    images_per_s: Finite
-    peak_memory_gib: Finite
-    elapsed_s: Finite
+_FINDING = shape({"state": Text, "evidence": Text, "confidence": Text | None, "advice": list[dict[Text, Any]]})
+_NUMBERS = ("lr", "grad_norm", "factor", "ratio", "base_loss", "images_per_s", "peak_memory_gib", "elapsed_s")
+_ROW = shape(
+    {"step": Update},
+    {
+        **dict.fromkeys(_NUMBERS, Finite),
+        **dict.fromkeys(("event", "trial", "before", "reason", "probe", "draws"), Text),
+        **dict.fromkeys(("relative", "se", "loss"), _Reading),
+        "items": Annotated[list[_Reading], Field(min_length=1)],
+        "bands": Annotated[list[_Reading], Field(min_length=4, max_length=4)],
+        "files": list[Text],
+        "findings": list[_FINDING],  # type: ignore[valid-type]
+    },
+)
+"""What the fields of rows hold, whatever the event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +159,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if shape_fault(row, _Row) is not None or not all(
+    if shape_fault(row, _ROW) is not None or not all(
         isinstance(rate, int | float) for key, rate in row.items() if key.startswith("lr/")
     ):
         return None

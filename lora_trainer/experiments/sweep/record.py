@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from typing_extensions import TypedDict
 
 from lora_trainer.config.identity import compare, completed, difference, refusal
 from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
@@ -21,7 +20,7 @@ from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Rules
 from lora_trainer.evidence.statistics.verdict import compare as compare_arms
 from lora_trainer.planning.prepare import Prepared
-from lora_trainer.storage.records import Finite, Text, TrialRecord, Update, read_record, reason
+from lora_trainer.storage.records import TRIAL, Finite, Text, Update, read_record, reason, shape
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_rows
 from lora_trainer.training.group import Member, TrialGroup
 
@@ -38,42 +37,30 @@ _PROBE_FIELDS = ("step", "relative", "loss", "se", "items")
 FEWER_SEEDS = "sweep.prune.worse_after_seeds"
 
 
-class _Group(TypedDict):
-    name: Text
-    trials: list[Text]
-    status: Text
-    num_updates: Update
-
-
-class _Reading(TypedDict):
-    step: Update
-    relative: Finite
-
-
-class _Trial(TrialRecord):
-    seed: int
-    group: Text | None
-    overrides: dict[Text, Any]
-    peak_lr: Finite
-    lr_budget: Finite
-    num_updates: Update
-    reason: Text | None
-    final: _Reading | None
-    best: _Reading | None
-
-
-class _Sweep(TypedDict):
-    """What is looked at of a record of ours."""
-
-    format: Literal[1]
-    name: Text
-    shared: dict[Text, Any]
-    groups: list[_Group]
-    trials: Annotated[list[_Trial], Field(min_length=1)]
-
-
-class _Planned(TypedDict):
-    identity: dict[Text, Any]
+_GROUP = shape({"name": Text, "trials": list[Text], "status": Text, "num_updates": Update})
+_READING = shape({"step": Update, "relative": Finite})
+_TRIAL = shape(
+    {
+        **TRIAL,
+        "seed": int,
+        "num_updates": Update,
+        "overrides": dict[Text, Any],
+        **dict.fromkeys(("group", "reason"), Text | None),
+        **dict.fromkeys(("peak_lr", "lr_budget"), Finite),
+        **dict.fromkeys(("final", "best"), _READING | None),
+    }
+)
+_SWEEP = shape(
+    {
+        "format": Literal[1],
+        "name": Text,
+        "shared": dict[Text, Any],
+        "groups": list[_GROUP],  # type: ignore[valid-type]
+        "trials": Annotated[list[_TRIAL], Field(min_length=1)],  # type: ignore[valid-type]
+    }
+)
+"""What is looked at of a record of ours."""
+_PLANNED = shape({"identity": dict[Text, Any]})
 
 
 def read_sweep(sweep_dir: Path) -> Json | None:
@@ -86,7 +73,7 @@ def read_sweep(sweep_dir: Path) -> Json | None:
     if not file.exists():
         return None
     try:
-        return read_record(file, _Sweep)
+        return read_record(file, _SWEEP)
     except (OSError, ValueError) as error:
         fix = "restore it, or use --fresh"
         raise SystemSetupError(
@@ -154,7 +141,7 @@ def _contents(prepared: Prepared) -> Json:
 
 def _stored_identity(folder: Path) -> Json | None:
     try:
-        return completed(read_record(folder / PLAN_FILE, _Planned)["identity"])
+        return completed(read_record(folder / PLAN_FILE, _PLANNED)["identity"])
     except (OSError, ValueError):
         return None
 
