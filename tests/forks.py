@@ -57,7 +57,7 @@ def in_fork(arguments: Sequence[str], folder: Path) -> Outcome:
         try:
             for number, file in enumerate(files, start=1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            code = _program(arguments)
+            code = _program(arguments, folder)
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
@@ -65,8 +65,9 @@ def in_fork(arguments: Sequence[str], folder: Path) -> Outcome:
     return Outcome(os.waitstatus_to_exitcode(status), out, err)
 
 
-def _program(arguments: Sequence[str]) -> int:
+def _program(arguments: Sequence[str], folder: Path) -> int:
     gc.disable()
+    os.chdir(folder)
     for number, name in enumerate(("stdout", "stderr"), start=1):
         stream = io.TextIOWrapper(io.FileIO(number, "wb", closefd=False), encoding="utf-8", write_through=True)
         setattr(sys, name, stream)

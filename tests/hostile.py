@@ -173,7 +173,7 @@ def json_contents(content: Any, stride: int = 1, values: Sequence[Any] = (..., *
 def json_files(content: Any) -> Labelled:
     """What is no JSON, or none that anybody meant."""
     whole = json.dumps(content).encode()
-    for name, odd in {
+    yield from {
         "empty": b"",
         "null": b"null",
         "a list": b"[]",
@@ -192,8 +192,7 @@ def json_files(content: Any) -> Labelled:
         "two": whole + whole,
         "YAML": b"a: [1, 2\n",
         "a bomb": b"[" + b"[1,1,1,1]," * 200_000 + b"1]",
-    }.items():
-        yield name, odd
+    }.items()
 
 
 def tensor_files(good: Path) -> Labelled:

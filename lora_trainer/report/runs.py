@@ -15,7 +15,7 @@ from lora_trainer.config.places import CONFIG_FILE, ENVIRONMENT_FILE, EXIT_FILE,
 from lora_trainer.config.source import read_source
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.verdict import Arm, Purpose
-from lora_trainer.storage.records import EXIT, PLAN, SWEEP, Text, read_record, reason
+from lora_trainer.storage.records import ENVIRONMENT, EXIT, PLAN, SWEEP, read_record, reason
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_lines
 
 SAMPLE_FILE = re.compile(r"step-(\d{8})-(\d+)\.png")
@@ -148,7 +148,7 @@ def read_run(folder: Path) -> RunRecord:
             name=folder.resolve().name,
             folder=folder,
             plan=read_record(folder / PLAN_FILE, PLAN),
-            environment=_read_if_there(folder / ENVIRONMENT_FILE, dict[Text, Any]),
+            environment=_read_if_there(folder / ENVIRONMENT_FILE, ENVIRONMENT),
             exit=_read_if_there(folder / EXIT_FILE, EXIT),
             updates=tuple(row for row in rows if "event" not in row),
             events=tuple(row for row in rows if "event" in row),

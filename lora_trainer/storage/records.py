@@ -37,6 +37,7 @@ PLAN = shape(
     }
 )
 """What a report looks at in `plan.json`."""
+ENVIRONMENT = shape({}, {"packages": dict[Text, Any]})
 EXIT = shape({}, {"status": Text, "message": Text})
 """How a run ended, in `exit.json`."""
 TRIAL = {
