@@ -87,7 +87,7 @@ def _program(arguments: Sequence[str], folder: Path) -> int:
         main(list(arguments))
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, a traceback is what is looked for
         traceback.print_exc()
         return 1
     finally:
