@@ -185,7 +185,7 @@ def plot(
     """
     if output is not None and output.suffix.lower() != ".png":
         raise ConfigError(Problem("a picture is written as PNG", f"--output {output}", fix="end its name in .png"))
-    if output is not None:
+    if output is not None and not output.is_dir():
         check_output(output, is_our_picture)
     console = MainConsole()
     if every:
