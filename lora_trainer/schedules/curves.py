@@ -1,4 +1,4 @@
-"""Schedules that hold or fall: the six of the Stable Diffusion trainers, and other decays.
+"""Schedules that hold or fall: the six of the Stable Diffusion trainers, other decays, and one that waits for the loss.
 
 The six equal diffusers.optimization.get_scheduler at every update; p is the share of the fall that is done. Elsewhere
 lengths (step size, half-life) count from the end of the warm-up, so that the curve has no jump there; milestones and
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -21,7 +22,9 @@ from lora_trainer.schedules.schedule import (
     Duration,
     FlooredDecayOptions,
     Horizon,
+    LRSchedule,
     Mark,
+    PlateauFeedback,
     ScheduleError,
     ScheduleOptions,
     WarmupOptions,
@@ -307,6 +310,29 @@ class Rex(FlooredDecayOptions):
     def core(self, horizon: Horizon, warmup: int) -> Core:
         d = self.d
         return self.floored(lambda p: (1 - p) / ((1 - d) + d * (1 - p)), horizon, warmup)
+
+
+class Plateau(WarmupOptions):
+    """m = factor ** (reductions so far); one reduction after `patience` probes without a clear improvement."""
+
+    type: Literal["plateau"] = "plateau"
+    factor: Annotated[float, Field(gt=0, lt=1), NotBool] = 0.5
+    """Factor of each reduction."""
+    patience: Count = 3
+    """Probes without improvement before a reduction."""
+    threshold_se: NotNegative = 2.0
+    """Standard errors (paired over the probe's images) by which a probe must be better to count."""
+    min_ratio: Ratio = 0.0
+    """Floor as a share of the base LR."""
+    summary: ClassVar[str] = "constant until the validation loss stops falling, then lower"
+    limits: ClassVar[str] = "needs a validation section; on a short run it may never act"
+
+    def resolve(self, horizon: Horizon) -> LRSchedule:
+        feedback = PlateauFeedback(self.factor, self.patience, self.threshold_se, self.min_ratio)
+        return replace(super().resolve(horizon), core=feedback.multiplier, feedback=feedback)
+
+    def core(self, horizon: Horizon, warmup: int) -> Core:
+        return lambda k, _: 1.0
 
 
 _FALLS: dict[str, Callable[[float], float]] = {

@@ -15,7 +15,6 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from lora_trainer.schedules import curves, cycles
 from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
-from lora_trainer.schedules.plateau import Plateau
 from lora_trainer.schedules.schedule import (
     Core,
     Duration,
@@ -136,7 +135,7 @@ ROWS = (
     ScheduleRow(curves.Rex),
     ScheduleRow(cycles.OneCycle),
     ScheduleRow(cycles.Cyclic),
-    ScheduleRow(Plateau),
+    ScheduleRow(curves.Plateau),
     ScheduleRow(Phases),
     ScheduleRow(TorchSchedule),
     ScheduleRow(cycles.Ramp, hidden=True),

@@ -11,8 +11,8 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -121,25 +121,45 @@ PairedRise = Callable[[Sequence[float], Sequence[float]], float]
 """From (before, now), a value per image each: by how many standard errors their mean rose."""
 
 
-class Feedback(Protocol):
-    """A schedule's ear to the probe, and its memory of what it did."""
+@dataclass
+class PlateauFeedback:
+    """What a plateau schedule has seen and done so far.
+
+    Its recorded reductions are its whole state, so the LR of any update is still a function of the update's index, and
+    a resume repeats it. What it is fed is the low-noise probe, never the training loss.
+    """
+
+    factor: float
+    patience: int
+    threshold_se: float
+    min_ratio: float
+    reductions: list[int] = field(default_factory=list)
+    """Updates from which one more factor holds."""
+    best: list[float] | None = None
+    """The probe's value of each image when it was last clearly better."""
+    bad: int = 0
+
+    def multiplier(self, k: int, _: float) -> float:
+        """The factor on the base LR at update k."""
+        return max(self.min_ratio, self.factor ** sum(update <= k for update in self.reductions))
 
     def observe(self, step: int, items: Sequence[float], rise: PairedRise) -> bool:
-        """Look at a probe after `step` completed updates; whether the LR changes from the next update on.
-
-        Args:
-            items: one value per image.
-            rise: compares two probes.
-        """
-        ...
+        """Look at a probe after `step` completed updates; whether the LR falls from the next update on."""
+        if all(map(math.isfinite, items)) and (self.best is None or rise(self.best, items) < -self.threshold_se):
+            self.best, self.bad = list(items), 0
+            return False
+        self.bad += 1
+        if self.bad < self.patience:
+            return False
+        self.reductions.append(step)
+        self.bad = 0
+        return True
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, as JSON values."""
-        ...
+        return {"reductions": self.reductions, "best": self.best, "bad": self.bad}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        ...
+        self.reductions, self.best, self.bad = list(state["reductions"]), state["best"], state["bad"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +172,7 @@ class LRSchedule:
     warmup: Warmup
     num_cooldown_steps: int = 0
     marks: tuple[Mark, ...] = ()
-    feedback: Feedback | None = None
+    feedback: PlateauFeedback | None = None
     """Set where the schedule waits for the validation loss."""
 
     def multiplier(self, k: int, base_lr: float) -> float:
