@@ -21,7 +21,6 @@ from lora_trainer.experiments.lr_finder.analysis import (
     MIN_POINTS,
     FinderResult,
     Point,
-    RampPoint,
     RampReading,
     RunReading,
     Verification,
@@ -59,8 +58,8 @@ def _as_json(finder: PreparedFinder, result: FinderResult) -> dict[str, Any]:
             "images": {record.name: record.sha256 for record in records},
             "start": _rounded(result.start_NS),
         },
-        "points": [_point(number, measured) for number, measured in enumerate(result.measured, start=1)],
-        "finding": _plain(asdict(result.reading)),
+        "points": [_point(number, point) for number, point in enumerate(result.points, start=1)],
+        "finding": _plain(asdict(result.reading) | {"best": result.reading.best and _numbers(result.reading.best)}),
         "usual_rules": usual_rules(result.points),
         "forks": None if result.verification is None else _verification(finder, result.verification),
         "lr": result.lr,
@@ -71,9 +70,13 @@ def _as_json(finder: PreparedFinder, result: FinderResult) -> dict[str, Any]:
     }
 
 
-def _point(number: int, measured: RampPoint) -> dict[str, Any]:
-    probe = None if measured.relative_NS is None else _rounded(measured.relative_NS)
-    return _plain(asdict(measured.point)) | {"update": number, "grad_norm": measured.grad_norm, "probe": probe}
+def _point(number: int, point: Point) -> dict[str, Any]:
+    probe = None if point.relative_NS is None else _rounded(point.relative_NS)
+    return _numbers(point) | {"update": number, "grad_norm": point.grad_norm, "probe": probe}
+
+
+def _numbers(point: Point) -> dict[str, Any]:
+    return _plain({key: getattr(point, key) for key in ("lr", "gain", "se", "training_loss")})
 
 
 def _verification(finder: PreparedFinder, verification: Verification) -> dict[str, Any]:
