@@ -153,7 +153,7 @@ def read_run(folder: Path) -> RunRecord:
             updates=tuple(row for row in rows if "event" not in row),
             events=tuple(row for row in rows if "event" in row),
             num_damaged=len(lines) - len(rows),
-            prompts=_prompts(folder / CONFIG_FILE),
+            prompts=tuple(each["prompt"] for each in _settings(folder).get("sample", {}).get("prompts", ())),
             samples=sample_files(folder / SAMPLES),
         )
     except (ValueError, OSError) as error:
@@ -218,15 +218,13 @@ def _read_json(file: Path) -> Row:
 
 def _place(folder: Path) -> str:
     """Where a run or sweep lies seen from where it was started; its name alone where its place is absolute."""
-    config = folder / CONFIG_FILE
-    settings = YAML(typ="safe").load(config) if config.is_file() else {}
-    output_dir = str(settings.get("output_dir", ""))
+    output_dir = str(_settings(folder).get("output_dir", ""))
     return folder.name if Path(output_dir).expanduser().is_absolute() else str(Path(output_dir) / folder.name)
 
 
-def _prompts(config: Path) -> tuple[str, ...]:
-    settings = YAML(typ="safe").load(config) if config.is_file() else {"sample": {"prompts": ()}}
-    return tuple(prompt["prompt"] for prompt in settings["sample"]["prompts"])
+def _settings(folder: Path) -> Row:
+    config = folder / CONFIG_FILE
+    return YAML(typ="safe").load(config) if config.is_file() else {}
 
 
 def sample_files(folder: Path) -> dict[tuple[int, int], Path]:
