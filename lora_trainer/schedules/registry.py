@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -101,49 +100,38 @@ class Phases(ScheduleOptions):
         return parts
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduleRow:
-    """One schedule: the class of its options, which holds the formula, and where it is shown."""
-
-    options: type[ScheduleOptions]
-    classic: bool = False
-    """Whether it is one of the six of the Stable Diffusion trainers, which are previewed together."""
-    hidden: bool = False
-    """Whether it stands in no list, page or suggestion: of use to the program alone."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the config (`lr_scheduler.type`)."""
-        return self.options.model_fields["type"].default
-
-
-ROWS = (
-    ScheduleRow(curves.Constant, classic=True),
-    ScheduleRow(curves.ConstantWithWarmup, classic=True),
-    ScheduleRow(curves.Linear, classic=True),
-    ScheduleRow(curves.Cosine, classic=True),
-    ScheduleRow(curves.CosineWithRestarts, classic=True),
-    ScheduleRow(curves.Polynomial, classic=True),
-    ScheduleRow(cycles.CosineAnnealing),
-    ScheduleRow(cycles.CosineWarmRestarts),
-    ScheduleRow(curves.Exponential),
-    ScheduleRow(curves.Step),
-    ScheduleRow(curves.MultiStep),
-    ScheduleRow(curves.PiecewiseConstant),
-    ScheduleRow(curves.InverseSqrt),
-    ScheduleRow(curves.WarmupStableDecay),
-    ScheduleRow(curves.Rex),
-    ScheduleRow(cycles.OneCycle),
-    ScheduleRow(cycles.Cyclic),
-    ScheduleRow(curves.Plateau),
-    ScheduleRow(Phases),
-    ScheduleRow(TorchSchedule),
-    ScheduleRow(cycles.Ramp, hidden=True),
-)
-SCHEDULES = {row.name: row.options for row in ROWS if not row.hidden}
-CLASSIC = tuple(row.name for row in ROWS if row.classic)
-HIDDEN = frozenset(row.options for row in ROWS if row.hidden)
-_NAMES = {row.name for row in ROWS}
+ROWS: dict[str, type[ScheduleOptions]] = {
+    kind.model_fields["type"].default: kind
+    for kind in (
+        curves.Constant,
+        curves.ConstantWithWarmup,
+        curves.Linear,
+        curves.Cosine,
+        curves.CosineWithRestarts,
+        curves.Polynomial,
+        cycles.CosineAnnealing,
+        cycles.CosineWarmRestarts,
+        curves.Exponential,
+        curves.Step,
+        curves.MultiStep,
+        curves.PiecewiseConstant,
+        curves.InverseSqrt,
+        curves.WarmupStableDecay,
+        curves.Rex,
+        cycles.OneCycle,
+        cycles.Cyclic,
+        curves.Plateau,
+        Phases,
+        TorchSchedule,
+        cycles.Ramp,
+    )
+}
+"""The class of options, which holds the formula, of each name in the config (`lr_scheduler.type`)."""
+CLASSIC = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+"""The six of the Stable Diffusion trainers, which are previewed together."""
+HIDDEN = frozenset((cycles.Ramp,))
+"""In no list, page or suggestion: of use to the program alone."""
+SCHEDULES = {name: kind for name, kind in ROWS.items() if kind not in HIDDEN}
 
 
 def _tag(value: Any) -> str | None:
@@ -152,13 +140,13 @@ def _tag(value: Any) -> str | None:
     if kind is None:
         return None
     name = str(kind)
-    return "plugin" if name not in _NAMES and (":" in name or name in plugin_names()) else name
+    return "plugin" if name not in ROWS and (":" in name or name in plugin_names()) else name
 
 
 if TYPE_CHECKING:
     LRSchedulerOptions = ScheduleOptions
 else:
-    _members = [Annotated[row.options, Tag(row.name)] for row in ROWS] + [Annotated[PluginSchedule, Tag("plugin")]]
+    _members = [Annotated[kind, Tag(name)] for name, kind in ROWS.items()] + [Annotated[PluginSchedule, Tag("plugin")]]
     LRSchedulerOptions = Annotated[reduce(operator.or_, _members), Discriminator(_tag)]
 Phase.model_rebuild()
 Phases.model_rebuild()
