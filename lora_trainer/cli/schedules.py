@@ -21,9 +21,16 @@ from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.planning.run_plan import resolve_param_groups
 from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
 from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
-from lora_trainer.schedules.facts import ScheduleFacts, facts_of
 from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
-from lora_trainer.schedules.schedule import DecayOptions, Horizon, LRSchedule, ScheduleError, ScheduleOptions
+from lora_trainer.schedules.schedule import (
+    DecayOptions,
+    Horizon,
+    LRSchedule,
+    ScheduleError,
+    ScheduleFacts,
+    ScheduleOptions,
+    facts_of,
+)
 from lora_trainer.tracking.console import MainConsole
 
 WEIGHT_DECAY = 0.01  # AdamW's default, for the shrink that `explain` shows

@@ -43,9 +43,6 @@ class Constant(ScheduleOptions):
     summary: ClassVar[str] = "the same learning rate from the first update to the last"
     limits: ClassVar[str] = "never settles: late updates are as large as early ones, and small sets overfit easily"
 
-    def core(self, horizon: Horizon, warmup: int) -> Core:
-        return lambda k, _: 1.0
-
 
 class ConstantWithWarmup(WarmupOptions):
     """m = k / W in the warm-up, then 1."""
@@ -56,9 +53,6 @@ class ConstantWithWarmup(WarmupOptions):
     example: ClassVar[dict[str, Any]] = {"warmup_steps": "10%"}
     summary: ClassVar[str] = "a rise from zero, then the same learning rate to the end"
     limits: ClassVar[str] = "protects the start, but never settles at the end"
-
-    def core(self, horizon: Horizon, warmup: int) -> Core:
-        return lambda k, _: 1.0
 
 
 class Linear(FlooredDecayOptions):
@@ -330,9 +324,6 @@ class Plateau(WarmupOptions):
     def resolve(self, horizon: Horizon) -> LRSchedule:
         feedback = PlateauFeedback(self.factor, self.patience, self.threshold_se, self.min_ratio)
         return replace(super().resolve(horizon), core=feedback.multiplier, feedback=feedback)
-
-    def core(self, horizon: Horizon, warmup: int) -> Core:
-        return lambda k, _: 1.0
 
 
 _FALLS: dict[str, Callable[[float], float]] = {
