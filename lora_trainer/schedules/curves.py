@@ -169,22 +169,22 @@ class Exponential(WarmupOptions):
 
     def _decay(self, horizon: Horizon, warmup: int) -> float:
         """The rate per unit."""
-        given = [name for name in ("gamma", "rate", "final_ratio", "half_life") if getattr(self, name) is not None]
+        length = horizon.num_steps - warmup
+        units = length if self.unit == "step" else math.ceil(length / horizon.steps_per_epoch)
+        rates: dict[str, Callable[[float], float]] = {
+            "gamma": lambda gamma: -math.log(gamma),
+            "rate": lambda rate: rate,
+            "final_ratio": lambda ratio: -math.log(ratio) / max(1, units),
+            "half_life": lambda half_life: math.log(2) / half_life,
+        }
+        given = {name: value for name in rates if (value := getattr(self, name)) is not None}
         if len(given) != 1:
             raise ScheduleError(
                 "exponential takes exactly one of gamma, rate, final_ratio and half_life; "
                 f"here: {', '.join(given) or 'none'}"
             )
-        if self.gamma is not None:
-            return -math.log(self.gamma)
-        if self.rate is not None:
-            return self.rate
-        if self.half_life is not None:
-            return math.log(2) / self.half_life
-        assert self.final_ratio is not None
-        length = horizon.num_steps - warmup
-        units = length if self.unit == "step" else math.ceil(length / horizon.steps_per_epoch)
-        return -math.log(self.final_ratio) / max(1, units)
+        ((name, value),) = given.items()
+        return rates[name](value)
 
 
 class Step(WarmupOptions):

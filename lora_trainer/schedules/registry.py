@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from lora_trainer.schedules import curves, cycles
 from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
@@ -24,15 +24,7 @@ from lora_trainer.schedules.schedule import (
     ScheduleOptions,
     at_least_one,
 )
-from lora_trainer.strict_model import Positive, StrictModel
-
-
-def _nested(value: Any) -> Any:
-    """`{type, steps, scale, ...}` as written, with the schedule's own keys in a section of their own."""
-    if not isinstance(value, dict) or "schedule" in value:
-        return value
-    phase = {key: value[key] for key in ("steps", "scale") if key in value}
-    return {**phase, "schedule": {key: entry for key, entry in value.items() if key not in phase}}
+from lora_trainer.strict_model import Positive, StrictModel, gathering
 
 
 class Phase(StrictModel):
@@ -50,7 +42,7 @@ class Phases(ScheduleOptions):
     """m = scale x the multiplier of the phase that update k lies in, each phase counting from 0 over its own length."""
 
     type: Literal["phases"] = "phases"
-    phases: Annotated[tuple[Annotated[Phase, BeforeValidator(_nested)], ...], Field(min_length=1)]
+    phases: Annotated[tuple[Annotated[Phase, gathering("schedule", "steps", "scale")], ...], Field(min_length=1)]
     """List of {type, steps, scale, options of that type}; the steps should sum to the run. Required."""
     example: ClassVar[dict[str, Any]] = {
         "phases": [
@@ -66,10 +58,8 @@ class Phases(ScheduleOptions):
         parts = self._parts(horizon)
 
         def joined(k: int, base_lr: float) -> float:
-            for start, scale, schedule in reversed(parts):
-                if k >= start:
-                    return scale * schedule.multiplier(k - start, base_lr)
-            raise AssertionError("the first phase starts at 0")
+            start, scale, schedule = next(part for part in reversed(parts) if k >= part[0])
+            return scale * schedule.multiplier(k - start, base_lr)
 
         return joined
 

@@ -323,17 +323,13 @@ def facts_of(options: ScheduleOptions, schedule: LRSchedule, base_lr: float) -> 
         ScheduleError: an absolute end does not fit the base LR.
     """
     lrs = tuple(schedule.lr(k, base_lr) for k in range(schedule.horizon.num_steps))
+    top = lrs.index(max(lrs))
     return ScheduleFacts(
         lrs=lrs,
         budget=math.fsum(lrs) / (base_lr * len(lrs)),
-        half_life=_half_life(lrs),
+        half_life=next((k for k, lr in enumerate(lrs[top:]) if lr <= lrs[top] / 2), None),
         warnings=tuple(_warnings(options, schedule, [lr / base_lr for lr in lrs])),
     )
-
-
-def _half_life(lrs: Sequence[float]) -> int | None:
-    top = lrs.index(max(lrs))
-    return next((k - top for k in range(top, len(lrs)) if lrs[k] <= lrs[top] / 2), None)
 
 
 def _warnings(options: ScheduleOptions, schedule: LRSchedule, multipliers: Sequence[float]) -> Iterator[str]:
