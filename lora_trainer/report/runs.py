@@ -168,7 +168,7 @@ def _read_sweep(folder: Path) -> list[RunRecord]:
     """
     try:
         trials = _read_json(folder / SWEEP_FILE)["trials"]
-        left_out = sorted({(trial["setting"], trial["peak_lr"]) for trial in _not_begun(trials)})
+        left_out = sorted({(trial["setting"], trial["peak_lr"]) for trial in trials if is_left_out(trial)})
         records = []
         for trial in trials:
             if (folder / trial["folder"] / METRICS_FILE).is_file():
@@ -185,12 +185,13 @@ def _read_sweep(folder: Path) -> list[RunRecord]:
 def not_begun(folders: Sequence[Path]) -> list[str]:
     """The trials of sweeps that were decided not to be begun, with the reason; from what `read_runs` could read."""
     sweeps = [_read_json(folder / SWEEP_FILE) for folder in folders]
-    idle = [trial for sweep in sweeps for trial in _not_begun(sweep.get("trials", ()))]
+    idle = [trial for sweep in sweeps for trial in sweep.get("trials", ()) if is_left_out(trial)]
     return [f"{trial['name']} was not trained: {trial['reason']}" for trial in idle]
 
 
-def _not_begun(trials: Sequence[Row]) -> list[Row]:
-    return [trial for trial in trials if trial["status"] == "stopped" and not trial["step"]]
+def is_left_out(trial: Row) -> bool:
+    """Whether a rule of its sweep decided not to begin this trial."""
+    return trial["status"] == "stopped" and not trial["step"]
 
 
 def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[RunRecord]:
