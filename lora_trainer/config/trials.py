@@ -256,14 +256,8 @@ def _entry(key: str, value: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return _number(value)
+    """The shortest text that is this value; of numbers 3e-4, 0.05, 16."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        exact = Decimal(repr(value)).normalize()
+        return f"{exact:f}" if value == 0 or Decimal("0.01") <= abs(exact) < 10**6 else f"{exact:e}"
     return value.replace("%", "pct") if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-def _number(value: float) -> str:
-    """The shortest text that is this number: 3e-4, 0.05, 16."""
-    exact = Decimal(repr(value)).normalize()
-    return f"{exact:f}" if value == 0 or Decimal("0.01") <= abs(exact) < 10**6 else f"{exact:e}"
