@@ -139,19 +139,13 @@ def answer_rows(finder: PreparedFinder, result: FinderResult) -> Iterator[tuple[
         yield "", f"ramp {decades} again with --steps {steps}, or a smaller --start-lr"
     else:
         yield from _reading_rows(finder, result)
-    yield from _lines_to_paste(finder, result.lr)
-
-
-def _lines_to_paste(finder: PreparedFinder, lr: float) -> Iterator[tuple[str, str]]:
-    optimizer = finder.prepared.config.optimizer
+    optimizer, lr = finder.prepared.config.optimizer, result.lr
     yield "in the config", f"lr: {lr:.1e}     (under optimizer)"
     yield "on the command line", f"optimizer.lr={lr:.1e}"
     for group in optimizer.groups:
         if group.lr is not None:
-            yield (
-                f"group {group.name}",
-                f"lr: {group.lr / optimizer.lr * lr:.1e}     (it kept its ratio to the base LR)",
-            )
+            own = f"lr: {group.lr / optimizer.lr * lr:.1e}"
+            yield f"group {group.name}", f"{own}     (it kept its ratio to the base LR)"
 
 
 def _reading_rows(finder: PreparedFinder, result: FinderResult) -> Iterator[tuple[str, str]]:
