@@ -99,7 +99,7 @@ def fact_rows(preview: Preview) -> Iterator[tuple[str, str]]:
     options = [f"{key} {json.dumps(value)}" for key, value in _written(preview.options).items() if key != "type"]
     yield "options", ", ".join(options) or "all at their defaults"
     yield "over a run of", f"{num_steps} updates, {preview.schedule.horizon.steps_per_epoch} an epoch"
-    yield "learning rate", f"first {facts.first:.3e}, peak {facts.peak:.3e}, last {facts.last:.3e}"
+    yield "learning rate", f"first {facts.lrs[0]:.3e}, peak {facts.peak:.3e}, last {facts.lrs[-1]:.3e}"
     yield "LR budget", f"{facts.budget:.2f} of constant training at the base LR"
     yield "half-life", "never half" if facts.half_life is None else f"{facts.half_life} updates after the peak"
     marks = preview.schedule.marks

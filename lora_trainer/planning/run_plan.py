@@ -288,9 +288,9 @@ def _param_group_plan(group: ParamGroup) -> ParamGroupPlan:
         name=group.name,
         schedule=group.options.type,
         num_warmup_steps=group.schedule.warmup.num_steps,
-        lr_start=facts.first,
+        lr_start=facts.lrs[0],
         lr_peak=facts.peak,
-        lr_end=facts.last,
+        lr_end=facts.lrs[-1],
         lr_budget=facts.budget,
         warnings=facts.warnings,
     )

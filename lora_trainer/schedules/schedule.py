@@ -303,14 +303,6 @@ class ScheduleFacts:
     def peak(self) -> float:
         return max(self.lrs)
 
-    @property
-    def first(self) -> float:
-        return self.lrs[0]
-
-    @property
-    def last(self) -> float:
-        return self.lrs[-1]
-
     def shrink(self, weight_decay: float) -> float:
         """Share by which decoupled weight decay alone shrinks a weight over the run: 1 - exp(-wd x sum of LRs)."""
         return 1 - math.exp(-weight_decay * math.fsum(self.lrs))

@@ -151,7 +151,7 @@ def test_a_preview_is_what_the_plan_of_the_run_says(toy_config: Path) -> None:
     (first, up) = previews(overrides, toy_config, None, None)
     groups = prepare_plan(load_config(toy_config, overrides)).plan.param_groups
     assert [g.lr_peak for g in groups] == [first.facts.peak, up.facts.peak] == [1e-3, 5e-4]
-    assert [g.lr_end for g in groups] == [first.facts.last, up.facts.last]
+    assert [g.lr_end for g in groups] == [first.facts.lrs[-1], up.facts.lrs[-1]]
     assert [g.lr_budget for g in groups] == [first.facts.budget, up.facts.budget]
     assert up.label == "up: cosine"
 
