@@ -20,8 +20,7 @@ from lora_trainer.config.structure import option_rows
 from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.planning.run_plan import resolve_param_groups
 from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
-from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
-from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
+from lora_trainer.schedules.registry import CLASSIC, SCHEDULES, PluginSchedule, TorchSchedule, plugin_names
 from lora_trainer.schedules.schedule import (
     DecayOptions,
     Horizon,

@@ -26,8 +26,7 @@ from lora_trainer.config.load import check_source, load_config
 from lora_trainer.config.source import Source
 from lora_trainer.errors import ConfigError, SystemSetupError
 from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
-from lora_trainer.schedules.external import allow_plugins
-from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
+from lora_trainer.schedules.registry import CLASSIC, SCHEDULES, allow_plugins
 from lora_trainer.schedules.schedule import Mark
 
 

@@ -19,8 +19,7 @@ from lora_trainer.config.load import check_source
 from lora_trainer.config.source import Source
 from lora_trainer.config.structure import all_keys, models_by_type
 from lora_trainer.errors import ConfigError
-from lora_trainer.schedules.external import allow_plugins
-from lora_trainer.schedules.registry import CLASSIC, ROWS, SCHEDULES, LRSchedulerOptions
+from lora_trainer.schedules.registry import CLASSIC, ROWS, SCHEDULES, LRSchedulerOptions, allow_plugins
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError
 
 BASE = {"name": "x", "model": {"path": "b"}, "data": {"dir": "d"}, "train": {"max_steps": 9}}
