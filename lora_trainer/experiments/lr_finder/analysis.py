@@ -112,13 +112,11 @@ def analyse(points: Sequence[Point], fallback_lr: float) -> RampReading:
     num_points = len(points) if end is None else end
     if num_points < MIN_POINTS:
         return RampReading("too few points", fallback_lr, num_points, onset=onset, crossing=crossing, best=points[best])
-    if crossing is None:  # nothing is known to be too large, so no more than what was seen to be best
-        high = points[best].lr
-        middle = math.sqrt(onset * high)
-    else:
-        high = crossing / START_CORRECTION
-        middle = math.sqrt(onset * crossing)
-    suggestion = round_down(min(middle, high))
+    upper = points[best].lr if crossing is None else crossing
+    high = (
+        upper if crossing is None else upper / START_CORRECTION
+    )  # without a crossing nothing is known to be too large
+    suggestion = round_down(min(math.sqrt(onset * upper), high))
     return RampReading("found", suggestion, num_points, min(onset, high), high, onset, crossing, points[best])
 
 
