@@ -76,8 +76,9 @@ class Cosine(FlooredDecayOptions):
     limits: ClassVar[str] = "the length of the run must be right from the start: the curve is laid over it"
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        cycles = self.num_cycles
-        return self.floored(lambda p: max(0.0, 0.5 * (1 + math.cos(math.pi * cycles * 2 * p))), horizon, warmup)
+        return self.floored(
+            lambda p: max(0.0, 0.5 * (1 + math.cos(math.pi * self.num_cycles * 2 * p))), horizon, warmup
+        )
 
 
 class CosineWithRestarts(FlooredDecayOptions):
@@ -90,10 +91,8 @@ class CosineWithRestarts(FlooredDecayOptions):
     limits: ClassVar[str] = "for long runs on varied data; each restart undoes some of the settling before it"
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        cycles = self.num_cycles
-
         def fall(p: float) -> float:
-            return 0.0 if p >= 1 else max(0.0, 0.5 * (1 + math.cos(math.pi * ((cycles * p) % 1.0))))
+            return 0.0 if p >= 1 else max(0.0, 0.5 * (1 + math.cos(math.pi * ((self.num_cycles * p) % 1.0))))
 
         return self.floored(fall, horizon, warmup)
 
@@ -302,8 +301,7 @@ class Rex(FlooredDecayOptions):
     limits: ClassVar[str] = "spends little time at small learning rates"
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        d = self.d
-        return self.floored(lambda p: (1 - p) / ((1 - d) + d * (1 - p)), horizon, warmup)
+        return self.floored(lambda p: (1 - p) / ((1 - self.d) + self.d * (1 - p)), horizon, warmup)
 
 
 class Plateau(WarmupOptions):
