@@ -54,11 +54,11 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
         raise ConfigError(Problem(what, str(run_dir), fix=fix))
     plan = RunPlan.from_json(json.loads((run_dir / PLAN_FILE).read_text()))
     checkpoint = open_checkpoint(run_dir / CHECKPOINTS, step)
-    base = open_base(config.model.path, config.model.revision, config.model.family)
+    base = open_base(**config.model.model_dump())
     family = open_family(base)
     step, parts = stored_trial(checkpoint)
     adapter = parts.get("average", parts["adapter"]) if weights == "exported" else parts["adapter"]
-    facts = base_facts(family, base.prediction_type(config.model.prediction_type))
+    facts = base_facts(family, base.prediction_type())
     recipe = recipe_of(config, plan, facts, step)
     write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype)
 

@@ -94,8 +94,7 @@ def find_base(lora: Path, model: str | None, revision: str | None) -> BaseFolder
         return open_base(model, revision)
     for folder in (lora.parent, lora.parent.parent):
         if (folder / CONFIG_FILE).is_file():
-            section = load_config(folder / CONFIG_FILE).model
-            return open_base(section.path, section.revision, section.family)
+            return open_base(**load_config(folder / CONFIG_FILE).model.model_dump())
     what, fix = "which base? The LoRA lies in no run directory", "add --model path/to/diffusers-folder"
     raise ConfigError(Problem(what, str(lora), fix=fix))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_trainer.errors import Problem
-from lora_trainer.models.clip import check_vocabulary, last_hidden_state
+from lora_trainer.models.clip import last_hidden_state
 from lora_trainer.models.diffusers_family import DiffusersFamily
 from lora_trainer.models.family import SampleSettings
 from lora_trainer.models.folder import read_object
@@ -20,6 +21,19 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEEDFORWARD = ("ff.net.0.proj", "ff.net.2")
 PROJECTIONS = ("proj_in", "proj_out")
 RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.*.conv", "upsamplers.*.conv")
+_WANTED: dict[str, dict[str, Any]] = {
+    "unet": {
+        **dict.fromkeys(("addition_embed_type", "class_embed_type", "encoder_hid_dim", "num_class_embeds")),
+        **dict.fromkeys(("in_channels", "out_channels"), 4),
+        "_class_name": "UNet2DConditionModel",
+    },
+    "vae": {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4},
+}
+"""What is the same in all bases of this family; where a config does not say it, it is so."""
+_NUMBERS = (
+    *(("unet", "block_out_channels"), ("unet", "cross_attention_dim"), ("vae", "block_out_channels")),
+    *(("text_encoder", "hidden_size"), ("text_encoder", "max_position_embeddings")),
+)
 _ARCHITECTURES = {
     "sd_v1": "stable-diffusion-v1",
     "sd_v2": "stable-diffusion-v2-512",
@@ -50,28 +64,59 @@ class StableDiffusion(DiffusersFamily):
     }
 
     def problems(self) -> list[Problem]:
-        return [*check_vocabulary(self.base.path), *self._misfits()]
+        fix, found = "use the base's own folder", [*self._misfits()] or [*self._misshapen()]
+        return [*super().problems(), *(Problem(what, str(self.base.path / where), fix=fix) for where, what in found)]
 
-    def _misfits(self) -> Iterator[Problem]:
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        return {component: self.base.component_config(component) for component in self.models}
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
         """What makes the components another model than their index says: inpainting, SDXL, a foreign text encoder."""
-        unet, vae, encoder = (self.base.component_config(component) for component in self.models)
-        for where, config, key, wanted in (
-            ("unet", unet, "in_channels", 4),
-            ("unet", unet, "out_channels", 4),
-            ("unet", unet, "addition_embed_type", None),
-            ("unet", unet, "class_embed_type", None),
-            ("unet", unet, "encoder_hid_dim", None),
-            ("unet", unet, "cross_attention_dim", encoder.get("hidden_size")),
-            ("vae", vae, "latent_channels", 4),
-        ):
-            if (value := config.get(key, wanted)) != wanted:
-                what = f"`{key}` is {value}, where Stable Diffusion 1.x and 2.x with these parts have {wanted}"
-                yield Problem(what, str(self.base.path / where / "config.json"), fix="use the base's own folder")
+        configs = self._configs()
+        for component, key in _NUMBERS:
+            value = configs[component].get(key)
+            parts = value if isinstance(value, list) and value else [value]
+            if not all(type(part) is int and part > 0 for part in parts):
+                yield f"{component}/config.json", f"`{key}` is {value}, which is no size"
+        factor = configs["vae"].get("scaling_factor", 1)
+        if not isinstance(factor, float | int) or not 0 < factor < math.inf:
+            yield "vae/config.json", f"`scaling_factor` is {factor}, which is no factor"
+        width = configs["text_encoder"].get("hidden_size")
+        for component, wanted in {**_WANTED, "unet": {**_WANTED["unet"], "cross_attention_dim": width}}.items():
+            for key, usual in wanted.items():
+                if (value := configs[component].get(key, usual)) != usual:
+                    what = f"`{key}` is {value}, where Stable Diffusion 1.x and 2.x with these parts have {usual}"
+                    yield f"{component}/config.json", what
         settings = read_object(self.base.path / "tokenizer" / "tokenizer_config.json")
-        length = encoder.get("max_position_embeddings")
+        length = configs["text_encoder"].get("max_position_embeddings")
         if (said := settings.get("model_max_length", length)) != length:
-            what = f"`model_max_length` is {said}, but the text encoder has {length} positions"
-            yield Problem(what, str(self.base.path / "tokenizer"), fix="fetch tokenizer and text_encoder of one base")
+            yield "tokenizer", f"`model_max_length` is {said}, but the text encoder has {length} positions"
+
+    def _misshapen(self) -> Iterator[tuple[str, str]]:
+        """Components whose weights are of another model than their configs, by its ends and biases."""
+        unet, vae, encoder = self._configs().values()
+        outer, inner, width = vae["block_out_channels"][0], vae["block_out_channels"][-1], encoder["hidden_size"]
+        ends = {
+            "unet": {"conv_in": (unet["block_out_channels"][0], 4), "conv_out": (4, unet["block_out_channels"][0])},
+            "vae": {f"{half}.conv_in": shape for half, shape in (("encoder", (outer, 3)), ("decoder", (inner, 4)))}
+            | {f"{half}.conv_out": shape for half, shape in (("encoder", (8, inner)), ("decoder", (3, outer)))},
+            "text_encoder": {
+                "embeddings.token_embedding": (encoder.get("vocab_size"), width),
+                "embeddings.position_embedding": (encoder["max_position_embeddings"], width),
+            },
+        }
+        for component, wanted in ends.items():
+            shapes = self.base.tensor_shapes(component)
+            faults = [f"`{name}` is missing" for name in wanted if not any(_is(key, name) for key in shapes)]
+            for key, shape in shapes.items():
+                layer = key.removesuffix(".weight")
+                fits = [shape[:2] == start for name, start in wanted.items() if _is(key, name)]
+                fits.append(key == layer or shapes.get(f"{layer}.bias", shape[:1]) == shape[:1])
+                fits.append(not _is(key, "attn2.to_k") or shape[1] == width)
+                if not all(fits):
+                    faults.append(f"`{layer}` is {' x '.join(map(str, shape))}")
+            if faults:
+                yield component, f"{len(faults)} of its weights do not fit its config: {', '.join(faults[:3])}"
 
     @property
     def kohya_version(self) -> str:
@@ -143,3 +188,8 @@ class StableDiffusion(DiffusersFamily):
             safety_checker=None,
             requires_safety_checker=False,
         )
+
+
+def _is(key: str, layer: str) -> bool:
+    """Whether a tensor is the weight of a layer, whatever stands before its name."""
+    return f".{key}".endswith(f".{layer}.weight")

@@ -88,7 +88,7 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     Raises:
         ConfigError, DataError, ModelError, SystemSetupError: each with all problems of its kind.
     """
-    base = open_base(config.model.path, config.model.revision, config.model.family)
+    base = open_base(**config.model.model_dump())
     family = open_family(base)
     predicts = _prediction_type(config, base, family)
     _check_resolution(config, family)
@@ -254,7 +254,7 @@ def _prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str
         ModelError: the family cannot be trained on it.
         ConfigError: a loss weighting has no meaning on it.
     """
-    chosen = base.prediction_type(config.model.prediction_type)
+    chosen = base.prediction_type()
     if chosen not in family.prediction_types:
         what = f"prediction type `{chosen}` is not supported with the family {family.name}"
         fix = f"set model.prediction_type to one of {', '.join(family.prediction_types)}, if the base was trained so"

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from lora_trainer.errors import ExitCode, ModelError
 from lora_trainer.models.folder import locate_base
-from lora_trainer.models.registry import open_base
+from lora_trainer.models.registry import open_base, open_family
 
 
 @pytest.fixture
@@ -187,6 +187,11 @@ def test_tokens_are_counted_as_the_tokenizer_counts_them(base: Path, addition: s
     count = len(CLIPTokenizer.from_pretrained(base / "tokenizer"))
     config = base / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": count}))
+    weights = load_file(base / "text_encoder" / "model.safetensors")
+    save_file(
+        weights | {"embeddings.token_embedding.weight": torch.zeros(count, 16)},
+        base / "text_encoder" / "model.safetensors",
+    )
     assert open_base(str(base)).path == base
 
 
@@ -229,3 +234,13 @@ def test_a_single_file_is_named_by_its_family(tmp_path: Path) -> None:
     for key, said in (("conditioner.embedders.1.model.x", "SDXL"), ("double_blocks.0.x", "FLUX")):
         save_file({key: torch.zeros(1)}, tmp_path / "x.safetensors")
         assert said in refusal(tmp_path / "x.safetensors")
+
+
+def test_a_lora_says_the_prediction_type_that_it_was_trained_on(base: Path) -> None:
+    families = [open_family(open_base(str(base), prediction_type=asked)) for asked in ("auto", "v_prediction")]
+    config = base / "unet" / "config.json"  # as wide as the UNet of Stable Diffusion 2
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 1024}))
+    assert [family.kohya_version for family in families] == ["sd_v2", "sd_v2_v"]
+    assert [family.architecture for family in families] == [
+        f"stable-diffusion-v2-{kind}/lora" for kind in ("512", "768-v")
+    ]
