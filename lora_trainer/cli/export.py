@@ -26,6 +26,7 @@ from lora_trainer.models.family import joined_layers
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.storage.checkpoint import open_checkpoint
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.resume import stored_trial
 from lora_trainer.training.run_files import recipe_of
 
@@ -60,7 +61,7 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
     adapter = parts.get("average", parts["adapter"]) if weights == "exported" else parts["adapter"]
     facts = base_facts(family, base.prediction_type())
     recipe = recipe_of(config, plan, facts, step)
-    write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype)
+    _say(write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype))
 
 
 def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, output: Path) -> None:
@@ -87,7 +88,12 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
     if is_kohya(tensors):
         num_outputs = {f"{base.denoiser}.{layer}": shape[0] for layer, shape in base.denoiser_shapes().items()}
         tensors = from_kohya(tensors, joined_layers(family.kohya_names(num_outputs)), num_outputs)
-    write_lora(output, tensors, recipe, family, layout=layout, dtype=dtype)
+    _say(write_lora(output, tensors, recipe, family, layout=layout, dtype=dtype))
+
+
+def _say(lost: str | None) -> None:
+    if lost:
+        MainConsole().print(lost)
 
 
 def _is_ours(file: Path) -> bool:

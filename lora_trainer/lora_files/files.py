@@ -34,6 +34,8 @@ MAX_FILE_BYTES = 8 * 2**30
 Layout = Literal["kohya", "diffusers"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER_KEY = "lora_adapter_metadata"  # where diffusers looks for alpha and rank stabilisation
+LOSS_SAID, LOST_CHANGE = 0.01, 0.1
+"""Share of weights lost to the export's dtype from which on it is said; one that changes by more of itself is lost."""
 _PREDICTION_TYPES = {"v_prediction": "v", "flow": "flow_matching"}  # in ModelSpec's words
 
 
@@ -104,8 +106,8 @@ def read_recipe(metadata: Mapping[str, Any]) -> Recipe | None:
 
 def write_lora(
     file: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe, family: Family, *, layout: Layout, dtype: str
-) -> None:
-    """Write a LoRA file in one of the two layouts, read it back and compare.
+) -> str | None:
+    """Write a LoRA file in one of the two layouts, read it back and compare; what is lost to the dtype, if that is much.
 
     Args:
         adapter: tensors by `<component>.<layer>.lora_A.weight`.
@@ -130,6 +132,35 @@ def write_lora(
         raise SystemSetupError(
             Problem("the LoRA file could not be read back as written", str(file), fix="check the disk")
         )
+    return lost_to_dtype(adapter, dtype)
+
+
+def lost_to_dtype(adapter: Mapping[str, torch.Tensor], dtype: str) -> str | None:
+    """Which share of the weights a dtype cannot hold, and one that can; None where it is small.
+
+    Lost are those other than 0 that become 0 or change by more than a tenth: fp16 holds nothing below 6e-8.
+    """
+    shares = _lost_shares(adapter, dtype)
+    kind = max(shares, key=shares.__getitem__, default="")
+    if not kind or shares[kind] < LOSS_SAID:
+        return None
+    better = next(name for name in ("bf16", "fp32") if max(_lost_shares(adapter, name).values()) < LOSS_SAID)
+    lost = f"{shares[kind]:.1%} of the weights in lora_{kind} are too small for {dtype} and are lost in the file"
+    return f"{lost}: {_other_dtype(better)}"
+
+
+def _other_dtype(dtype: str) -> str:
+    return f"write export.dtype={dtype}, or use `lora-trainer export --dtype {dtype}` on the run"
+
+
+def _lost_shares(adapter: Mapping[str, torch.Tensor], dtype: str) -> dict[str, float]:
+    """By kind of tensor: A, B, magnitude_vector."""
+    counts: dict[str, torch.Tensor] = {}
+    for name, tensor in adapter.items():
+        kind = name.partition(".lora_")[2].removesuffix(".weight")
+        lost = (tensor - tensor.to(DTYPES[dtype]).to(tensor.dtype)).abs() > LOST_CHANGE * tensor.abs()
+        counts[kind] = counts.get(kind, 0) + torch.stack([lost.sum(), tensor.count_nonzero()])
+    return {kind: int(lost) / max(1, int(num)) for kind, (lost, num) in counts.items()}
 
 
 def base_facts(family: Family, prediction_type: str) -> BaseFacts:
@@ -208,8 +239,9 @@ def _converted(tensors: Mapping[str, torch.Tensor], dtype: str, file: Path) -> T
         kept = tensor.float() if name.endswith(".alpha") else tensor.to(DTYPES[dtype])
         if not torch.isfinite(kept).all():
             was_finite = torch.isfinite(tensor).all()
-            why = "it left fp16's range: write export.dtype=bf16" if was_finite else "training diverged"
-            raise NumericStop(Problem(f"`{name}` is not finite and is never saved", str(file.name), why))
+            why = f"it is outside of {dtype}'s range" if was_finite else "training diverged"
+            fix = _other_dtype("bf16" if dtype == "fp16" else "fp32") if was_finite else None
+            raise NumericStop(Problem(f"`{name}` is not finite and is never saved", str(file.name), why, fix))
         converted[name] = kept.cpu().contiguous()
     return converted
 
