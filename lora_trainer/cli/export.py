@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from lora_trainer.cli.sample import find_base
 from lora_trainer.cli.session import check_output
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import CHECKPOINTS, CONFIG_FILE, PLAN_FILE
-from lora_trainer.errors import ConfigError, ModelError, Problem
+from lora_trainer.errors import ConfigError, ModelError, Problem, SystemSetupError
 from lora_trainer.lora_files.files import (
     OWN_KEY,
     Layout,
+    Recipe,
     base_facts,
     check_fit,
     from_kohya,
     is_kohya,
     read_lora,
     read_recipe,
+    to_kohya,
     write_lora,
 )
-from lora_trainer.models.family import joined_layers
+from lora_trainer.models.adapters.targets import select_targets
+from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan
+from lora_trainer.storage.atomic_files import read_json
 from lora_trainer.storage.checkpoint import open_checkpoint
+from lora_trainer.storage.safetensors_io import Tensors
 from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.resume import stored_trial
 from lora_trainer.training.run_files import recipe_of
@@ -53,7 +60,14 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
             "name a file there: trials/<trial>/<trial>.safetensors",
         )
         raise ConfigError(Problem(what, str(run_dir), fix=fix))
-    plan = RunPlan.from_json(json.loads((run_dir / PLAN_FILE).read_text()))
+    if not any((run_dir / CHECKPOINTS).glob("step-*")) and (files := sorted(run_dir.glob("*.safetensors"))):
+        what, why = "the folder holds no checkpoints", "those of a sweep's trials are kept by group"
+        raise ConfigError(Problem(what, str(run_dir), why, f"name a LoRA file there, as {files[0]}"))
+    try:
+        plan = RunPlan.from_json(read_json(run_dir / PLAN_FILE))
+    except (OSError, ValueError, RecursionError) as error:
+        what, fix = "the run's plan cannot be read", "export from its LoRA file"
+        raise SystemSetupError(Problem(what, str(run_dir / PLAN_FILE), str(error), fix)) from error
     checkpoint = open_checkpoint(run_dir / CHECKPOINTS, step)
     base = open_base(**config.model.model_dump())
     family = open_family(base)
@@ -61,6 +75,8 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
     adapter = parts.get("average", parts["adapter"]) if weights == "exported" else parts["adapter"]
     facts = base_facts(family, base.prediction_type())
     recipe = recipe_of(config, plan, facts, step)
+    check_fit(adapter, checkpoint.folder, base, family)
+    _check_recipe(adapter, recipe, checkpoint.folder, family)
     _say(write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype))
 
 
@@ -85,10 +101,42 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
     base = find_base(lora, model, None)
     family = open_family(base)
     check_fit(tensors, lora, base, family)
+    adapter, lost = tensors, set[str]()
     if is_kohya(tensors):
         num_outputs = {f"{base.denoiser}.{layer}": shape[0] for layer, shape in base.denoiser_shapes().items()}
-        tensors = from_kohya(tensors, joined_layers(family.kohya_names(num_outputs)), num_outputs)
-    _say(write_lora(output, tensors, recipe, family, layout=layout, dtype=dtype))
+        known = joined_layers(family.kohya_names(num_outputs))
+        names = {name: known[name] for name in sorted({key.partition(".")[0] for key in tensors} & known.keys())}
+        own = {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] in names}
+        adapter = from_kohya(own, names, num_outputs)
+        again = to_kohya(adapter, names, recipe.adapter)
+        lost = {key for key in tensors.keys() | again.keys() if not _are_equal(tensors.get(key), again.get(key))}
+    _check_recipe(adapter, recipe, lora, family, lost)
+    _say(write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype))
+
+
+def _are_equal(tensor: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return tensor is not None and other is not None and torch.equal(tensor, other)
+
+
+def _check_recipe(adapter: Tensors, recipe: Recipe, place: Path, family: Family, others: Collection[str] = ()) -> None:
+    """Whether tensors are those that their recipe speaks of: its targets, rank and kind.
+
+    Args:
+        others: tensors of the file that another recipe or tool wrote.
+
+    Raises:
+        ModelError: they are not.
+    """
+    options, denoiser = recipe.adapter, family.denoiser
+    layers = select_targets(family.base.denoiser_shapes(), options.targets, family.target_presets)
+    endings = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if options.use_dora else ()))
+    wanted = {f"{denoiser}.{layer}.{ending}" for layer in layers for ending in endings}
+    ranks = {key for key, tensor in adapter.items() if "lora_A" in key and tensor.shape[0] != options.rank}
+    if odd := sorted(wanted ^ adapter.keys() or ranks or others):
+        kind = f"rank {options.rank}, alpha {options.alpha:g}, targets {options.targets}"
+        what = f"{len(odd)} of its tensors are not those of its recipe, as `{odd[0]}`"
+        why = f"{kind}{', DoRA' * options.use_dora}: they are missing, of another rank or scale, or were added"
+        raise ModelError(Problem(what, str(place), why, "use the file or folder as it was written"))
 
 
 def _say(lost: str | None) -> None:

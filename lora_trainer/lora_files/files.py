@@ -107,7 +107,7 @@ def read_recipe(metadata: Mapping[str, Any]) -> Recipe | None:
 def write_lora(
     file: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe, family: Family, *, layout: Layout, dtype: str
 ) -> str | None:
-    """Write a LoRA file in one of the two layouts, read it back and compare; what is lost to the dtype, if that is much.
+    """Write a LoRA file in one of the two layouts, read it back and compare; what the dtype loses, if much.
 
     Args:
         adapter: tensors by `<component>.<layer>.lora_A.weight`.
@@ -209,15 +209,21 @@ def check_fit(tensors: Tensors, file: Path, base: BaseFolder, family: Family) ->
     for name in sorted(name for name in own if not name.startswith("lora_te" if kohya else "text_")):
         down, up = (tensors.get(f"{name}.{half}.weight") for half in halves)
         alpha, layers = tensors.get(f"{name}.alpha"), names.get(name)
+        magnitude = tensors.get(f"{name}.{'dora_scale' if kohya else 'lora_magnitude_vector'}")
         if layers is None or down is None or up is None:
             faults.append(f"`{name}` is no layer of the base" if layers is None else f"`{name}` lacks a half")
             continue
         outputs, inputs = sum(shapes[layer][0] for layer in layers), shapes[layers[0]][1:]
-        wanted = (down.shape[0], *inputs), (outputs, down.shape[0])
-        if any(_bare(list(half.shape)) != _bare(list(shape)) for half, shape in zip((down, up), wanted, strict=True)):
+        rank = down.shape[0] if down.dim() else 0
+        wanted = (rank, *inputs), (outputs, rank)
+        if not rank or any(
+            _bare(list(half.shape)) != _bare(list(shape)) for half, shape in zip((down, up), wanted, strict=True)
+        ):
             faults.append(f"`{name}` has the shapes {tuple(down.shape)} and {tuple(up.shape)}, not {wanted}")
         elif alpha is not None and alpha.numel() != 1:
             faults.append(f"`{name}.alpha` is not one number")
+        elif magnitude is not None and magnitude.numel() != outputs:
+            faults.append(f"`{name}` has {magnitude.numel()} magnitudes for {outputs} outputs")
     if faults:
         what = f"the LoRA does not fit the base {base.path}: {len(faults)} of its layers"
         raise ModelError(Problem(what, str(file), faults[0], "give the base that it was made for, with --model"))
