@@ -29,7 +29,7 @@ from lora_trainer.data.folders import few_of_a_kind, some
 from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover, long_captions, order_digest
 from lora_trainer.errors import ConfigError, DataError, ModelError, Problem, SystemSetupError
-from lora_trainer.models.adapters.targets import assign_param_groups, select_targets
+from lora_trainer.models.adapters.targets import assign_param_groups, kohya_notes, select_targets
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
@@ -318,6 +318,8 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield from (("", f"note: {note}") for note in plan.validation.notes)
     yield "saves", _saves(plan)
     yield "files to come", ", ".join(str(file) for file in files_to_come(config))
+    presets = open_family(prepared.base).target_presets
+    yield from (("", f"note: {note}") for note in kohya_notes(config.adapter, prepared.target_shapes, presets))
 
 
 def files_to_come(config: RunConfig) -> list[Path]:
