@@ -7,16 +7,18 @@ to do about it.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lora_trainer.errors import ModelError, Problem
-from lora_trainer.storage.atomic_files import read_json
+from lora_trainer.errors import ModelError, Problem, SystemSetupError
+from lora_trainer.storage.atomic_files import read_json, write_json
 
 _CONVERT = (
     'python -c "from diffusers import StableDiffusionPipeline as P; '
@@ -40,6 +42,8 @@ BETA_SCHEDULERS = (
 )
 """diffusers' schedulers, without the ending, that make of `beta_*` the betas that its DDPMScheduler makes."""
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_CHUNK_BYTES = 2**24
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what is done, how many) -> the same items
 _SPACINGS = ("leading", "linspace", "trailing")
 
 
@@ -100,17 +104,57 @@ class BaseFolder:
         shapes = self.tensor_shapes(self.denoiser).items()
         return {key.removesuffix(".weight"): shape for key, shape in shapes if key.endswith(".weight") and shape[1:]}
 
-    def digests(self) -> dict[str, str]:
-        """Identity of each component's content, wherever the folder lies."""
-        return {component: self._digest(component) for component in (*self.models, *self.others)}
+    def digests(self, memory: Path | None = None, progress: Progress = lambda items, *_: items) -> dict[str, str]:
+        """Identity of each component's content, wherever the folder lies.
 
-    def _digest(self, component: str) -> str:
-        place, digest = self.path / component, hashlib.sha256()
-        weights = self.weights(component) if component in self.models else []
-        for file in [*sorted(place.glob("*.json")), *sorted(place.glob("*.txt")), *weights]:
-            with file.open("rb") as opened:
-                digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
-        return digest.hexdigest()
+        Args:
+            memory: remembers the digests of weights by path, size, time and inode of their files.
+            progress: shows how far it is, where they are computed.
+        """
+        weights = {component: self.weights(component) for component in self.models}
+        known = _weight_digests([file for files in weights.values() for file in files], memory, progress)
+        digests = {}
+        for component in (*self.models, *self.others):
+            place, digest = self.path / component, hashlib.sha256()
+            for file in [*sorted(place.glob("*.json")), *sorted(place.glob("*.txt")), *weights.get(component, ())]:
+                content = known.get(file) or hashlib.sha256(file.read_bytes()).hexdigest()
+                digest.update(file.name.encode() + bytes.fromhex(content))
+            digests[component] = digest.hexdigest()
+        return digests
+
+
+def _weight_digests(files: Sequence[Path], memory: Path | None, progress: Progress) -> dict[Path, str]:
+    """sha256 of each file: as remembered, where nothing tells that it is another file now, else computed."""
+    try:
+        entries = read_json(memory) if memory is not None else {}
+        remembered = {name: entry for name, entry in entries.items() if re.fullmatch("[0-9a-f]{64}", entry[-1])}
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError):
+        remembered = {}
+    marks = {file: _mark(file) for file in files}
+    anew = [file for file, mark in marks.items() if remembered.get(str(file.resolve()), ())[:-1] != mark]
+    num_bytes, hashes = sum(marks[file][0] for file in anew), {file: hashlib.sha256() for file in anew}
+    if anew:
+        what = f"computing the digest of {num_bytes / 1e9:.2g} GB, once"
+        for file, chunk in progress(_chunks(anew), what, math.ceil(num_bytes / _CHUNK_BYTES)):
+            hashes[file].update(chunk)
+        same = {file: digest.hexdigest() for file, digest in hashes.items() if _mark(file) == marks[file]}
+        remembered |= {str(file.resolve()): [*marks[file], digest] for file, digest in same.items()}
+        if memory is not None:
+            with suppress(OSError, SystemSetupError):  # it is computed again next time
+                write_json(memory, remembered)
+    return {file: hashes[file].hexdigest() if file in hashes else remembered[str(file.resolve())][-1] for file in files}
+
+
+def _mark(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _chunks(files: Sequence[Path]) -> Iterator[tuple[Path, bytes]]:
+    for file in files:
+        with file.open("rb") as opened:
+            while chunk := opened.read(_CHUNK_BYTES):
+                yield file, chunk
 
 
 def locate_base(path: str, revision: str | None, components: Sequence[str]) -> Path:

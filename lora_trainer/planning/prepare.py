@@ -103,7 +103,8 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = _threads(config, fixed, default_threads(launch))
-    return Prepared(config, base, base.digests(), predicts, split, targets, plan, threads)
+    digests = base.digests(cache_folder(config) / "base-digests.json", progress)
+    return Prepared(config, base, digests, predicts, split, targets, plan, threads)
 
 
 def checked_images_file(config: RunConfig) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,43 @@ def test_digests_follow_content_component_by_component(base: Path) -> None:
     config.write_text(config.read_text().replace("64", "65"))
     after = open_base(str(moved)).digests()
     assert {name for name in before if before[name] != after[name]} == {"vae"}
+
+
+def test_digests_are_remembered_while_nothing_tells_of_another_file(base: Path, tmp_path: Path) -> None:
+    memory, unet = tmp_path / "memory" / "digests.json", base / "unet" / "diffusion_pytorch_model.safetensors"
+    opened = open_base(str(base))
+
+    def computed() -> set[str]:
+        """Files whose digests are computed anew; the result is right in any case."""
+        files: set[str] = set()
+
+        def watch(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+            assert re.fullmatch(r"computing the digest of [\d.e-]+ GB, once", what)
+            for item in items:
+                files.add(item[0].parent.name)
+                yield item
+
+        assert opened.digests(memory, watch) == opened.digests()
+        return files
+
+    every = {"unet", "vae", "text_encoder"}
+    assert computed() == every
+    assert computed() == set()
+    status = unet.stat()
+    os.utime(unet, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert computed() == {"unet"}
+    other = unet.with_name("other")
+    other.write_bytes(unet.read_bytes()[:-1] + b"?")
+    shutil.copystat(unet, other)
+    other.rename(unet)  # equal in size and time
+    assert computed() == {"unet"}
+    for garbage in ("", "[]", "[" * 10_000, '{"x": 1}', '{"x": []}', json.dumps({str(unet): [1, 2, 3, "f" * 64]})):
+        memory.write_text(garbage)
+        assert computed() == every
+        assert computed() == set()
+    shutil.rmtree(memory.parent)
+    memory.parent.write_text("a file is in the way")
+    assert computed() == every
 
 
 @pytest.mark.parametrize(

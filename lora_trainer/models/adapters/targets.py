@@ -85,7 +85,7 @@ def kohya_notes(config: LoraConfig, layers: Collection[str], presets: Mapping[st
         beyond = [layer for layer in layers if not any(_matches(layer, pattern) for pattern in blocks)]
         if beyond:
             named = f"{', '.join(beyond[:3])}{' ...' * (len(beyond) > 3)}"
-            yield f"kohya's network drops {len(beyond)} layers, as ComfyUI and diffusers do not: {named}"
+            yield f"kohya's network drops {len(beyond)} layers, which ComfyUI and diffusers apply: {named}"
 
 
 def can_pack(config: LoraConfig) -> bool:
