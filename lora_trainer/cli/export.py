@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from lora_trainer.cli.sample import find_base
 from lora_trainer.cli.session import check_output
@@ -16,23 +13,19 @@ from lora_trainer.errors import ConfigError, ModelError, Problem, SystemSetupErr
 from lora_trainer.lora_files.files import (
     OWN_KEY,
     Layout,
-    Recipe,
     base_facts,
     check_fit,
     from_kohya,
     is_kohya,
     read_lora,
     read_recipe,
-    to_kohya,
     write_lora,
 )
-from lora_trainer.models.adapters.targets import select_targets
-from lora_trainer.models.family import Family, joined_layers
+from lora_trainer.models.family import joined_layers
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.storage.atomic_files import read_json
 from lora_trainer.storage.checkpoint import open_checkpoint
-from lora_trainer.storage.safetensors_io import Tensors
 from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.resume import stored_trial
 from lora_trainer.training.run_files import recipe_of
@@ -75,8 +68,7 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
     adapter = parts.get("average", parts["adapter"]) if weights == "exported" else parts["adapter"]
     facts = base_facts(family, base.prediction_type())
     recipe = recipe_of(config, plan, facts, step)
-    check_fit(adapter, checkpoint.folder, base, family)
-    _check_recipe(adapter, recipe, checkpoint.folder, family)
+    check_fit(adapter, checkpoint.folder, family, recipe)
     _say(write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype))
 
 
@@ -100,43 +92,11 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
         raise ModelError(Problem(what, str(lora), fix=fix))
     base = find_base(lora, model, None)
     family = open_family(base)
-    check_fit(tensors, lora, base, family)
-    adapter, lost = tensors, set[str]()
+    check_fit(tensors, lora, family, recipe)
     if is_kohya(tensors):
         num_outputs = {f"{base.denoiser}.{layer}": shape[0] for layer, shape in base.denoiser_shapes().items()}
-        known = joined_layers(family.kohya_names(num_outputs))
-        names = {name: known[name] for name in sorted({key.partition(".")[0] for key in tensors} & known.keys())}
-        own = {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] in names}
-        adapter = from_kohya(own, names, num_outputs)
-        again = to_kohya(adapter, names, recipe.adapter)
-        lost = {key for key in tensors.keys() | again.keys() if not _are_equal(tensors.get(key), again.get(key))}
-    _check_recipe(adapter, recipe, lora, family, lost)
-    _say(write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype))
-
-
-def _are_equal(tensor: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return tensor is not None and other is not None and torch.equal(tensor, other)
-
-
-def _check_recipe(adapter: Tensors, recipe: Recipe, place: Path, family: Family, others: Collection[str] = ()) -> None:
-    """Whether tensors are those that their recipe speaks of: its targets, rank and kind.
-
-    Args:
-        others: tensors of the file that another recipe or tool wrote.
-
-    Raises:
-        ModelError: they are not.
-    """
-    options, denoiser = recipe.adapter, family.denoiser
-    layers = select_targets(family.base.denoiser_shapes(), options.targets, family.target_presets)
-    endings = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if options.use_dora else ()))
-    wanted = {f"{denoiser}.{layer}.{ending}" for layer in layers for ending in endings}
-    ranks = {key for key, tensor in adapter.items() if "lora_A" in key and tensor.shape[0] != options.rank}
-    if odd := sorted(wanted ^ adapter.keys() or ranks or others):
-        kind = f"rank {options.rank}, alpha {options.alpha:g}, targets {options.targets}"
-        what = f"{len(odd)} of its tensors are not those of its recipe, as `{odd[0]}`"
-        why = f"{kind}{', DoRA' * options.use_dora}: they are missing, of another rank or scale, or were added"
-        raise ModelError(Problem(what, str(place), why, "use the file or folder as it was written"))
+        tensors = from_kohya(tensors, joined_layers(family.kohya_names(num_outputs)), num_outputs)
+    _say(write_lora(output, tensors, recipe, family, layout=layout, dtype=dtype))
 
 
 def _say(lost: str | None) -> None:

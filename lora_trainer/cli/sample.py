@@ -53,7 +53,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
         fix = "sample from diffusers/pytorch_lora_weights.safetensors beside it"
         raise ModelError(Problem(what, str(lora), fix=fix))
     family = open_family(base)
-    check_fit(tensors, lora, base, family)
+    check_fit(tensors, lora, family)
     if request.size_px is not None and request.size_px % family.latent_factor:
         what = f"--size {request.size_px} is no multiple of {family.latent_factor}"
         raise ConfigError(Problem(what, fix=f"write {request.size_px // family.latent_factor * family.latent_factor}"))

@@ -51,15 +51,18 @@ def test_loras_are_judged_before_they_are_used(
             sampling.sample(run / "bad.safetensors", None, None, request(), tmp_path)
     layer = UP.removesuffix(".lora_up.weight")
     strange = {
-        "scale": tensors | {f"{layer}.alpha": torch.tensor(1.5)},
-        "rank": tensors | {UP: tensors[UP][:, :2], DOWN: tensors[DOWN][:2]},
-        "missing": {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{layer}.")},
-        "added": tensors | {"lora_te_x.lora_up.weight": torch.ones(2, 2)},
-        "were added": tensors | {f"{layer}.dora_scale": torch.ones(len(tensors[UP]), 1)},
+        "another .* alpha": tensors | {f"{layer}.alpha": torch.tensor(1.5)},
+        "another rank": tensors | {UP: tensors[UP][:, :2], DOWN: tensors[DOWN][:2]},
+        "is in its recipe's targets": {
+            key: tensor for key, tensor in tensors.items() if not key.startswith(f"{layer}.")
+        },
+        "no layer": tensors | {"lora_te_x.lora_up.weight": torch.ones(2, 2)},
+        "or kind": tensors | {f"{layer}.dora_scale": torch.ones(len(tensors[UP]), 1)},
+        "magnitudes": tensors | {f"{layer}.dora_scale": torch.ones(3, 1)},
     }
     for said, content in strange.items():
         safetensors_io.save(run / "bad.safetensors", content, metadata)
-        with pytest.raises(ModelError, match=f"not those of its recipe.*\n.*{said}"):
+        with pytest.raises(ModelError, match=said):
             convert_file(run / "bad.safetensors", "diffusers", "fp32", None, out)
     os.mkfifo(run / "pipe.safetensors")
     with pytest.raises(ModelError, match="regular"):
@@ -109,7 +112,7 @@ def test_a_checkpoint_that_is_not_what_the_run_says_is_not_exported(train_toy: C
     for change in ("rank: 4", "rank: 8"), ("targets: attention", "targets: transformer"), ("dora: false", "dora: true"):
         assert change[0] in before
         config.write_text(before.replace(*change))
-        assert "not those of its recipe" in refused(ModelError)
+        assert "recipe" in refused(ModelError)
     config.write_text(before)
     for content in ("", "[]", "[" * 100_000, '{"num_images": "\udcff"}'):
         plan.write_text(content, errors="surrogateescape")
