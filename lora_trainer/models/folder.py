@@ -7,6 +7,7 @@ to do about it.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lora_trainer.errors import ModelError, Problem, SystemSetupError
@@ -43,6 +45,7 @@ BETA_SCHEDULERS = (
 """diffusers' schedulers, without the ending, that make of `beta_*` the betas that its DDPMScheduler makes."""
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _CHUNK_BYTES = 2**24
+_EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what is done, how many) -> the same items
 _SPACINGS = ("leading", "linspace", "trailing")
 
@@ -137,12 +140,29 @@ def _weight_digests(files: Sequence[Path], memory: Path | None, progress: Progre
         what = f"computing the digest of {num_bytes / 1e9:.2g} GB, once"
         for file, chunk in progress(_chunks(anew), what, math.ceil(num_bytes / _CHUNK_BYTES)):
             hashes[file].update(chunk)
+        if faults := [(file, key) for file in anew if (key := _not_finite(file)) is not None]:
+            what = "the weight `{}` holds NaN or infinite values"
+            raise ModelError(*(Problem(what.format(key), str(f), fix="fetch the base again") for f, key in faults))
         same = {file: digest.hexdigest() for file, digest in hashes.items() if _mark(file) == marks[file]}
         remembered |= {str(file.resolve()): [*marks[file], digest] for file, digest in same.items()}
         if memory is not None:
             with suppress(OSError, SystemSetupError):  # it is computed again next time
                 write_json(memory, remembered)
     return {file: hashes[file].hexdigest() if file in hashes else remembered[str(file.resolve())][-1] for file in files}
+
+
+def _not_finite(file: Path) -> str | None:
+    """The first tensor of a safetensors file that holds a number with all bits of the exponent set."""
+    content = np.memmap(file, np.uint8, "r")
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    for name, entry in json.loads(content[8:start].tobytes()).items():
+        bits, exponent = _EXPONENTS.get(entry.get("dtype"), (np.uint8, None))
+        first, end = entry.get("data_offsets", (0, 0))
+        numbers = content[start + first : start + end].view(bits)
+        parts = range(0, len(numbers), _CHUNK_BYTES)
+        if exponent and any((numbers[at : at + _CHUNK_BYTES] & exponent == exponent).any() for at in parts):
+            return str(name)
+    return None
 
 
 def _mark(file: Path) -> list[int]:
@@ -247,13 +267,9 @@ def schedule_problems(base: BaseFolder, prediction_types: Sequence[str]) -> Iter
     named, fix = str(settings.get("_class_name")), "fetch the base's own scheduler folder"
     if named.startswith("FlowMatch") and "flow" in prediction_types:
         return
-    if named.startswith("FlowMatch") or settings.get("use_flow_sigmas"):
-        what = f"the scheduler `{named}` is for flow matching, on which the family {base.family} is not trained"
+    if settings.get("use_flow_sigmas") or named.removesuffix("Scheduler") not in BETA_SCHEDULERS:
+        what = f"the scheduler `{named}` has no noise schedule of betas, on which the family {base.family} is trained"
         yield Problem(what, where, fix=fix)
-        return
-    if named.removesuffix("Scheduler") not in BETA_SCHEDULERS:
-        why = "it is none of diffusers' schedulers with betas"
-        yield Problem(f"the scheduler `{named}` has no noise schedule that is known", where, why, fix)
         return
     num, trained = settings.get("num_train_timesteps", 1000), settings.get("trained_betas")
     start, end, kind = (settings.get(key) for key in ("beta_start", "beta_end", "beta_schedule"))

@@ -26,6 +26,7 @@ from lora_trainer.models.registry import open_base, open_family
 Edit = Callable[[Path], object]
 UNET, TEXT = "unet/diffusion_pytorch_model", "text_encoder/model"
 SCHEDULER, TOKENIZER, VOCABULARY = "scheduler/scheduler_config.json", "tokenizer", "tokenizer/tokenizer.json"
+NORM = "final_layer_norm.bias"
 SHORT = ("train.max_steps=1", "train.batch_size=1", "lr_scheduler={type: constant}", "sample={}", "data.resolution=32")
 
 
@@ -99,8 +100,14 @@ BASES: dict[str, tuple[Edit, str | None]] = {
         weights(TEXT, lambda tensors: [tensors.update({f"text_model.{k}": tensors.pop(k)}) for k in [*tensors]]),
         None,
     ),
-    "flow matching": (settings(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"), "is for flow matching"),
-    "flow sigmas": (settings(SCHEDULER, _class_name="UniPCMultistepScheduler", use_flow_sigmas=True), "flow matching"),
+    "flow matching": (
+        settings(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"),
+        "has no noise schedule of betas",
+    ),
+    "flow sigmas": (
+        settings(SCHEDULER, _class_name="UniPCMultistepScheduler", use_flow_sigmas=True),
+        "no noise schedule",
+    ),
     "no betas": (settings(SCHEDULER, _class_name="EDMEulerScheduler"), "`EDMEulerScheduler` has no noise schedule"),
     "an unknown beta schedule": (settings(SCHEDULER, beta_schedule="laplace"), "`beta_schedule` is laplace"),
     "beta text": (settings(SCHEDULER, beta_start="0.1", beta_end=None), "`beta_start` is 0.1"),
@@ -118,6 +125,18 @@ BASES: dict[str, tuple[Edit, str | None]] = {
     "one token more": (weights(TEXT, twice("embeddings.token_embedding.weight")), "weights do not fit its config"),
     "a wide UNet": (weights(UNET, twice("time_embedding.linear_1.weight")), "`time_embedding.linear_1` is 64 x 8"),
     "a missing weight": (weights(UNET, lambda tensors: tensors.pop("conv_in.weight")), "`conv_in` is missing"),
+    "a NaN in fp32": (
+        weights(UNET, lambda tensors: tensors["conv_out.bias"].fill_(torch.nan)),
+        "`conv_out.bias` holds NaN",
+    ),
+    "an infinity in fp16": (
+        weights(TEXT, lambda tensors: tensors.update({NORM: tensors[NORM].half().fill_(torch.inf)})),
+        f"`{NORM}` holds NaN or inf",
+    ),
+    "a NaN in bf16": (
+        weights(TEXT, lambda tensors: tensors.update({NORM: tensors[NORM].bfloat16().fill_(torch.nan)})),
+        f"`{NORM}` holds NaN or inf",
+    ),
     "an inpainting UNet": (settings("unet/config.json", in_channels=9), "`in_channels` is 9"),
     "a VAE without sizes": (settings("vae/config.json", block_out_channels="absent"), "`block_out_channels` is None"),
     "a scale of nothing": (settings("vae/config.json", scaling_factor=None), "`scaling_factor` is None"),
