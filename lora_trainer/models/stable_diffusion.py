@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,10 +31,14 @@ _WANTED: dict[str, dict[str, Any]] = {
     "vae": {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4},
 }
 """What is the same in all bases of this family; where a config does not say it, it is so."""
-_NUMBERS = (
-    *(("unet", "block_out_channels"), ("unet", "cross_attention_dim"), ("vae", "block_out_channels")),
-    *(("text_encoder", "hidden_size"), ("text_encoder", "max_position_embeddings")),
-)
+_SIZES = {
+    "unet": ("block_out_channels", "layers_per_block", "cross_attention_dim"),
+    "vae": ("block_out_channels", "layers_per_block"),
+    "text_encoder": ("hidden_size", "num_hidden_layers", "max_position_embeddings"),
+}
+_LISTS = ("block_out_channels", "layers_per_block")
+_COUNTED = re.compile(r"_blocks\.\d+\.resnets\.\d+\.conv1\.weight$")
+"""A weight of each resnet, of which there are no more than the config says."""
 _ARCHITECTURES = {
     "sd_v1": "stable-diffusion-v1",
     "sd_v2": "stable-diffusion-v2-512",
@@ -73,10 +78,10 @@ class StableDiffusion(DiffusersFamily):
     def _misfits(self) -> Iterator[tuple[str, str]]:
         """What makes the components another model than their index says: inpainting, SDXL, a foreign text encoder."""
         configs = self._configs()
-        for component, key in _NUMBERS:
+        for component, key in ((component, key) for component, keys in _SIZES.items() for key in keys):
             value = configs[component].get(key)
-            parts = value if isinstance(value, list) and value else [value]
-            if not all(type(part) is int and part > 0 for part in parts):
+            parts = value if isinstance(value, list) and key in _LISTS else [value]
+            if not parts or not all(type(part) is int and part > 0 for part in parts):
                 yield f"{component}/config.json", f"`{key}` is {value}, which is no size"
         factor = configs["vae"].get("scaling_factor", 1)
         if not isinstance(factor, float | int) or not 0 < factor < math.inf:
@@ -95,22 +100,25 @@ class StableDiffusion(DiffusersFamily):
     def _misshapen(self) -> Iterator[tuple[str, str]]:
         """Components whose weights are of another model than their configs, by its ends and biases."""
         unet, vae, encoder = self._configs().values()
-        outer, inner, width = vae["block_out_channels"][0], vae["block_out_channels"][-1], encoder["hidden_size"]
-        ends = {
-            "unet": {"conv_in": (unet["block_out_channels"][0], 4), "conv_out": (4, unet["block_out_channels"][0])},
-            "vae": {f"{half}.conv_in": shape for half, shape in (("encoder", (outer, 3)), ("decoder", (inner, 4)))}
-            | {f"{half}.conv_out": shape for half, shape in (("encoder", (8, inner)), ("decoder", (3, outer)))},
+        outer, width, widths = unet["block_out_channels"][0], encoder["hidden_size"], vae["block_out_channels"]
+        ends: dict[str, dict[str, tuple[int, ...]]] = {
+            "unet": {"conv_in": (outer, 4), "conv_out": (4, outer)} | _resnets(unet),
+            "vae": {"encoder.conv_in": (widths[0], 3), "encoder.conv_out": (8, widths[-1])}
+            | {"decoder.conv_in": (widths[-1], 4), "decoder.conv_out": (3, widths[0])}
+            | _resnets(vae),
             "text_encoder": {
                 "embeddings.token_embedding": (encoder.get("vocab_size"), width),
                 "embeddings.position_embedding": (encoder["max_position_embeddings"], width),
-            },
+            }
+            | {f"layers.{layer}.mlp.fc1": () for layer in range(encoder["num_hidden_layers"])},
         }
         for component, wanted in ends.items():
             shapes = self.base.tensor_shapes(component)
             faults = [f"`{name}` is missing" for name in wanted if not any(_is(key, name) for key in shapes)]
             for key, shape in shapes.items():
                 layer = key.removesuffix(".weight")
-                fits = [shape[:2] == start for name, start in wanted.items() if _is(key, name)]
+                fits = [shape[: len(start)] == start for name, start in wanted.items() if _is(key, name)]
+                fits.append(bool(fits) or _COUNTED.search(key) is None)
                 fits.append(key == layer or shapes.get(f"{layer}.bias", shape[:1]) == shape[:1])
                 fits.append(not _is(key, "attn2.to_k") or shape[1] == width)
                 if not all(fits):
@@ -193,3 +201,16 @@ class StableDiffusion(DiffusersFamily):
 def _is(key: str, layer: str) -> bool:
     """Whether a tensor is the weight of a layer, whatever stands before its name."""
     return f".{key}".endswith(f".{layer}.weight")
+
+
+def _resnets(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Outputs of the first convolution of each resnet; on the way up a block has one more."""
+    widths, layers = config["block_out_channels"], config["layers_per_block"]
+    blocks = [*zip(widths, layers if isinstance(layers, list) else [layers] * len(widths), strict=False)]
+    ways = ("down", blocks), ("up", [(width, num + 1) for width, num in reversed(blocks)])
+    return {
+        f"{way}_blocks.{index}.resnets.{layer}.conv1": (width,)
+        for way, sized in ways
+        for index, (width, num) in enumerate(sized)
+        for layer in range(num)
+    }

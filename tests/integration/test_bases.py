@@ -138,6 +138,10 @@ BASES: dict[str, tuple[Edit, str | None]] = {
         f"`{NORM}` holds NaN or inf",
     ),
     "an inpainting UNet": (settings("unet/config.json", in_channels=9), "`in_channels` is 9"),
+    "more layers than there are": (settings("unet/config.json", layers_per_block=2), "is missing"),
+    "a text encoder of more layers": (settings("text_encoder/config.json", num_hidden_layers=3), "is missing"),
+    "the last layer of the text encoder skipped": (settings("text_encoder/config.json", num_hidden_layers=1), None),
+    "a VAE of other widths": (settings("vae/config.json", block_out_channels=[8, 16, 8, 16]), "weights do not fit"),
     "a VAE without sizes": (settings("vae/config.json", block_out_channels="absent"), "`block_out_channels` is None"),
     "a scale of nothing": (settings("vae/config.json", scaling_factor=None), "`scaling_factor` is None"),
 }
