@@ -370,9 +370,13 @@ def _fetch(repository: str, revision: str, components: Sequence[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     files = [f"{part}/*{ending}" for part in components for ending in (".json", ".txt", ".safetensors")]
-    wanted, unwanted = ["model_index.json", *files], ["*.fp16.*", "*non_ema*"]
+    wanted, unwanted = ["model_index.json", *files], ["*non_ema*", "*.fp16.*"]
     try:
         folder = snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        if any(not [*config.parent.glob("*.safetensors")] for config in Path(folder).glob("*/config.json")):
+            folder = snapshot_download(
+                repository, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted[:1]
+            )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         what, why = f"`{repository}` at `{revision}` cannot be fetched from the Hub", str(error).splitlines()[0]
         fix = "check the name and your network, or download it and give the folder"

@@ -181,12 +181,12 @@ def test_weights_that_do_not_fit_inside_are_refused_when_they_are_loaded(
 
 @pytest.mark.parametrize("kind", BETA_SCHEDULERS)
 def test_betas_are_those_of_the_schedulers_own_class(kind: str, small_base: Path) -> None:
-    for change in ({}, {"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.01] * 1000}):
-        schedule = json.loads((small_base / SCHEDULER).read_text()) | change
+    for change in ({}, {"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.01] * 100}):
+        schedule = json.loads((small_base / SCHEDULER).read_text()) | {"num_train_timesteps": 100} | change
         try:
             alphas = getattr(diffusers, f"{kind}Scheduler").from_config(schedule).alphas_cumprod
         except ImportError as error:
             pytest.skip(str(error))
         path = BetaPath(schedule, "v_prediction", {}, torch.device("cpu"))
-        noised = path.at(torch.ones(1000, 1, 1, 1), torch.zeros(1000, 1, 1, 1), torch.arange(1000))
+        noised = path.at(torch.ones(100, 1, 1, 1), torch.zeros(100, 1, 1, 1), torch.arange(100))
         torch.testing.assert_close(noised.noisy_BChw.flatten(), alphas.sqrt())

@@ -8,6 +8,8 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,28 @@ def test_no_folder_and_no_revision(tmp_path: Path) -> None:
         locate_base("org/name", "main", ["unet"])
     with pytest.raises(ModelError, match="no effect on a folder"):
         locate_base(str(tmp_path), "main", ["unet"])
+
+
+def test_a_hub_base_of_the_fp16_variant_alone_is_fetched(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+
+    def download(name: str, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        for file in base.rglob("*.*"):
+            path = file.relative_to(base).as_posix()
+            if any(map(partial(fnmatch, path), allow_patterns)) and not any(
+                map(partial(fnmatch, path), ignore_patterns)
+            ):
+                target = tmp_path / "snapshot" / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    opened = open_base("org/name", "main")
+    assert [opened.variant(component) for component in ("unet", "vae")] == ["fp16", None]
 
 
 def tokenizer_json(base: Path) -> dict[str, Any]:
