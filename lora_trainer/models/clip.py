@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.errors import ModelError, Problem
+from lora_trainer.errors import Problem, TrainerError
 from lora_trainer.models.folder import incomplete, read_object
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def check_vocabulary(folder: Path, load: Callable[[], Any]) -> list[Problem]:
     try:
         tokenizer, encoder = load(), read_object(folder / "text_encoder" / "config.json")
         faults = [*_token_faults(tokenizer, encoder)]
-    except ModelError as error:
-        return [*error.problems]
+    except TrainerError:
+        raise
     except Exception as error:  # noqa: BLE001 - the tokenizers package raises nothing narrower
         what, why = "the tokenizer cannot be used", f"{type(error).__name__}: {error}".partition("\n")[0]
         return [Problem(what, str(place), why, fix)]

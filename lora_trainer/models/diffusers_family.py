@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_trainer.errors import ModelError, Problem
+from lora_trainer.errors import ModelError, Problem, TrainerError
 from lora_trainer.models.clip import check_vocabulary
 from lora_trainer.models.family import Family, FileName, View
 from lora_trainer.models.folder import BaseFolder
@@ -89,8 +89,8 @@ class DiffusersFamily(Family):
         options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True, "variant": variant}
         try:
             loaded, told = model.from_pretrained(place, output_loading_info=True, **options)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" in str(error):
+        except Exception as error:  # whatever the libraries make of a config
+            if isinstance(error, TrainerError | MemoryError) or "memory" in str(error):  # a request to stop is one
                 raise
             what, why = f"the {component} cannot be made of its config and weights", str(error).partition("\n")[0]
             raise ModelError(Problem(what, str(place), why, "fetch the base again")) from error
