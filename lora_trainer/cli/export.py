@@ -25,6 +25,7 @@ from lora_trainer.models.family import joined_layers
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan
 from lora_trainer.storage.checkpoint import open_checkpoint
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.resume import stored_trial
 from lora_trainer.training.run_files import recipe_of
 
@@ -51,15 +52,19 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
             "name a file there: trials/<trial>/<trial>.safetensors",
         )
         raise ConfigError(Problem(what, str(run_dir), fix=fix))
+    if not any((run_dir / CHECKPOINTS).glob("step-*")) and (files := sorted(run_dir.glob("*.safetensors"))):
+        what, why = "the folder holds no checkpoints", "those of a sweep's trials are kept by group"
+        raise ConfigError(Problem(what, str(run_dir), why, f"name a LoRA file there, as {files[0]}"))
     plan = RunPlan.read(run_dir / PLAN_FILE)
     checkpoint = open_checkpoint(run_dir / CHECKPOINTS, step)
-    base = open_base(config.model.path, config.model.revision, config.model.family)
+    base = open_base(**config.model.model_dump())
     family = open_family(base)
     step, parts = stored_trial(checkpoint)
     adapter = parts.get("average", parts["adapter"]) if weights == "exported" else parts["adapter"]
-    facts = base_facts(family, base.prediction_type(config.model.prediction_type))
+    facts = base_facts(family, base.prediction_type())
     recipe = recipe_of(config, plan, facts, step)
-    write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype)
+    check_fit(adapter, checkpoint.folder, family, recipe)
+    _say(write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype))
 
 
 def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, output: Path) -> None:
@@ -82,11 +87,16 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
         raise ModelError(Problem(what, str(lora), fix=fix))
     base = find_base(lora, model, None)
     family = open_family(base)
-    check_fit(tensors, lora, base, family)
+    check_fit(tensors, lora, family, recipe)
     if is_kohya(tensors):
         num_outputs = {f"{base.denoiser}.{layer}": shape[0] for layer, shape in base.denoiser_shapes().items()}
         tensors = from_kohya(tensors, joined_layers(family.kohya_names(num_outputs)), num_outputs)
-    write_lora(output, tensors, recipe, family, layout=layout, dtype=dtype)
+    _say(write_lora(output, tensors, recipe, family, layout=layout, dtype=dtype))
+
+
+def _say(lost: str | None) -> None:
+    if lost:
+        MainConsole().print(lost)
 
 
 def _is_ours(file: Path) -> bool:

@@ -81,8 +81,10 @@ def _adapter(wanted: Any) -> TypeAdapter[Any]:
     return TypeAdapter(wanted)
 
 
-def read_log(file: Path) -> Iterator[bytes]:
-    """The lines of a log; of one that is too long its beginning, and none where a kill cut the last one short.
+def read_log(file: Path, start: int = 0) -> Iterator[tuple[bytes, int]]:
+    """The lines of a log from a byte on, each with the place of the next; of one that is too long its beginning.
+
+    A last line that a kill cut short is left out.
 
     Raises:
         OSError: it cannot be read, is no regular file, or is larger than any log.
@@ -90,10 +92,10 @@ def read_log(file: Path) -> Iterator[bytes]:
     with open_regular(file) as opened:
         if opened.seek(0, os.SEEK_END) > MAX_LOG:
             raise OSError(errno.EFBIG, f"it is larger than {MAX_LOG:,} bytes")
-        opened.seek(0)
+        opened.seek(start)
         while line := opened.readline(MAX_LINE):
             rest = line
             while rest and not rest.endswith(b"\n"):
                 rest = opened.readline(MAX_LINE)
             if rest:
-                yield line
+                yield line, opened.tell()

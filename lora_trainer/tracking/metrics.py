@@ -130,7 +130,7 @@ def finite(content: Any) -> Any:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
     """Each line of a metrics file as `parse_row` reads it; a last one that a kill cut short is left out."""
-    return map(parse_row, read_log(path))
+    return (parse_row(line) for line, _ in read_log(path))
 
 
 def last_elapsed(path: Path) -> float:
