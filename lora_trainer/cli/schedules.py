@@ -215,8 +215,8 @@ def _options_class(name: str) -> type[ScheduleOptions]:
     if ":" in name or name in plugin_names():
         return PluginSchedule
     close = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.5)
-    fix = f"did you mean {close[0]}?" if close else "lora-trainer schedules list"
-    raise ConfigError(Problem(f"`{name}` is no schedule", fix=f"{fix} Known: {', '.join(SCHEDULES)}"))
+    fix = f"did you mean `{close[0]}`?" if close else "lora-trainer schedules list"
+    raise ConfigError(Problem(f"`{name}` is no schedule", fix=fix))
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

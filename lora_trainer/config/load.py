@@ -42,9 +42,12 @@ def check_source(source: Source) -> RunConfig:
     Raises:
         ConfigError: as `load_config`.
     """
-    for section in BY_TYPE & source.data.keys():
-        if isinstance(kind := source.data[section], str):
-            source.data[section] = {"type": kind}
+    optimizer = source.data.get("optimizer")
+    groups = optimizer.get("groups") if isinstance(optimizer, dict) else None
+    for node in (source.data, *(groups if isinstance(groups, list) else [])):
+        for section in BY_TYPE & node.keys() if isinstance(node, dict) else ():
+            if isinstance(kind := node[section], str):
+                node[section] = {"type": kind}
     if problems := list(islice(_unwritable(source.data, (), source), MAX_PROBLEMS)):
         raise ConfigError(*problems)
     try:
@@ -127,11 +130,14 @@ def _problem(path: KeyPath, details: list[ErrorDetails], source: Source) -> Prob
     if "missing" in kinds:
         return Problem(f"`{key}` is required", where, fix=f"add {key}: ... (docs/config.md)")
     if "union_tag_not_found" in kinds:
-        return Problem(f"`{key}` needs a `type`", where, fix=f"add {key}.type; docs/config.md lists them")
+        known = _models_by_type(path) or _models_by_type(path[:-1])
+        return Problem(f"`{key}` needs a `type`", where, fix=f"add `type` to it, one of: {', '.join(known)}")
     if "union_tag_invalid" in kinds:
         return _unknown_type(path, str(details[0]["ctx"]["tag"]), source.place((*path, "type")))
     expectations = dict.fromkeys(_expectation(detail) for detail in details)
-    return Problem(f"`{key}`: {', or '.join(expectations)}", where, why=f"it is {_shown(details[0]['input'])}")
+    value = details[0]["input"]
+    fix = "put it in quotes" if "string_type" in kinds and isinstance(value, bool | int | float) else None
+    return Problem(f"`{key}`: {', or '.join(expectations)}", where, f"it is {_shown(value)}", fix)
 
 
 def _shown(value: Any) -> str:
@@ -149,7 +155,7 @@ def _expectation(detail: ErrorDetails) -> str:
 
 
 def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
-    name = str(path[-1])
+    name = str(path[-1]).replace("-", "_")
     siblings = _known_keys(path[:-1], source.data)
     section = _dotted(path[:-1]) or "the top level"
     what = f"`{_dotted(path)}` is not a setting"
@@ -160,7 +166,10 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
             f"its options are: {', '.join(siblings)}",
             f"remove it, or choose a type that has it: {', '.join(owners)}",
         )
-    if ours := PEER_NAMES.get(_dotted(path)) or PEER_NAMES.get(name):
+    around = (
+        "lr_scheduler" if _is_phase(path[:-1]) else next((part for part in path[-2::-1] if isinstance(part, str)), "")
+    )
+    if ours := PEER_NAMES.get(f"{around}.{name}") or PEER_NAMES.get(name):
         others = [] if ours.rpartition(".")[2] in siblings else _owners(path[:-1], ours.rpartition(".")[2])
         of = f", an option of type {' or '.join(others)}" if others else ""
         return Problem(what, where, fix=f"here it is called `{ours}`{of}")
@@ -169,7 +178,7 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:
         return Problem(what, where, fix=f"did you mean `{close[0]}`?")
-    elsewhere = [f"`{key}`" for key in all_keys() if key.rpartition(".")[2] == name]
+    elsewhere = [f"`{key}`" for key in all_keys() if key.rpartition(".")[2] == name and ".groups." not in key]
     fix = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"settings of {section}: {', '.join(siblings)}"
     return Problem(what, where, fix=fix)
 

@@ -41,7 +41,7 @@ _PEERS = {
     "lr_scheduler.num_cycles": "lr_scheduler_num_cycles lr_num_cycles",
     "lr_scheduler.power": "lr_scheduler_power lr_power",
     "lr_scheduler.min_ratio": "lr_scheduler_min_lr_ratio",
-    "train.max_steps": "num_training_steps total_steps max_train_steps steps",
+    "train.max_steps": "num_training_steps total_steps max_train_steps steps num_iter num_iters iters",
     "train.epochs": "max_train_epochs num_train_epochs",
     "train.batch_size": "train_batch_size",
     "train.gradient_accumulation_steps": "gradient_accumulation",
