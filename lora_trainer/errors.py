@@ -35,6 +35,16 @@ def printable(text: str) -> str:
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def remedy_of_absence(path: str, key: str) -> str:
+    """What to do about a path, the value of a setting, where nothing lies."""
+    if "://" in path:
+        return f"download it, and give its folder here: {key} is no address"
+    if drive := re.match(r"([A-Za-z]):[\\/]*", path):
+        place = f"/mnt/{drive[1].lower()}/{path[drive.end() :]}".replace("\\", "/")
+        return f"that is a path of Windows; under WSL2 write {key}={place} (in quotes, as a shell takes \\ away)"
+    return f"set {key}; relative paths start where you are"
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong. `where` is file:line, a key or a path; `fix` says what to write or do."""

@@ -168,7 +168,8 @@ class World:
             elif not self.command:
                 load_config(self.config, self.words)
             else:
-                takes_config = self.command[0] in ("check", "train", "plan", "sweep", "find-lr")
+                named = any(word.endswith("my.yaml") for word in self.command)
+                takes_config = self.command[0] in ("check", "train", "plan", "sweep", "find-lr") and not named
                 return self.program(*self.command, *(["-c", str(self.config)] if takes_config else []), *self.words)
         except TrainerError as error:
             return list(error.problems)

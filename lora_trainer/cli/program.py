@@ -10,13 +10,13 @@ import typer
 
 from lora_trainer import __version__
 from lora_trainer.cli import schedule_commands
-from lora_trainer.cli.options import ConfigFile, DryRun, Overrides, Plugins
+from lora_trainer.cli.options import ConfigFile, DryRun, Overrides, Plugins, Program
 
 app = typer.Typer(
     name="lora-trainer",
     help="Train LoRAs for Stable Diffusion, with learning-rate schedules that do what they say.",
+    cls=Program,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

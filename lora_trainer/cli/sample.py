@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import CONFIG_FILE
-from lora_trainer.errors import ConfigError, ModelError, Problem
+from lora_trainer.errors import ConfigError, ModelError, Problem, remedy_of_absence
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.storage import atomic_files
@@ -38,6 +38,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     """
     if not math.isfinite(request.lora_scale):
         raise ConfigError(Problem("--scale is no number", fix="write 1"))
+    check_there(lora)
     base = find_base(lora, model, revision)
     console = MainConsole()
 
@@ -82,6 +83,17 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
         console.print(str(file))
         files.append(file)
     return files
+
+
+def check_there(lora: Path) -> None:
+    """Refuse a LoRA file that does not exist.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not lora.exists():
+        fix = remedy_of_absence(str(lora), "the file, as runs/demo/demo.safetensors")
+        raise ConfigError(Problem("the LoRA file does not exist", str(lora.absolute()), fix=fix))
 
 
 def find_base(lora: Path, model: str | None, revision: str | None) -> BaseFolder:

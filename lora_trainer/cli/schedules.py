@@ -158,7 +158,7 @@ def _checked_options(name: str, given: Mapping[str, Any]) -> ScheduleOptions:
     Those that it requires, and those that show its form where none of its own are given, come from its example.
     """
     kind = _options_class(name)
-    whole = not set(given) - _SHARED
+    whole = not set(given) - _SHARED and kind is not PluginSchedule  # its example is somebody's own
     example = {key: value for key, value in kind.example.items() if whole or kind.model_fields[key].is_required()}
     return check_source(Source({**_PREVIEW, "lr_scheduler": {**example, **given, "type": name}})).lr_scheduler
 

@@ -22,6 +22,8 @@ from lora_trainer.config.places import (
     CURVES_FILE,
     METRICS_FILE,
     REPORT_FILE,
+    diffusers_lora_file,
+    lora_file,
     report_file,
     run_directory,
 )
@@ -189,7 +191,7 @@ class Start:
 
                     draw_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE, name)
                 _report(report_file(prepared.config), self.console, says=False)
-        self.console.table("Done", [(file.name, str(file)) for file in files_to_come(prepared.config)])
+        self.console.table("Done", done_rows(prepared.config))
 
     def agree(self, screened: dict[str, str]) -> dict[str, str]:
         """What the main process read, where several train: the others may have read before it wrote."""
@@ -302,6 +304,16 @@ def starting(config: RunConfig, *, dry_run: bool, fresh: bool, measure: bool = F
         stack.enter_context(disk_space.faults_in_words())
         stop = stack.enter_context(StopRequest().listening())
         yield Start(launch, MainConsole(silent=not launch.is_main), stop, stack, dry_run, fresh, measure)
+
+
+def done_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What a finished run left, and what to do with it."""
+    yield "LoRA", str(lora_file(config))
+    yield "", "copy it to ComfyUI/models/loras, or for A1111 and Forge to models/Lora"
+    yield "for diffusers", str(diffusers_lora_file(config))
+    for file in files_to_come(config):
+        if file.suffix != ".safetensors":
+            yield file.name, str(file)
 
 
 def _duration(seconds: float) -> str:

@@ -183,6 +183,15 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
     return Problem(what, where, fix=fix)
 
 
+def setting_called(name: str) -> str | None:
+    """The key of the setting that somebody calls so: its own, the last part of one, or another trainer's name."""
+    name = name.replace("-", "_")
+    known = all_keys()
+    ends = [key for key in known if key.rpartition(".")[2] == name and ".groups." not in key]
+    of_train = [key for key in ends if key.startswith("train.")]
+    return name if name in known else PEER_NAMES.get(name) or next(iter(of_train or ends), None)
+
+
 def _owners(section: KeyPath, name: str) -> list[str]:
     """The types of a section that have this option."""
     return [kind for kind, model in _models_by_type(section).items() if name in model.model_fields]

@@ -18,7 +18,7 @@ from pathlib import Path
 from lora_trainer.config.schema import CaptionConfig, DataConfig
 from lora_trainer.data.folders import CAPTION_ENDINGS, few_of_a_kind, is_file, skipped_notes, some, take_stock
 from lora_trainer.data.images import EXTENSIONS, ImageFault, decode, frame, lost_share
-from lora_trainer.errors import DataError, Problem
+from lora_trainer.errors import DataError, Problem, remedy_of_absence
 from lora_trainer.models.family import Family
 from lora_trainer.storage import atomic_files
 
@@ -136,8 +136,7 @@ def _existing(folder: str) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
         what = f"the image folder {'is a file, not a folder' if path.exists() else 'does not exist'}"
-        fix = "set data.dir; relative paths start where you are"
-        raise DataError(Problem(what, str(path.absolute()), fix=fix))
+        raise DataError(Problem(what, str(path.absolute()), fix=remedy_of_absence(folder, "data.dir")))
     return path
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lora_trainer.errors import ModelError, Problem
+from lora_trainer.errors import ModelError, Problem, remedy_of_absence
 from lora_trainer.storage.atomic_files import read_json
 
 _CONVERT = (
@@ -113,7 +113,7 @@ def locate_base(path: str, revision: str | None, components: Sequence[str]) -> P
             raise ModelError(Problem("`model.revision` has no effect on a folder", path, fix="remove model.revision"))
         return folder
     if _HUB_ID.fullmatch(path) is None or Path(path).parent.exists():
-        fix = "set model.path; relative paths start where you are"
+        fix = remedy_of_absence(path, "model.path")
         raise ModelError(Problem("the base folder does not exist", str(folder.absolute()), fix=fix))
     if revision is None:
         what = f"`{path}` is no folder here; as a Hub id it needs a fixed revision"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -52,12 +53,14 @@ class MainConsole:
         self.rich.print(Text.from_ansi(text))
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
-        """A title and rows of name and value; a value may be longer than the line."""
+        """A title and rows of name and value; on a terminal a long value goes on below itself."""
         self.rich.print(f"\n[bold]{title}[/bold]")
         listed = list(rows)
         width = max((len(name) for name, _ in listed), default=0)
+        room = max(30, self.rich.width - width - 4) if self.rich.is_terminal else 10_000
         for name, value in listed:
-            self.print(f"  {name:<{width}}  {value}")
+            lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+            self.print(f"  {name:<{width}}  " + f"\n{'':<{width + 4}}".join(lines))
 
     def track(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         """Pass the items through while a bar shows how many are done and the time left."""

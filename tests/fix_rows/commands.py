@@ -53,6 +53,10 @@ def again(old: str, new: str) -> Callable[[World], None]:
     return act
 
 
+def written_words(problem: Problem) -> list[str]:
+    return str(problem.fix).removeprefix("write ").split()
+
+
 EXPORT = [
     Row(
         words("export", ".", "-o", "x.safetensors"),
@@ -70,6 +74,7 @@ EXPORT = [
 ]
 SAMPLE = ("sample", "--lora", "RUN/run.safetensors", "-p", "a", "--steps", "1")
 DRAW = [
+    Row(words(*SAMPLE), said("runs/demo/demo.safetensors", on_run(*SAMPLE))),
     Row(on_run(*SAMPLE, "--scale", "nan"), said("write 1", again("nan", "1"))),
     Row(on_run(*SAMPLE, "--size", "70"), said("write 64", again("70", "64"))),
     Row(
@@ -280,8 +285,20 @@ REPORT = [
         said("with other seeds", lambda world: words(*world.command[:3], world.trained("other", "seed=7"))(world)),
     ),
 ]
+OPTIONS = [
+    Row(
+        words("check", "-c", "my.yaml", "--rank", "4"),
+        lambda world, problem: words("check", "-c", "my.yaml", *written_words(problem))(world),
+    ),
+    Row(
+        words("check", "-c", "my.yaml", "--optimizer.lr=1e-4"),
+        lambda world, problem: words("check", "-c", "my.yaml", *written_words(problem))(world),
+    ),
+    Row(words("check", "my.yaml"), lambda world, problem: words("check", *written_words(problem))(world)),
+]
 ROWS: Mapping[str, Sequence[Row]] = {
     "cli/export.py": EXPORT,
+    "cli/options.py": OPTIONS,
     "cli/plan.py": [Row(words("presets", "nothing"), said("known", again("nothing", "lora")))],
     "cli/sample.py": DRAW,
     "cli/schedules.py": SCHEDULES,
