@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import ClassVar
 
@@ -61,6 +61,18 @@ class Problem:
         if self.fix:
             lines.append(f"    fix: {self.fix}")
         return printable("\n".join(lines))
+
+
+def told_once(named: Iterable[tuple[str, Problem]], then: str) -> list[Problem]:
+    """Problems of trials: what is wrong with several of them is told once, after their names."""
+    names: dict[Problem, dict[str, None]] = {}
+    for name, problem in named:
+        names.setdefault(problem, {})[name] = None
+    listed = {
+        problem: [*whose][:5] + ([f"{len(whose) - 5} more"] if len(whose) > 5 else [])
+        for problem, whose in names.items()
+    }
+    return [replace(problem, what=f"{', '.join(some)}{then}{problem.what}") for problem, some in listed.items()]
 
 
 class TrainerError(Exception):

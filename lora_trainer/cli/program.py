@@ -146,6 +146,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a LoRA file from a run's checkpoint, or a LoRA file in another layout or dtype."""
+    from lora_trainer.tracking.console import LOADING, MainConsole
+
+    MainConsole().aside(LOADING)
     from lora_trainer.cli.export import convert_file, export_run
 
     if source.is_dir():

@@ -13,7 +13,7 @@ from lora_trainer.errors import ConfigError, ModelError, Problem, remedy_of_abse
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.console import MainConsole
+from lora_trainer.tracking.console import LOADING, MainConsole
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     check_there(lora)
     base = find_base(lora, model, revision)
     console = MainConsole()
+    console.aside(LOADING)
 
     import torch
 
@@ -58,6 +59,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     if request.size_px is not None and request.size_px % family.latent_factor:
         what = f"--size {request.size_px} is no multiple of {family.latent_factor}"
         raise ConfigError(Problem(what, fix=f"write {request.size_px // family.latent_factor * family.latent_factor}"))
+    console.aside(f"loading {base.path} and {lora}")
     pipeline = family.load_pipeline()
     if (recipe := read_recipe(metadata)) is not None:
         kept, chosen = pipeline.scheduler, recipe.base.prediction_type

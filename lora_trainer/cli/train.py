@@ -45,7 +45,7 @@ from lora_trainer.experiments.sweep.record import Json, unfinished_trials
 from lora_trainer.planning.prepare import Prepared, files_to_come, plan_rows, prepare
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
-from lora_trainer.tracking.console import MainConsole, needless
+from lora_trainer.tracking.console import LOADING, MainConsole, needless
 from lora_trainer.training.group import TrialGroup, solo_group
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from lora_trainer.report.pictures import Curve
 
 LR_CURVES = "lr-curves.png"
-LOADING = "loading torch and diffusers"
 
 
 def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False) -> None:
@@ -186,6 +185,7 @@ class Start:
         if self.launch.is_main:
             record_exit(run_dir, ExitCode.DONE, "finished", f"{result.step} updates")  # the report tells of it
             if not (result.was_finished and report_file(prepared.config).is_file()):
+                self.console.print("drawing the curves and the report")
                 with needless(CURVES_FILE, self.console.print):
                     from lora_trainer.report.pictures import draw_curves
 
@@ -286,7 +286,7 @@ class Start:
         now = from_main(self.launch, record.refreshed(content, sweep_dir, finished))
         if self.launch.is_main:
             self.console.table("Done", result_rows(now))
-            self.console.print(f"\nresults: {sweep_dir / record.FILE}")
+            self.console.print(f"\nresults: {sweep_dir / record.FILE}; drawing the report")
             _report(sweep_dir / REPORT_FILE, self.console)
         statuses = {trial["status"] for trial in now["trials"]}
         if "failed" in statuses and "finished" not in statuses:

@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from lora_trainer.config.conflicts import conflicts
 from lora_trainer.config.names import LACKED, PEER_NAMES, type_called
 from lora_trainer.config.optimizers import AdamW
+from lora_trainer.config.places import PLAN_FILE
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import BY_TYPE, KeyPath, Source, read_source
 from lora_trainer.config.structure import all_keys, models_by_type, section_models, type_name
@@ -201,7 +202,9 @@ def _unknown_type(section: KeyPath, written: str, where: str | None) -> Problem:
     known = list(_models_by_type(section))
     ours = type_called(written, known)
     fix = f"known: {', '.join(known)}" if ours is None else f"did you mean `{ours}`?"
-    if ours == "torch":
+    if where and (Path(where).parent / PLAN_FILE).is_file():
+        fix = "install the package that has it: this run was trained with it"
+    elif ours == "torch":
         fix = f"write type: torch and target: {written}"
     return Problem(f"`{_dotted(section)}.type: {written}` is not known", where, fix=fix)
 

@@ -10,7 +10,7 @@ import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lora_trainer.config.places import cache_folder, run_directory
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import KeyPath, Source, read_source, set_value, split_override
 from lora_trainer.config.sweep_schema import RandomConfig
-from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.errors import ConfigError, Problem, told_once
 
 RESERVED = {
     "name": "the sweep's name is its folder, and trials are named by what they override",
@@ -78,13 +78,14 @@ def load_sweep(file: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, li
     arms, problems = _arms(config, source)
     seeds = config.sweep.seeds or (config.seed,)
     trials: list[TrialConfig] = []
+    faults: list[tuple[str, Problem]] = []
     for seed, arm in itertools.product(seeds, arms):
         try:
             trial = check_source(_source_of(arm, seed, config, source))
             trials.append(TrialConfig(arm.name, setting_name(arm.overrides), arm.overrides, trial))
         except ConfigError as error:
-            problems += [replace(p, what=f"trial `{arm.name}`: {p.what}") for p in error.problems]
-    problems += _twins(trials)
+            faults += [(f"trial `{arm.name}`", problem) for problem in error.problems]
+    problems += [*told_once(faults, ": "), *_twins(trials)]
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return config, trials

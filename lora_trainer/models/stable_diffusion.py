@@ -132,7 +132,9 @@ class StableDiffusion(DiffusersFamily):
     def load_pipeline(self) -> Any:
         import torch
         from diffusers import StableDiffusionPipeline
+        from diffusers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         host = torch.device("cpu")
         return StableDiffusionPipeline.from_pretrained(
             self.base.path,

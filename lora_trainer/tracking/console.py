@@ -25,6 +25,7 @@ PERIOD_S = 30.0
 """Between two lines where there is no terminal."""
 ALWAYS_SHOWN = 3
 """First lines of a start, shown whatever the period."""
+LOADING = "loading torch and diffusers"
 
 
 @contextmanager
@@ -47,6 +48,11 @@ class MainConsole:
 
     def print(self, text: str) -> None:
         self.rich.print(printable(text), markup=False)
+
+    def aside(self, text: str) -> None:
+        """What to wait for, said to a person alone: where the output is files' names, others read it."""
+        if self.rich.is_terminal:
+            self.print(text)
 
     def drawing(self, text: str) -> None:
         """Lines with colours of their own, which show on a terminal alone."""

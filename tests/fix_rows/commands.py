@@ -270,7 +270,17 @@ RECORD = [
         command=DRY_SWEEP,
     ),
 ]
+
+
+def searched(world: World) -> None:
+    """A folder of find-lr among those of runs."""
+    on_run("report", "RUN", "search", "-o", "x.html")(world)
+    Path("search").mkdir()
+    Path("search/find_lr.json").write_text("{}")
+
+
 REPORT = [
+    Row(searched, said("leave it out", lambda world: words(*world.command[:2])(world))),
     Row(words("report", "."), said("name folders that", on_run("report", "RUN"))),
     Row(
         lambda world: (

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from fixes import Row, World, complained_of, removed, said, valued, written
 
 from lora_trainer.errors import Problem
+from lora_trainer.schedules import external
 
 DEMO = "configs/demo.yaml"
 SWEEP = "validation={fraction: 0.34}"
@@ -110,7 +112,21 @@ CONFLICTS = [
     Row("sweep={grid: {optimizer.lr: [1e-4]}}", written()),
 ]
 
+
+def of_a_plugin(world: World) -> None:
+    """The configuration of a run that was trained with a package which is gone."""
+    text("name: run\nlr_scheduler: sawtooth")(world)
+    (world.folder / "plan.json").write_text("{}")
+
+
+def installed(world: World) -> None:
+    """The package is there."""
+    entry = EntryPoint("sawtooth", "sawtooth:sawtooth", external.ENTRY_POINTS)
+    world.faults.setattr(external, "entry_points", lambda **_: [entry])
+
+
 LOAD = [
+    Row(of_a_plugin, said("install the package", installed)),
     Row("lr_scheduler.type=step", said("add lr_scheduler.step_size", added("lr_scheduler.step_size=10"))),
     Row("lr_scheduler={warmup_steps: 1}", valued(r"add `type` to it.*, (linear)", "lr_scheduler.type")),
     Row(
