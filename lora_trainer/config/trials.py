@@ -19,7 +19,7 @@ from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.load import check_source
 from lora_trainer.config.places import cache_folder, run_directory
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.source import KeyPath, Source, read_source, set_value, split_override
+from lora_trainer.config.source import BY_TYPE, KeyPath, Source, read_source, set_value, split_override
 from lora_trainer.config.sweep_schema import RandomConfig
 from lora_trainer.errors import ConfigError, Problem, told_once
 
@@ -255,6 +255,8 @@ def is_path_safe(name: str) -> bool:
 
 
 def _entry(key: str, value: Any) -> str:
+    if key in BY_TYPE and isinstance(value, str):
+        return value
     if isinstance(value, Mapping) and "type" in value:
         return "-".join([str(value["type"]), *(f"{k}{_value(v)}" for k, v in value.items() if k != "type")])
     return f"{key.rpartition('.')[2]}{_value(value)}"

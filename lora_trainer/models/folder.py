@@ -119,7 +119,7 @@ def locate_base(path: str, revision: str | None, components: Sequence[str]) -> P
         what = f"`{path}` is no folder here; as a Hub id it needs a fixed revision"
         why, fix = (
             "`main` may mean other weights tomorrow",
-            "add model.revision: <commit>, as shown on the model's page",
+            "set model.path to the base's folder, or add model.revision: <commit>, as shown on the Hub's page",
         )
         raise ModelError(Problem(what, "model.revision", why, fix))
     return _fetch(path, revision, components)

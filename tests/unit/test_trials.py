@@ -179,6 +179,10 @@ def test_the_null_of_a_key_that_is_gone_is_read_and_its_use_refused(tmp_path: Pa
                 load_config(file)
 
 
+def test_a_type_alone_names_its_arm() -> None:
+    assert arm_name({"lr_scheduler": "cosine", "optimizer.lr": 1e-3}) == "cosine-lr1e-3"
+
+
 def test_what_is_wrong_with_every_trial_is_told_once(tmp_path: Path) -> None:
     text = refusal(
         tmp_path,
