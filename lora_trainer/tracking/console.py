@@ -59,14 +59,14 @@ class MainConsole:
         self.rich.print(Text.from_ansi(text))
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
-        """A title and rows of name and value; on a terminal a long value goes on below itself."""
+        """A title and rows of name and value; on a terminal a long value goes on below itself, or below its name."""
         self.rich.print(f"\n[bold]{title}[/bold]")
-        listed = list(rows)
-        width = max((len(name) for name, _ in listed), default=0)
-        room = max(30, self.rich.width - width - 4) if self.rich.is_terminal else 10_000
+        listed, room = list(rows), self.rich.width if self.rich.is_terminal else 10_000
+        width = min(max((len(name) for name, _ in listed), default=0), room // 3)
+        indent = f"\n{'':<{width + 4}}"
         for name, value in listed:
-            lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
-            self.print(f"  {name:<{width}}  " + f"\n{'':<{width + 4}}".join(lines))
+            lines = textwrap.wrap(value, room - width - 4, break_long_words=False, break_on_hyphens=False) or [""]
+            self.print(f"  {name:<{width}}{'  ' if len(name) <= width else indent}" + indent.join(lines))
 
     def track(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         """Pass the items through while a bar shows how many are done and the time left."""
