@@ -234,7 +234,7 @@ def valued(pattern: str = r"write ([^\s,;]+)", key: str | None = None) -> Step:
     """What is complained of gets the value that the fix prints."""
 
     def mend(world: World, problem: Problem) -> None:
-        found = re.search(pattern, str(problem.fix))
+        found = re.search(pattern, str(problem))
         assert found, problem
         world.words.append(f"{key or complained_of(problem)}={found[1]}")
 
@@ -245,7 +245,7 @@ def said(fragment: str, act: Callable[[World], object]) -> Step:
     """What a person does who reads this in the fix."""
 
     def mend(world: World, problem: Problem) -> None:
-        assert fragment in str(problem.fix), problem
+        assert fragment in str(problem), problem
         act(world)
 
     return mend
@@ -276,7 +276,7 @@ def apply(row: Row, world: World, texts: Sequence[Text]) -> set[Text]:
         (text, problem)
         for problem in complaints
         for text in texts
-        if text.matches(str(problem.fix)) and row.about in str(problem.fix)
+        if text.matches(str(problem.fix)) and row.about in str(problem)
     ]
     assert reached, f"no fix of this file is printed: {[str(problem) for problem in complaints]}"
     problem = reached[0][1]

@@ -10,6 +10,8 @@ from fix_rows import commands, configuration, inputs, machine
 
 ROWS: Mapping[str, Sequence[Row]] = {**configuration.ROWS, **commands.ROWS, **machine.ROWS, **inputs.ROWS}
 FETCH, DOWNLOAD, OTHER_FAMILY = "fetch the base again", "the network", "a family that is not shipped"
+ADVICE: Sequence[Row] = [*configuration.ADVICE, *inputs.ADVICE]
+"""What is said to do in the middle of a message."""
 NOT_HERE: Mapping[str, Mapping[str, str]] = {
     "cli/session.py": {
         "start it inside WSL2": "another machine",

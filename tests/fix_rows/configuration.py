@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -14,7 +15,7 @@ from lora_trainer.errors import Problem
 from lora_trainer.schedules import external
 
 DEMO = "configs/demo.yaml"
-SWEEP = "validation={fraction: 0.34}"
+SWEEP, DRY = "validation={fraction: 0.34}", ("sweep", "--dry-run")
 
 
 def text(new: str, old: str = "name: run") -> Callable[[World], object]:
@@ -218,6 +219,55 @@ TRIALS = [
 ]
 TRIALS = [replace(row, command=("sweep", "--dry-run")) for row in TRIALS]
 
+PLAN, SCHEDULE = ("plan",), "lr_scheduler={type: %s}"
+ADVICE = [
+    Row(
+        SCHEDULE % "cosine, warmup_steps: 2",
+        said('as in warmup_steps: "5%"', added("lr_scheduler.warmup_steps=5%", "train.max_steps=20")),
+        PLAN,
+    ),
+    Row(
+        SCHEDULE % "polynomial, lr_end: 1e-2",
+        said("write `min_ratio`", added(SCHEDULE % "polynomial, min_ratio: 0.1")),
+        PLAN,
+    ),
+    Row(SCHEDULE % "polynomial, lr_end: 1e-2", said("lower `lr_end`", added("lr_scheduler.lr_end=1e-6")), PLAN),
+    Row(
+        SCHEDULE % "cosine_annealing, t_max: 2, eta_min: 1e-2",
+        said("lower `eta_min`", added("lr_scheduler.eta_min=1e-6")),
+        PLAN,
+    ),
+    Row("export.every_steps=0", said("write null for never", added("export.every_steps=null"))),
+    Row("data.captions.extension=txt", valued(r"as (\.txt)", "data.captions.extension")),
+    Row(
+        "lr_scheduler={type: cosine, warmup_steps: 0.05}",
+        said('of the run is "5%"', added("lr_scheduler.warmup_steps=5%")),
+    ),
+    Row(
+        swept("{trials: {a: [seed=1]}}"),
+        said("write sweep.seeds", added("sweep={seeds: [1], trials: {a: [train.max_grad_norm=2]}}")),
+        DRY,
+    ),
+    Row(
+        SCHEDULE % "torch, target: ReduceLROnPlateau",
+        said("use type: plateau", added("lr_scheduler={type: plateau}", "validation={fraction: 0.34}")),
+        PLAN,
+    ),
+    Row(
+        lambda world: (
+            Path("own.py").write_text("def saw(num_updates, updates_per_epoch):\n    return lambda k: 0.5\n"),
+            added('lr_scheduler={type: "own:saw"}')(world),
+        ),
+        said(
+            "--allow-plugins",
+            lambda world: (
+                world.faults.setattr(sys, "path", [*sys.path]),
+                setattr(world, "command", ("plan", "--allow-plugins")),
+            ),
+        ),
+        PLAN,
+    ),
+]
 ROWS: Mapping[str, Sequence[Row]] = {
     "config/conflicts.py": CONFLICTS,
     "config/load.py": LOAD,

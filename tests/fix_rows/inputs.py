@@ -129,6 +129,23 @@ RECORDS = [
     Row(pictures("00.txt", LONG), said("shorten it", healed("00.txt"))),
     Row(pictures("00.txt", LONG), written()),
 ]
+ADVICE = [
+    Row(
+        lambda world: (
+            moved("00.txt", "00.caption")(world) and [moved(f"0{n}.txt", f"0{n}.caption")(world) for n in range(1, 6)]
+        ),
+        valued(r"set data.captions.extension: (\S+)", "data.captions.extension"),
+        CHECK,
+    ),
+    Row(
+        lambda world: (
+            world.trained("run"),
+            world.words.extend(["optimizer.lr=1e-3", "resume.allow_changes=[optimizer.lrr]"]),
+        ),
+        valued(r"did you mean `(\S+)`", "resume.allow_changes"),
+        ("train",),
+    ),
+]
 FOLDERS = [
     Row(many, listed, about="check --json"),
     Row(shut, said("permissions", opened)),

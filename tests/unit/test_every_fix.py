@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from fix_rows import NOT_HERE, ROWS
+from fix_rows import ADVICE, NOT_HERE, ROWS
 from fixes import Text, World, apply, files_with_fixes, texts_of
 
 from lora_trainer.config.optimizers import OPTIMIZERS
@@ -28,7 +28,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kept")
 
 
-@pytest.mark.parametrize("file", files_with_fixes())
+@pytest.mark.parametrize("file", ["", *files_with_fixes()])
 def test_fixes_are_applied(
     file: str,
     tmp_path: Path,
@@ -38,9 +38,9 @@ def test_fixes_are_applied(
     plain_pictures: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    texts, faults = texts_of(file), list[str]()
+    rows, texts, faults = (ROWS.get(file, ()), texts_of(file), list[str]()) if file else (ADVICE, (Text(".*", 0),), [])
     reached: set[Text] = set()
-    for number, row in enumerate(ROWS.get(file, ())):
+    for number, row in enumerate(rows):
         folder = tmp_path / str(number)
         folder.mkdir()
         with monkeypatch.context() as patch:
