@@ -262,6 +262,7 @@ ADVICE = [
             "--allow-plugins",
             lambda world: (
                 world.faults.setattr(sys, "path", [*sys.path]),
+                world.faults.setattr(external, "_allowed", False),
                 setattr(world, "command", ("plan", "--allow-plugins")),
             ),
         ),
