@@ -7,7 +7,7 @@ exception that reaches the top is a bug of ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import ClassVar
@@ -63,16 +63,14 @@ class Problem:
         return printable("\n".join(lines))
 
 
-def told_once(named: Iterable[tuple[str, Problem]], then: str) -> list[Problem]:
+def told_once(named: Iterable[tuple[str, Problem]], then: str) -> Iterator[Problem]:
     """Problems of trials: what is wrong with several of them is told once, after their names."""
     names: dict[Problem, dict[str, None]] = {}
     for name, problem in named:
         names.setdefault(problem, {})[name] = None
-    listed = {
-        problem: [*whose][:5] + ([f"{len(whose) - 5} more"] if len(whose) > 5 else [])
-        for problem, whose in names.items()
-    }
-    return [replace(problem, what=f"{', '.join(some)}{then}{problem.what}") for problem, some in listed.items()]
+    for problem, whose in names.items():
+        more = f", {len(whose) - 5} more" if len(whose) > 5 else ""
+        yield replace(problem, what=f"{', '.join([*whose][:5])}{more}{then}{problem.what}")
 
 
 class TrainerError(Exception):

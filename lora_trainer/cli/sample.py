@@ -88,11 +88,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
 
 
 def check_there(lora: Path) -> None:
-    """Refuse a LoRA file that does not exist.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Refuse a LoRA file that does not exist, with a ConfigError."""
     if not lora.exists():
         fix = remedy_of_absence(str(lora), "the file, as runs/demo/demo.safetensors")
         raise ConfigError(Problem("the LoRA file does not exist", str(lora.absolute()), fix=fix))

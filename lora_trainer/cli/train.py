@@ -311,9 +311,7 @@ def done_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "LoRA", str(lora_file(config))
     yield "", "copy it to ComfyUI/models/loras, or for A1111 and Forge to models/Lora"
     yield "for diffusers", str(diffusers_lora_file(config))
-    for file in files_to_come(config):
-        if file.suffix != ".safetensors":
-            yield file.name, str(file)
+    yield from ((file.name, str(file)) for file in files_to_come(config) if file.suffix != ".safetensors")
 
 
 def _duration(seconds: float) -> str:

@@ -167,9 +167,7 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
             f"its options are: {', '.join(siblings)}",
             f"remove it, or choose a type that has it: {', '.join(owners)}",
         )
-    around = (
-        "lr_scheduler" if _is_phase(path[:-1]) else next((part for part in path[-2::-1] if isinstance(part, str)), "")
-    )
+    around = next((str(part) for part in path[-2::-1] if isinstance(part, str)), "").replace("phases", "lr_scheduler")
     if ours := PEER_NAMES.get(f"{around}.{name}") or PEER_NAMES.get(name):
         others = [] if ours.rpartition(".")[2] in siblings else _owners(path[:-1], ours.rpartition(".")[2])
         of = f", an option of type {' or '.join(others)}" if others else ""
@@ -179,7 +177,7 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:
         return Problem(what, where, fix=f"did you mean `{close[0]}`?")
-    elsewhere = [f"`{key}`" for key in all_keys() if key.rpartition(".")[2] == name and ".groups." not in key]
+    elsewhere = [f"`{key}`" for key in _keys_called(name)]
     fix = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"settings of {section}: {', '.join(siblings)}"
     return Problem(what, where, fix=fix)
 
@@ -187,10 +185,12 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
 def setting_called(name: str) -> str | None:
     """The key of the setting that somebody calls so: its own, the last part of one, or another trainer's name."""
     name = name.replace("-", "_")
-    known = all_keys()
-    ends = [key for key in known if key.rpartition(".")[2] == name and ".groups." not in key]
-    of_train = [key for key in ends if key.startswith("train.")]
-    return name if name in known else PEER_NAMES.get(name) or next(iter(of_train or ends), None)
+    called = sorted(_keys_called(name), key=lambda key: not key.startswith("train."))
+    return name if name in all_keys() else PEER_NAMES.get(name) or next(iter(called), None)
+
+
+def _keys_called(name: str) -> list[str]:
+    return [key for key in all_keys() if key.rpartition(".")[2] == name and ".groups." not in key]
 
 
 def _owners(section: KeyPath, name: str) -> list[str]:

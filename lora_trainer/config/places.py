@@ -9,7 +9,6 @@ from lora_trainer.config.schema import RunConfig
 CONFIG_FILE, PLAN_FILE, ENVIRONMENT_FILE, EXIT_FILE = "config.yaml", "plan.json", "environment.json", "exit.json"
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.json"
 CURVES_FILE, REPORT_FILE, GRID_FILE = "curves.png", "report.html", "grid.png"
-FINDER_FILE = "find_lr.json"
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 TRIALS, GROUPS = "trials", "groups"
 """Folders of a sweep: one folder a trial, one with the checkpoints of each group."""

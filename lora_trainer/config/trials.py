@@ -107,11 +107,7 @@ def _arms(config: RunConfig, source: Source) -> tuple[list[ArmConfig], list[Prob
     ]
     names = [arm.name for arm in arms]
     problems += [
-        Problem(
-            f"two arms would both be called `{name}`",
-            source.place(("sweep",)),
-            fix="rename or remove one of them under sweep.trials",
-        )
+        Problem(f"two arms would both be called `{name}`", source.place(("sweep",)), fix="rename or remove one")
         for name in dict.fromkeys(names)
         if names.count(name) > 1
     ]

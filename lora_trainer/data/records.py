@@ -212,9 +212,7 @@ def _caption_lines(file: Path) -> tuple[str, ...] | Problem:
     except OSError as error:
         return Problem("the caption cannot be read", str(file), error.strerror, "check the file's permissions")
     if size > MAX_CAPTION_BYTES:
-        return Problem(
-            f"a caption of {size:,} bytes", str(file), fix="shorten it, or take it out: is this really a caption?"
-        )
+        return Problem(f"a caption of {size:,} bytes", str(file), fix="shorten it: is this really a caption?")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return Problem("the caption is UTF-16", str(file), fix=_as_utf8("UTF-16", file))
     if b"\0" in raw:

@@ -13,15 +13,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from lora_trainer.config.places import (
-    CONFIG_FILE,
-    ENVIRONMENT_FILE,
-    EXIT_FILE,
-    FINDER_FILE,
-    METRICS_FILE,
-    PLAN_FILE,
-    SAMPLES,
-)
+from lora_trainer.config.places import CONFIG_FILE, ENVIRONMENT_FILE, EXIT_FILE, METRICS_FILE, PLAN_FILE, SAMPLES
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.verdict import Arm, Purpose
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_lines
@@ -145,9 +137,9 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         ConfigError: it is none, or what is in it cannot be read.
     """
-    if (folder / FINDER_FILE).is_file():
-        what = "this folder holds a search for a learning rate (find-lr), not a run"
-        raise ConfigError(Problem(what, str(folder), fix=f"leave it out; its answer is in {FINDER_FILE}"))
+    if (folder / "find_lr.json").is_file():
+        what = "this folder holds a search for a learning rate, not a run"
+        raise ConfigError(Problem(what, str(folder), fix="leave it out; its answer is in find_lr.json"))
     if not (folder / PLAN_FILE).is_file() or not (folder / METRICS_FILE).is_file():
         what = f"this is no run directory: it lacks {PLAN_FILE} or {METRICS_FILE}"
         fix = "name folders that `lora-trainer train` or `lora-trainer sweep` wrote"

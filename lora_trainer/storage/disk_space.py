@@ -75,9 +75,7 @@ def _remedy(error: OSError) -> str:
         return "let this user write there (chmod, chown, a mount that is not read-only), or choose another place"
     if error.errno == errno.EMFILE:
         return "allow more open files: ulimit -n 4096"
-    if error.errno in (errno.EIO, errno.ESTALE):
-        return "look after the disk or the mount, or choose another place"
-    return "choose another place"
+    return "look after the disk or the mount, or choose another place"
 
 
 def mib(num_bytes: int) -> str:

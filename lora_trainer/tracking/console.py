@@ -65,7 +65,9 @@ class MainConsole:
         width = min(max((len(name) for name, _ in listed), default=0), room // 3)
         indent = f"\n{'':<{width + 4}}"
         for name, value in listed:
-            lines = textwrap.wrap(value, room - width - 4, break_long_words=False, break_on_hyphens=False) or [""]
+            lines = [value]
+            if self.rich.is_terminal:
+                lines = textwrap.wrap(value, room - width - 4, break_long_words=False, break_on_hyphens=False)
             self.print(f"  {name:<{width}}{'  ' if len(name) <= width else indent}" + indent.join(lines))
 
     def track(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:

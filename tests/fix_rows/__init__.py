@@ -1,8 +1,8 @@
 """Rows for `tests/fixes.py`: by source file, what its fixes mend; and those that no test here can apply.
 
 A new `fix=` in `lora_trainer/x/y.py` needs a `Row` under "x/y.py" in one of the modules here: what makes it wrong
-(overrides, or a function that changes the `World`) and what does as the fix says. One that cannot be applied here stands
-in `NOT_HERE` with the reason.
+(overrides, or a function that changes the `World`) and what does as the fix says. One that cannot be applied here
+stands in `NOT_HERE` with the reason.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ SOURCE = [
     Row(not_utf8, said("save it as UTF-8", as_utf8)),
     Row(
         lambda world: world.config.rename("other.yaml"),
-        said("a file that is there", lambda world: Path("other.yaml").rename(world.config)),
+        said("name one that is there", lambda world: Path("other.yaml").rename(world.config)),
     ),
     Row(
         lambda world: (Path("whole.yaml").write_text(world.config.read_text()), world.config.write_text("- list")),

@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from lora_trainer.config.places import FINDER_FILE
 from lora_trainer.experiments.lr_finder.analysis import (
     MIN_POINTS,
     FinderResult,
@@ -38,7 +37,7 @@ DIGITS = 9
 
 def write_result(finder: PreparedFinder, result: FinderResult, tell: Callable[[str], None]) -> list[Path]:
     """Write both files, each whole or not at all; their paths. A fault of the picture is told and ends nothing."""
-    json_file, picture = finder.folder / FINDER_FILE, finder.folder / "find_lr.png"
+    json_file, picture = finder.folder / "find_lr.json", finder.folder / "find_lr.png"
     atomic_files.write_json(json_file, _as_json(finder, result))
     title = f"{finder.prepared.config.name}: {result.reading.verdict}, {len(result.points)} updates"
     with needless(picture.name, tell):
