@@ -83,10 +83,6 @@ class TrainerError(Exception):
         self.problems = tuple(Problem(p) if isinstance(p, str) else p for p in problems)
         super().__init__("\n".join(str(p) for p in self.problems))
 
-    @classmethod
-    def of(cls, problems: Iterable[Problem]) -> TrainerError:
-        return cls(*problems)
-
 
 class ConfigError(TrainerError):
     """The configuration or the command line says something that cannot be done."""

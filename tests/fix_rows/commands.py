@@ -42,12 +42,14 @@ def on_run(*command: str, named: str = "run") -> Callable[[World], None]:
 
 
 def again(old: str, new: str) -> Callable[[World], None]:
-    """The same command with other words."""
+    """The same command with other words for one, or for the end of one."""
 
     def act(world: World) -> None:
-        assert any(old in word for word in world.command), world.command
+        assert any(word.endswith(old) for word in world.command), world.command
         world.command = [
-            part for word in world.command for part in (word.replace(old, new).split("|") if old in word else [word])
+            part
+            for word in world.command
+            for part in ((word.removesuffix(old) + new).split("|") if word.endswith(old) else [word])
         ]
 
     return act
@@ -73,6 +75,22 @@ EXPORT = [
     ),
 ]
 SAMPLE = ("sample", "--lora", "RUN/run.safetensors", "-p", "a", "--steps", "1")
+EXPORT += [
+    Row(
+        lambda world: (
+            on_run("export", "RUN", "-o", "x.safetensors", named="swept")(world),
+            again("swept", "swept/trials/lr1e-3-seed42")(world),
+        ),
+        lambda world, problem: words("export", str(problem.fix).split()[-1], "-o", "x.safetensors")(world),
+    ),
+    Row(
+        lambda world: (
+            on_run("export", "RUN", "-o", "x.safetensors")(world),
+            Path("runs/run/plan.json").write_text("{"),
+        ),
+        said("export from its LoRA file", again("runs/run", "runs/run/run.safetensors")),
+    ),
+]
 DRAW = [
     Row(words(*SAMPLE), said("runs/demo/demo.safetensors", on_run(*SAMPLE))),
     Row(on_run(*SAMPLE, "--scale", "nan"), said("write 1", again("nan", "1"))),

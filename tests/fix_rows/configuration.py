@@ -12,7 +12,7 @@ from pathlib import Path
 from fixes import Row, World, complained_of, removed, said, valued, written
 
 from lora_trainer.errors import Problem
-from lora_trainer.schedules import external
+from lora_trainer.schedules import registry
 
 DEMO = "configs/demo.yaml"
 SWEEP, DRY = "validation={fraction: 0.34}", ("sweep", "--dry-run")
@@ -122,8 +122,8 @@ def of_a_plugin(world: World) -> None:
 
 def installed(world: World) -> None:
     """The package is there."""
-    entry = EntryPoint("sawtooth", "sawtooth:sawtooth", external.ENTRY_POINTS)
-    world.faults.setattr(external, "entry_points", lambda **_: [entry])
+    entry = EntryPoint("sawtooth", "sawtooth:sawtooth", registry.ENTRY_POINTS)
+    world.faults.setattr(registry, "entry_points", lambda **_: [entry])
 
 
 LOAD = [
@@ -262,7 +262,7 @@ ADVICE = [
             "--allow-plugins",
             lambda world: (
                 world.faults.setattr(sys, "path", [*sys.path]),
-                world.faults.setattr(external, "_allowed", False),
+                world.faults.setattr(registry, "_allowed", False),
                 setattr(world, "command", ("plan", "--allow-plugins")),
             ),
         ),

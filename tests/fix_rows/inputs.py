@@ -224,7 +224,20 @@ def whole(world: World) -> None:
 
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+
+
+def sharded(world: World) -> None:
+    """The UNet in one shard, whose index names a tensor more."""
+    place = world.own_base() / "unet"
+    name = "diffusion_pytorch_model-00001-of-00001.safetensors"
+    (world.folder / "base" / UNET).rename(place / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys([*load_file(place / name), "other.weight"], name)}
+    (place / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
 FOLDER = [
+    Row(setting("scheduler", _class_name="OtherScheduler"), said("own scheduler folder", fetched)),
+    Row(sharded, said("index and shards", fetched)),
     Row(part("unet/config.json", Path.unlink), said("fetch the whole", fetched)),
     Row(part("unet/config.json", rewritten(b"{")), said("fetch the base again", fetched)),
     Row(part("unet/config.json", rewritten(b"[]")), said("fetch the base again", fetched)),
@@ -253,11 +266,11 @@ REGISTRY = [
 ]
 CLIP = [
     Row(setting("text_encoder", vocab_size=7), said("of one base again", fetched)),
-    Row(part("tokenizer/tokenizer.json", rewritten(b'{"model": 1}')), said("fetch both folders again", fetched)),
+    Row(part("tokenizer/tokenizer.json", rewritten(b'{"model": 1}')), said("of one base again", fetched)),
 ]
 SD = [
     Row(setting("unet", in_channels=9), said("the base's own folder", fetched)),
-    Row(setting("tokenizer", model_max_length=99), said("of one base", fetched)),
+    Row(setting("tokenizer", model_max_length=99), said("own folder", fetched)),
 ]
 TARGETS = [
     Row("adapter.targets=attentio", valued(r"did you mean (\w+)\?", "adapter.targets")),
@@ -308,7 +321,16 @@ def first(tensors: dict[str, Any], value: float) -> dict[str, Any]:
     return tensors | {name: np.full_like(tensors[name], value)}
 
 
+def halved(tensors: dict[str, Any]) -> dict[str, Any]:
+    gone = next(name for name in tensors if "lora_up" in name)
+    return {name: tensor for name, tensor in tensors.items() if name != gone}
+
+
 LORA = [
+    Row(
+        spoilt(halved),
+        said("as it was written", lambda world: shutil.copy("earlier.safetensors", "runs/run/run.safetensors")),
+    ),
     Row(
         spoilt(lambda tensors: first(tensors, np.nan)),
         said("an earlier LoRA", lambda world: shutil.copy("earlier.safetensors", "runs/run/run.safetensors")),

@@ -15,7 +15,7 @@ from lora_trainer.config.names import LACKED, PEER_NAMES, type_called
 from lora_trainer.config.optimizers import OPTIMIZERS
 from lora_trainer.config.structure import all_keys
 from lora_trainer.errors import ConfigError, Problem, remedy_of_absence
-from lora_trainer.schedules import external
+from lora_trainer.schedules import registry
 from lora_trainer.schedules.registry import SCHEDULES
 
 GOOD = "name: run\nmodel: {path: base}\ndata: {dir: images}\ntrain: {max_steps: 100}\n"
@@ -164,4 +164,4 @@ def test_a_schedule_where_one_stands_is_found_once_allowed(good: Path, monkeypat
     words = ["schedules", "explain", "own_curve:saw"]
     assert CliRunner().invoke(app, words).exit_code != 0
     assert CliRunner().invoke(app, [*words, "--allow-plugins"]).exit_code == 0
-    external.allow_plugins(False)
+    registry.allow_plugins(False)
