@@ -7,7 +7,8 @@ exception that reaches the top is a bug of ours.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import ClassVar
 
@@ -34,6 +35,16 @@ def printable(text: str) -> str:
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def remedy_of_absence(path: str, key: str) -> str:
+    """What to do about a path, the value of a setting, where nothing lies."""
+    if "://" in path:
+        return f"download it, and give its folder here: {key} is no address"
+    if drive := re.match(r"([A-Za-z]):[\\/]*", path):
+        place = f"/mnt/{drive[1].lower()}/{path[drive.end() :]}".replace("\\", "/")
+        return f"that is a path of Windows; under WSL2 write {key}={place} (in quotes, as a shell takes \\ away)"
+    return f"set {key}; relative paths start where you are"
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong. `where` is file:line, a key or a path; `fix` says what to write or do."""
@@ -50,6 +61,16 @@ class Problem:
         if self.fix:
             lines.append(f"    fix: {self.fix}")
         return printable("\n".join(lines))
+
+
+def told_once(named: Iterable[tuple[str, Problem]], then: str) -> Iterator[Problem]:
+    """Problems of trials: what is wrong with several of them is told once, after their names."""
+    names: dict[Problem, dict[str, None]] = {}
+    for name, problem in named:
+        names.setdefault(problem, {})[name] = None
+    for problem, whose in names.items():
+        more = f", {len(whose) - 5} more" if len(whose) > 5 else ""
+        yield replace(problem, what=f"{', '.join([*whose][:5])}{more}{then}{problem.what}")
 
 
 class TrainerError(Exception):

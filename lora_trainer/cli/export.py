@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lora_trainer.cli.sample import find_base
+from lora_trainer.cli.sample import check_there, find_base
 from lora_trainer.cli.session import check_output
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import CHECKPOINTS, CONFIG_FILE, PLAN_FILE
@@ -73,6 +73,7 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
     Raises:
         ModelError: the file was not written by lora_trainer, so its scale is not known for sure.
     """
+    check_there(lora)
     check_output(output, _is_ours)
     tensors, metadata = read_lora(lora)
     recipe = read_recipe(metadata)

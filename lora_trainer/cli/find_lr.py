@@ -12,7 +12,7 @@ from lora_trainer.experiments.lr_finder.prepare import FinderOptions, finder_row
 from lora_trainer.experiments.lr_finder.record import answer_rows, write_result
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.storage import locks
-from lora_trainer.tracking.console import MainConsole
+from lora_trainer.tracking.console import LOADING, MainConsole
 
 
 def find_lr(config_file: Path, overrides: Sequence[str], options: FinderOptions) -> None:
@@ -27,6 +27,7 @@ def find_lr(config_file: Path, overrides: Sequence[str], options: FinderOptions)
     console = MainConsole(silent=not launch.is_main)
     finder = prepare_finder(config, launch, options, console.track)
     console.table(f"Plan of find-lr for {config.name}", finder_rows(finder))
+    console.print(LOADING)
     from lora_trainer.experiments.lr_finder.run import find_lr as run
 
     lock = locks.sole_writer(finder.folder, console.print) if launch.is_main else nullcontext()

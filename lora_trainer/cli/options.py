@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Container
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from lora_trainer.errors import ConfigError, Problem
 
 
 def _above_zero(lr: float | None) -> float | None:
@@ -25,6 +30,38 @@ def one_file(files: list[Path] | None) -> list[Path] | None:
     if files and len(files) > 1:
         raise typer.BadParameter("one configuration file; what differs is written behind it as key.path=value")
     return files
+
+
+class Program(TyperGroup):
+    """Commands; what the words behind one were meant to be is said where it is plain."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse a setting written as an option, and a configuration without `-c`.
+
+        Raises:
+            ConfigError: with the words to write.
+        """
+        command = self.commands.get(args[0]) if args else None
+        options = {name: parameter for parameter in getattr(command, "params", ()) for name in parameter.opts}
+        if "--config" in options:
+            _check_words(args[1:], {*options, "-h", "--help"})
+        return super().parse_args(ctx, args)
+
+
+def _check_words(words: list[str], options: Container[str]) -> None:
+    from lora_trainer.config.load import setting_called
+
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        name, equals, value = word.partition("=")
+        key = setting_called(name.lstrip("-")) if word.startswith("--") and name not in options else None
+        if key is not None:
+            value = value if equals or following.startswith("-") else following
+            key, _, meant = key.partition(": ")
+            what = f"`{name}` is no option: settings are written without dashes"
+            raise ConfigError(Problem(what, "command line", fix=f"write {key}={meant or value or 'VALUE'}"))
+    files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    if files and not any(word.startswith(("-c", "--config")) for word in words):
+        raise ConfigError(Problem("no configuration is named", "command line", fix=f"write -c {files[0]}"))
 
 
 ConfigFile = Annotated[
@@ -52,6 +89,8 @@ def _allow_plugins(allowed: bool) -> bool:
     from lora_trainer.schedules.registry import allow_plugins
 
     allow_plugins(allowed)
+    if allowed and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # as `python -m` has it, for schedules that lie here
     return allowed
 
 

@@ -68,7 +68,7 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
     }
     MainConsole().print(json.dumps(content, indent=2))
     if problems:
-        raise DataError(f"{len(problems)} files are refused; the list says why")
+        raise DataError(f"{len(refused)} files are refused; the list says why")
 
 
 def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:

@@ -10,13 +10,13 @@ import typer
 
 from lora_trainer import __version__
 from lora_trainer.cli import schedule_commands
-from lora_trainer.cli.options import ConfigFile, DryRun, Overrides, Plugins, finite
+from lora_trainer.cli.options import ConfigFile, DryRun, Overrides, Plugins, Program, finite
 
 app = typer.Typer(
     name="lora-trainer",
     help="Train LoRAs for Stable Diffusion, with learning-rate schedules that do what they say.",
+    cls=Program,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -151,8 +151,10 @@ def export(
     ] = None,
 ) -> None:
     """Write a LoRA file from a run's checkpoint, or a LoRA file in another layout or dtype."""
+    from lora_trainer.tracking.console import LOADING, MainConsole
+
+    MainConsole().aside(LOADING)
     from lora_trainer.cli.export import convert_file, export_run
-    from lora_trainer.tracking.console import MainConsole
 
     if source.is_dir():
         export_run(source, step, layout, dtype, weights, output)

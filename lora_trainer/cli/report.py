@@ -28,6 +28,7 @@ def report(runs: Sequence[Path], output: Path | None, min_effect: float, confirm
     """
     file = output or (runs[0] if len(runs) == 1 else Path()) / REPORT_FILE
     check_output(file, lambda there: GENERATOR.encode() in there.open("rb").read(2**20))
+    MainConsole().aside("drawing the page")
     sentence = write_report(runs, file, confirm=confirm, rules=Rules(min_effect=min_effect))
     MainConsole().print(f"{sentence}\n\nwrote {file}")
 

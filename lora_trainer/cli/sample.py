@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import CONFIG_FILE
-from lora_trainer.errors import ConfigError, ModelError, Problem
+from lora_trainer.errors import ConfigError, ModelError, Problem, remedy_of_absence
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.storage import atomic_files
-from lora_trainer.tracking.console import MainConsole
+from lora_trainer.tracking.console import LOADING, MainConsole
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,10 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     """
     if not math.isfinite(request.lora_scale):
         raise ConfigError(Problem("--scale is no number", fix="write 1"))
+    check_there(lora)
     base = find_base(lora, model, revision)
     console = MainConsole()
+    console.aside(LOADING)
 
     import torch
 
@@ -57,6 +59,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     if request.size_px is not None and request.size_px % family.latent_factor:
         what = f"--size {request.size_px} is no multiple of {family.latent_factor}"
         raise ConfigError(Problem(what, fix=f"write {request.size_px // family.latent_factor * family.latent_factor}"))
+    console.aside(f"loading {base.path} and {lora}")
     pipeline = family.load_pipeline()
     if (recipe := read_recipe(metadata)) is not None:
         kept, chosen = pipeline.scheduler, recipe.base.prediction_type
@@ -82,6 +85,13 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
         console.print(str(file))
         files.append(file)
     return files
+
+
+def check_there(lora: Path) -> None:
+    """Refuse a LoRA file that does not exist, with a ConfigError."""
+    if not lora.exists():
+        fix = remedy_of_absence(str(lora), "the file, as runs/demo/demo.safetensors")
+        raise ConfigError(Problem("the LoRA file does not exist", str(lora.absolute()), fix=fix))
 
 
 def find_base(lora: Path, model: str | None, revision: str | None) -> BaseFolder:

@@ -162,7 +162,7 @@ def _checked_options(name: str, given: Mapping[str, Any]) -> ScheduleOptions:
     Those that it requires, and those that show its form where none of its own are given, come from its example.
     """
     kind = _options_class(name)
-    whole = not set(given) - _SHARED
+    whole = not set(given) - _SHARED and kind is not PluginSchedule  # its example is somebody's own
     example = {key: value for key, value in kind.example.items() if whole or kind.model_fields[key].is_required()}
     return check_source(Source({**_PREVIEW, "lr_scheduler": {**example, **given, "type": name}})).lr_scheduler
 
@@ -221,8 +221,8 @@ def _options_class(name: str) -> type[ScheduleOptions]:
     if ":" in name or name in plugin_names():
         return PluginSchedule
     close = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.5)
-    fix = f"did you mean {close[0]}?" if close else "lora-trainer schedules list"
-    raise ConfigError(Problem(f"`{name}` is no schedule", fix=f"{fix} Known: {', '.join(SCHEDULES)}"))
+    fix = f"did you mean `{close[0]}`?" if close else "lora-trainer schedules list"
+    raise ConfigError(Problem(f"`{name}` is no schedule", fix=fix))
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

@@ -22,6 +22,8 @@ from lora_trainer.config.places import (
     CURVES_FILE,
     METRICS_FILE,
     REPORT_FILE,
+    diffusers_lora_file,
+    lora_file,
     report_file,
     run_directory,
 )
@@ -44,7 +46,7 @@ from lora_trainer.planning.prepare import Prepared, files_to_come, plan_rows, pr
 from lora_trainer.report.runs import SWEEP_FILE
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
-from lora_trainer.tracking.console import MainConsole, needless
+from lora_trainer.tracking.console import LOADING, MainConsole, needless
 from lora_trainer.training.group import TrialGroup, solo_group
 
 if TYPE_CHECKING:
@@ -53,7 +55,6 @@ if TYPE_CHECKING:
     from lora_trainer.report.pictures import Curve
 
 LR_CURVES = "lr-curves.png"
-LOADING = "loading torch and diffusers"
 
 
 def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False) -> None:
@@ -185,12 +186,13 @@ class Start:
         if self.launch.is_main:
             record_exit(run_dir, ExitCode.DONE, "finished", f"{result.step} updates")  # the report tells of it
             if not (result.was_finished and report_file(prepared.config).is_file()):
+                self.console.print("drawing the curves and the report")
                 with needless(CURVES_FILE, self.console.print):
                     from lora_trainer.report.pictures import draw_curves
 
                     draw_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE, name)
                 _report(report_file(prepared.config), self.console, says=False)
-        self.console.table("Done", [(file.name, str(file)) for file in files_to_come(prepared.config)])
+        self.console.table("Done", done_rows(prepared.config))
 
     def agree(self, screened: dict[str, str]) -> dict[str, str]:
         """What the main process read, where several train: the others may have read before it wrote."""
@@ -285,7 +287,7 @@ class Start:
         now = from_main(self.launch, record.refreshed(content, sweep_dir, finished))
         if self.launch.is_main:
             self.console.table("Done", result_rows(now))
-            self.console.print(f"\nresults: {sweep_dir / SWEEP_FILE}")
+            self.console.print(f"\nresults: {sweep_dir / SWEEP_FILE}; drawing the report")
             _report(sweep_dir / REPORT_FILE, self.console)
         statuses = {trial["status"] for trial in now["trials"]}
         if "failed" in statuses and "finished" not in statuses:
@@ -303,6 +305,14 @@ def starting(config: RunConfig, *, dry_run: bool, fresh: bool, measure: bool = F
         stack.enter_context(disk_space.faults_in_words())
         stop = stack.enter_context(StopRequest().listening())
         yield Start(launch, MainConsole(silent=not launch.is_main), stop, stack, dry_run, fresh, measure)
+
+
+def done_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What a finished run left, and what to do with it."""
+    yield "LoRA", str(lora_file(config))
+    yield "", "copy it to ComfyUI/models/loras, or for A1111 and Forge to models/Lora"
+    yield "for diffusers", str(diffusers_lora_file(config))
+    yield from ((file.name, str(file)) for file in files_to_come(config) if file.suffix != ".safetensors")
 
 
 def _duration(seconds: float) -> str:

@@ -28,14 +28,15 @@ def _one_of_two(config: RunConfig) -> Iterator[Conflict]:
         yield ("train", ""), Problem(what, fix="add train.max_steps: 1500 (updates) or train.epochs: 10")
     if train.max_steps is not None and train.epochs is not None:
         what = "exactly one of `train.max_steps` and `train.epochs` is set; here both are"
-        fix = "keep one of them; on the command line: train.epochs=10 train.max_steps=null"
+        fix = "write train.max_steps=null to keep train.epochs, or train.epochs=null"
         yield ("train", "epochs"), Problem(what, fix=fix)
     if (data.dir is None) == (data.sources is None):
-        fix = "add data.dir: path/to/images, or a list data.sources: [{dir: ..., repeats: ...}]"
+        missing = "write data.dir: path/to/images or data.sources: [{dir: path/to/images, repeats: 2}]"
+        fix = missing if data.dir is None else "remove data.sources, or write data.dir: null"
         yield ("data",), Problem("exactly one of `data.dir` and `data.sources` names the images", fix=fix)
     if validation is not None and (validation.dir is None) == (validation.fraction is None):
         what = "exactly one of `validation.dir` and `validation.fraction` says what is held out"
-        fix = "write validation: {fraction: 0.1}, or dir: path/to/held-out/images"
+        fix = "write validation: {fraction: 0.1} or validation: {dir: path/to/held-out/images}"
         yield ("validation",), Problem(what, fix=fix)
 
 
@@ -50,14 +51,14 @@ def _inert(config: RunConfig) -> Iterator[Conflict]:
         yield ("optimizer", "nesterov"), Problem("`optimizer.nesterov` needs momentum", fix=fix)
     if config.adapter.use_rslora and config.adapter.use_dora:
         what = "`use_rslora` and `use_dora` together are in no consumer's format"
-        yield ("adapter", "use_dora"), Problem(what, fix="keep one of them")
+        yield ("adapter", "use_dora"), Problem(what, fix="write adapter.use_rslora: false or adapter.use_dora: false")
     if config.resume.schedule == "stretch" and not config.resume.allow_changes:
         what = "`resume.schedule: stretch` has no effect while no change of length is allowed"
         fix = "write resume.allow_changes: [train.max_steps] beside it, or remove it"
         yield ("resume", "schedule"), Problem(what, fix=fix)
     if config.sample.every_steps is not None and not config.sample.prompts:
         what = "`sample.every_steps` has no effect without `sample.prompts`"
-        yield ("sample", "every_steps"), Problem(what, fix="add prompts, or remove it")
+        yield ("sample", "every_steps"), Problem(what, fix="add sample.prompts: [what to draw], or remove it")
     if config.model.revision is not None and "/" not in config.model.path:
         fix = "remove it, or write a Hub id such as org/name in model.path"
         yield ("model", "revision"), Problem("`model.revision` has no effect on a folder", fix=fix)
@@ -70,7 +71,8 @@ def _optimizer_and_schedule(config: RunConfig) -> Iterator[Conflict]:
     if isinstance(optimizer, ScheduleFreeAdamW) and any(schedule.type != "constant" for schedule in schedules):
         last = schedules[-1].type
         what = f"`schedule_free_adamw` averages instead of following a schedule; `{last}` would undo that"
-        fix = "write lr_scheduler: {type: constant}; a warm-up is optimizer.warmup_steps"
+        of_groups = " (of the groups, too)" if len(schedules) > 1 else ""
+        fix = f"write lr_scheduler: {{type: constant}}{of_groups}; a warm-up is optimizer.warmup_steps"
         yield ("lr_scheduler",), Problem(what, fix=fix)
     if isinstance(optimizer, ScheduleFreeAdamW) and config.train.ema_decay is not None:
         what = "`schedule_free_adamw` keeps an average of its own"

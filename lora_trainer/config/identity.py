@@ -73,13 +73,13 @@ def compare(before: Identity, now: Identity, allowed: ResumeConfig, where: str) 
     return Changes(tuple(refused), tuple(accepted), tuple(noted), tuple(unknown))
 
 
-def refusal(name: str, before: Identity, now: Identity, refused: Sequence[str], where: str) -> Problem:
-    """That a run, or a trial of a sweep, began otherwise."""
+def refusal(before: Identity, now: Identity, refused: Sequence[str], where: str) -> Problem:
+    """That a run, or a trial of a sweep, began otherwise; its name comes before."""
     listed = "\n         ".join(difference(before, now, refused))
     fixed = [key for key in refused if any(_covers(key, shape) or _covers(shape, key) for shape in SHAPES_THE_STATE)]
     accept = f"accept the change with 'resume.allow_changes=[{', '.join(refused)}]', "
     return Problem(
-        f"`{name}` began with other settings or contents",
+        "began with other settings or contents",
         where,
         f"changed since:\n         {listed}",
         f"set the old values to resume it, {'' if fixed else accept}give the new one another name, or start anew with "

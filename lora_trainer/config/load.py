@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from lora_trainer.config.conflicts import conflicts
 from lora_trainer.config.names import LACKED, PEER_NAMES, type_called
 from lora_trainer.config.optimizers import AdamW
+from lora_trainer.config.places import PLAN_FILE
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import BY_TYPE, KeyPath, Source, read_source
 from lora_trainer.config.structure import all_keys, models_by_type, section_models, type_name
@@ -42,9 +43,12 @@ def check_source(source: Source) -> RunConfig:
     Raises:
         ConfigError: as `load_config`.
     """
-    for section in BY_TYPE & source.data.keys():
-        if isinstance(kind := source.data[section], str):
-            source.data[section] = {"type": kind}
+    optimizer = source.data.get("optimizer")
+    groups = optimizer.get("groups") if isinstance(optimizer, dict) else None
+    for node in (source.data, *(groups if isinstance(groups, list) else [])):
+        for section in BY_TYPE & node.keys() if isinstance(node, dict) else ():
+            if isinstance(kind := node[section], str):
+                node[section] = {"type": kind}
     if problems := list(islice(_unwritable(source.data, (), source), MAX_PROBLEMS)):
         raise ConfigError(*problems)
     try:
@@ -127,11 +131,14 @@ def _problem(path: KeyPath, details: list[ErrorDetails], source: Source) -> Prob
     if "missing" in kinds:
         return Problem(f"`{key}` is required", where, fix=f"add {key}: ... (docs/config.md)")
     if "union_tag_not_found" in kinds:
-        return Problem(f"`{key}` needs a `type`", where, fix=f"add {key}.type; docs/config.md lists them")
+        known = _models_by_type(path) or _models_by_type(path[:-1])
+        return Problem(f"`{key}` needs a `type`", where, fix=f"add `type` to it, one of: {', '.join(known)}")
     if "union_tag_invalid" in kinds:
         return _unknown_type(path, str(details[0]["ctx"]["tag"]), source.place((*path, "type")))
     expectations = dict.fromkeys(_expectation(detail) for detail in details)
-    return Problem(f"`{key}`: {', or '.join(expectations)}", where, why=f"it is {_shown(details[0]['input'])}")
+    value = details[0]["input"]
+    fix = "put it in quotes" if "string_type" in kinds and isinstance(value, bool | int | float) else None
+    return Problem(f"`{key}`: {', or '.join(expectations)}", where, f"it is {_shown(value)}", fix)
 
 
 def _shown(value: Any) -> str:
@@ -149,7 +156,7 @@ def _expectation(detail: ErrorDetails) -> str:
 
 
 def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
-    name = str(path[-1])
+    name = str(path[-1]).replace("-", "_")
     siblings = _known_keys(path[:-1], source.data)
     section = _dotted(path[:-1]) or "the top level"
     what = f"`{_dotted(path)}` is not a setting"
@@ -160,7 +167,8 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
             f"its options are: {', '.join(siblings)}",
             f"remove it, or choose a type that has it: {', '.join(owners)}",
         )
-    if ours := PEER_NAMES.get(_dotted(path)) or PEER_NAMES.get(name):
+    around = next((str(part) for part in path[-2::-1] if isinstance(part, str)), "").replace("phases", "lr_scheduler")
+    if ours := PEER_NAMES.get(f"{around}.{name}") or PEER_NAMES.get(name):
         others = [] if ours.rpartition(".")[2] in siblings else _owners(path[:-1], ours.rpartition(".")[2])
         of = f", an option of type {' or '.join(others)}" if others else ""
         return Problem(what, where, fix=f"here it is called `{ours}`{of}")
@@ -169,9 +177,20 @@ def _unknown_key(path: KeyPath, source: Source, where: str | None) -> Problem:
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
     if close:
         return Problem(what, where, fix=f"did you mean `{close[0]}`?")
-    elsewhere = [f"`{key}`" for key in all_keys() if key.rpartition(".")[2] == name]
+    elsewhere = [f"`{key}`" for key in _keys_called(name)]
     fix = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"settings of {section}: {', '.join(siblings)}"
     return Problem(what, where, fix=fix)
+
+
+def setting_called(name: str) -> str | None:
+    """The key of the setting that somebody calls so: its own, the last part of one, or another trainer's name."""
+    name = name.replace("-", "_")
+    called = sorted(_keys_called(name), key=lambda key: not key.startswith("train."))
+    return name if name in all_keys() else PEER_NAMES.get(name) or next(iter(called), None)
+
+
+def _keys_called(name: str) -> list[str]:
+    return [key for key in all_keys() if key.rpartition(".")[2] == name and ".groups." not in key]
 
 
 def _owners(section: KeyPath, name: str) -> list[str]:
@@ -183,7 +202,9 @@ def _unknown_type(section: KeyPath, written: str, where: str | None) -> Problem:
     known = list(_models_by_type(section))
     ours = type_called(written, known)
     fix = f"known: {', '.join(known)}" if ours is None else f"did you mean `{ours}`?"
-    if ours == "torch":
+    if where and (Path(where).parent / PLAN_FILE).is_file():
+        fix = "install the package that has it: this run was trained with it"
+    elif ours == "torch":
         fix = f"write type: torch and target: {written}"
     return Problem(f"`{_dotted(section)}.type: {written}` is not known", where, fix=fix)
 

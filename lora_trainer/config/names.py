@@ -21,11 +21,12 @@ _PEERS = {
     "data.crop: center": "center_crop",
     "data.flip": "flip_aug random_flip",
     "name": "output_name",
-    "adapter.rank": "network_dim linear lora_rank",
+    "adapter.rank": "network_dim linear lora_rank dim",
     "adapter.alpha": "network_alpha linear_alpha lora_alpha",
     "adapter.dropout": "network_dropout lora_dropout",
     "adapter.use_dora": "use_dora",
     "optimizer.type": "optimizer_type",
+    "optimizer.type: adamw_8bit": "use_8bit_adam",
     "optimizer.lr": "learning_rate unet_lr lr",
     "optimizer.betas": "adam_beta1 adam_beta2",
     "optimizer.weight_decay": "adam_weight_decay",
@@ -41,18 +42,19 @@ _PEERS = {
     "lr_scheduler.num_cycles": "lr_scheduler_num_cycles lr_num_cycles",
     "lr_scheduler.power": "lr_scheduler_power lr_power",
     "lr_scheduler.min_ratio": "lr_scheduler_min_lr_ratio",
-    "train.max_steps": "num_training_steps total_steps max_train_steps steps",
+    "train.max_steps": "num_training_steps total_steps max_train_steps steps num_iter num_iters iters",
     "train.epochs": "max_train_epochs num_train_epochs",
     "train.batch_size": "train_batch_size",
     "train.gradient_accumulation_steps": "gradient_accumulation",
+    "train.max_grad_norm": "gradient_clipping max_grad_clip clip_grad_norm",
     "train.precision": "mixed_precision",
     "train.ema_decay": "use_ema",
-    "export.every_steps": "save_every_n_steps save_every",
+    "export.every_steps": "save_every_n_steps save_every save_every_n_epochs",
     "export.dtype": "save_precision",
     "checkpoint.every_steps": "checkpointing_steps",
     "checkpoint.keep_last": "checkpoints_total_limit",
     "sample.prompts": "sample_prompts validation_prompt",
-    "sample.every_steps": "sample_every_n_steps sample_every",
+    "sample.every_steps": "sample_every_n_steps sample_every sample_every_n_epochs validation_epochs",
     "objective.min_snr_gamma": "min_snr_gamma snr_gamma",
 }
 PEER_NAMES = {peer: ours for ours, peers in _PEERS.items() for peer in peers.split()}
@@ -94,7 +96,24 @@ _LACKED = {
     "nothing is sent to the Hub": "push_to_hub hub_model_id hub_token huggingface_repo_id",
     "the same command resumes": "resume_from_checkpoint save_state",
     "prior images are measured, not trained on, see `validation.prior_dir`": "reg_data_dir class_data_dir class_prompt "
-    "num_class_images with_prior_preservation prior_loss_weight",
+    "num_class_images with_prior_preservation prior_preservation prior_loss_weight",
+    "the VAE is the base's own": "vae vae_path",
+    "base and forward have `train.precision`, adapters fp32": "fp8_base full_fp16 full_bf16 quantize no_half_vae",
+    "memory is saved by `train.gradient_checkpointing` and small batches": "lowram highvram blocks_to_swap "
+    "fused_backward_pass deepspeed",
+    "latents are cached, so nobody waits for images": "max_data_loader_n_workers persistent_data_loader_workers "
+    "dataloader_num_workers",
+    "a caption is as long as the text encoder reads, see `data.captions.too_long`": "max_token_length",
+    "captions lie beside the images": "instance_prompt instance_token class_tokens",
+    "the loss is the squared error, see `objective.min_snr_gamma`": "loss_type huber_c huber_schedule "
+    "debiased_estimation_loss scale_v_pred_loss_like_noise_pred",
+    "timesteps are drawn evenly from all": "min_timestep max_timestep",
+    "the noise schedule is the base's own": "zero_terminal_snr",
+    "the learning rate is used as it is written": "scale_lr",
+    "weights are not scaled back": "scale_weight_norms",
+    "LoRA files are .safetensors in both layouts": "save_model_as",
+    "options are keys of their own, as `optimizer.weight_decay` and `lr_scheduler.warmup_steps`": "optimizer_args "
+    "lr_scheduler_args",
     "every pixel counts the same": "masked_loss masked_training alpha_mask",
 }
 LACKED = {peer: instead for instead, peers in _LACKED.items() for peer in peers.split()}

@@ -68,12 +68,12 @@ def _read_file(file: FilePath) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         ) from error
     except OSError as error:
         raise ConfigError(
-            Problem("the configuration file cannot be read", str(file), error.strerror, "check --config FILE")
+            Problem("the configuration file cannot be read", str(file), error.strerror, "name one that is there")
         ) from error
     parsed = _parse(text, str(file))
     if not isinstance(parsed, CommentedMap):
         raise ConfigError(
-            Problem("a configuration is a mapping of sections", str(file), fix="start from configs/demo.yaml")
+            Problem("a configuration is a mapping of sections", str(file), fix="begin it with name: my-run")
         )
     places: dict[KeyPath, str] = {(): str(file)}
     return _plain(parsed, (), str(file), places), places

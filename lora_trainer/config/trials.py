@@ -10,7 +10,7 @@ import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from lora_trainer.config.identity import identity_fields
 from lora_trainer.config.load import check_source
 from lora_trainer.config.places import cache_folder, run_directory
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.config.source import KeyPath, Source, read_source, set_value, split_override
+from lora_trainer.config.source import BY_TYPE, KeyPath, Source, read_source, set_value, split_override
 from lora_trainer.config.sweep_schema import RandomConfig
-from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.errors import ConfigError, Problem, told_once
 
 RESERVED = {
     "name": "the sweep's name is its folder, and trials are named by what they override",
@@ -78,14 +78,15 @@ def load_sweep(file: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, li
     arms, problems = _arms(config, source)
     seeds = config.sweep.seeds or (config.seed,)
     trials: list[TrialConfig] = []
+    faults: list[tuple[str, Problem]] = []
     for seed, arm in itertools.product(seeds, arms):
         try:
             trial = check_source(_source_of(arm, seed, config, source))
             setting = arm_name({key: value for key, value in arm.overrides.items() if key != LR_KEY})
             trials.append(TrialConfig(arm.name, setting, arm.overrides, trial))
         except ConfigError as error:
-            problems += [replace(p, what=f"trial `{arm.name}`: {p.what}") for p in error.problems]
-    problems += _twins(trials)
+            faults += [(f"trial `{arm.name}`", problem) for problem in error.problems]
+    problems += [*told_once(faults, ": "), *_twins(trials)]
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return config, trials
@@ -239,6 +240,8 @@ def is_path_safe(name: str) -> bool:
 
 
 def _entry(key: str, value: Any) -> str:
+    if key in BY_TYPE and isinstance(value, str):
+        return value
     if isinstance(value, Mapping) and "type" in value:
         return "-".join([str(value["type"]), *(f"{k}{_value(v)}" for k, v in value.items() if k != "type")])
     return f"{key.rpartition('.')[2]}{_value(value)}"

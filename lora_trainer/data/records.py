@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from lora_trainer.config.schema import CaptionConfig, DataConfig
 from lora_trainer.data.folders import CAPTION_ENDINGS, few_of_a_kind, is_file, skipped_notes, some, take_stock
 from lora_trainer.data.images import EXTENSIONS, ImageFault, decode, frame, lost_share
-from lora_trainer.errors import DataError, Problem
+from lora_trainer.errors import DataError, Problem, remedy_of_absence
 from lora_trainer.models.family import Family
 from lora_trainer.storage import atomic_files
 
@@ -135,8 +136,7 @@ def _existing(folder: str) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
         what = f"the image folder {'is a file, not a folder' if path.exists() else 'does not exist'}"
-        fix = "set data.dir; relative paths start where you are"
-        raise DataError(Problem(what, str(path.absolute()), fix=fix))
+        raise DataError(Problem(what, str(path.absolute()), fix=remedy_of_absence(folder, "data.dir")))
     return path
 
 
@@ -212,17 +212,16 @@ def _caption_lines(file: Path) -> tuple[str, ...] | Problem:
     except OSError as error:
         return Problem("the caption cannot be read", str(file), error.strerror, "check the file's permissions")
     if size > MAX_CAPTION_BYTES:
-        return Problem(f"a caption of {size:,} bytes", str(file), fix="is this really a caption?")
+        return Problem(f"a caption of {size:,} bytes", str(file), fix="shorten it: is this really a caption?")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return Problem("the caption is UTF-16", str(file), fix=f"iconv -f UTF-16 -t UTF-8 '{file.name}'")
+        return Problem("the caption is UTF-16", str(file), fix=_as_utf8("UTF-16", file))
     if b"\0" in raw:
         return Problem("the caption holds NUL bytes", str(file), f"byte {raw.index(0)}", "save it as plain UTF-8 text")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         why = f"byte {error.start} is 0x{raw[error.start]:02x}"
-        fix = f"iconv -f WINDOWS-1252 -t UTF-8 '{file.name}' (or save it as UTF-8)"
-        return Problem("the caption is not UTF-8", str(file), why, fix)
+        return Problem("the caption is not UTF-8", str(file), why, _as_utf8("WINDOWS-1252", file))
     return tuple(line.strip() for line in re.split(r"[\r\n]+", text) if line.strip())
 
 
@@ -286,6 +285,12 @@ def _caption_notes(records: tuple[Record, ...], config: CaptionConfig) -> Iterat
         if longer := [name for name, read in lines if isinstance(read, tuple) and len(read) > 1]:
             rest = "of which only the first is used; data.captions.lines: all takes each as a variant"
             yield f"{len(longer)} captions have several lines, {rest}: {some(longer)}"
+
+
+def _as_utf8(encoding: str, file: Path) -> str:
+    """What a shell does with a caption in another encoding."""
+    old, new = shlex.quote(str(file)), shlex.quote(f"{file}.utf-8")
+    return f"save it as UTF-8, as by: iconv -f {encoding} -t UTF-8 {old} > {new} && mv {new} {old}"
 
 
 def long_captions(family: Family, records: Iterable[Record]) -> list[Problem]:

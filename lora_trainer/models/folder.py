@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from lora_trainer.errors import ModelError, Problem, SystemSetupError
+from lora_trainer.errors import ModelError, Problem, SystemSetupError, remedy_of_absence
 from lora_trainer.storage.atomic_files import read_json, write_json
 from lora_trainer.storage.records import shape, shape_fault
 from lora_trainer.strict_model import Count
@@ -202,13 +202,13 @@ def locate_base(path: str, revision: str | None, components: Sequence[str]) -> P
             raise ModelError(Problem("`model.revision` has no effect on a folder", path, fix="remove model.revision"))
         return folder
     if _HUB_ID.fullmatch(path) is None or Path(path).parent.exists():
-        fix = "set model.path; relative paths start where you are"
+        fix = remedy_of_absence(path, "model.path")
         raise ModelError(Problem("the base folder does not exist", str(folder.absolute()), fix=fix))
     if revision is None:
         what = f"`{path}` is no folder here; as a Hub id it needs a fixed revision"
         why, fix = (
             "`main` may mean other weights tomorrow",
-            "add model.revision: <commit>, as shown on the model's page",
+            "set model.path to the base's folder, or add model.revision: <commit>, as shown on the Hub's page",
         )
         raise ModelError(Problem(what, "model.revision", why, fix))
     return _fetch(path, revision, components)

@@ -331,7 +331,9 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "validation", f"{probes} images x 16 timesteps {every}: {plan.validation.cost:.1%} of the training's cost"
         yield from (("", f"note: {note}") for note in plan.validation.notes)
     yield "saves", _saves(plan)
-    yield "files to come", ", ".join(str(file) for file in files_to_come(config))
+    run_dir = run_directory(config)
+    names = ", ".join(str(file.relative_to(run_dir)) for file in files_to_come(config))
+    yield "files to come", f"{names} in {run_dir}"
     presets = open_family(prepared.base).target_presets
     yield from (("", f"note: {note}") for note in kohya_notes(config.adapter, prepared.target_shapes, presets))
 

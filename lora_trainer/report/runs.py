@@ -137,6 +137,9 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         ConfigError: it is none, or what is in it cannot be read.
     """
+    if (folder / "find_lr.json").is_file():
+        what = "this folder holds a search for a learning rate, not a run"
+        raise ConfigError(Problem(what, str(folder), fix="leave it out; its answer is in find_lr.json"))
     if not (folder / PLAN_FILE).is_file() or not (folder / METRICS_FILE).is_file():
         what = f"this is no run directory: it lacks {PLAN_FILE} or {METRICS_FILE}"
         fix = "name folders that `lora-trainer train` or `lora-trainer sweep` wrote"

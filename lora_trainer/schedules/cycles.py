@@ -183,5 +183,5 @@ def _cosine(start: float, end: float, share: float) -> float:
 def _floor(eta_min: float, base_lr: float) -> float:
     """An absolute learning rate as a share of the base."""
     if eta_min > base_lr:
-        raise ScheduleError(f"eta_min {eta_min:g} lies above the base learning rate {base_lr:g}: lower it")
+        raise ScheduleError(f"eta_min {eta_min:g} lies above the base learning rate {base_lr:g}: lower `eta_min`")
     return eta_min / base_lr

@@ -74,8 +74,19 @@ def faults_in_words() -> Iterator[None]:
         if error.errno not in DISK_FAULTS | PLACE_FAULTS:
             raise
         where = str(error.filename or "the run directory")
-        fix = "free some space or mend the folder; the same command goes on from the newest checkpoint"
+        fix = f"{_remedy(error)}; the same command goes on from the newest checkpoint"
         raise SystemSetupError(Problem("the disk refused", where, error.strerror, fix)) from error
+
+
+def _remedy(error: OSError) -> str:
+    """What mends the fault: room, a right, or another place."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "let this user write there (chmod, chown, a mount that is not read-only), or choose another place"
+    if error.errno == errno.EMFILE:
+        return "allow more open files: ulimit -n 4096"
+    return "look after the disk or the mount, or choose another place"
 
 
 def mib(num_bytes: int) -> str:

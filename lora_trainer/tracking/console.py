@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ SAID_AFTER_S = 2.0
 """What takes longer is said, where no bar shows it."""
 ALWAYS_SHOWN = 3
 """First lines of a start, shown whatever the period."""
+LOADING = "loading torch and diffusers"
 
 
 @contextmanager
@@ -49,17 +51,26 @@ class MainConsole:
     def print(self, text: str) -> None:
         self.rich.print(printable(text), markup=False)
 
+    def aside(self, text: str) -> None:
+        """What to wait for, said to a person alone: where the output is files' names, others read it."""
+        if self.rich.is_terminal:
+            self.print(text)
+
     def drawing(self, text: str) -> None:
         """Lines with colours of their own, which show on a terminal alone."""
         self.rich.print(Text.from_ansi(text))
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
-        """A title and rows of name and value; a value may be longer than the line."""
+        """A title and rows of name and value; on a terminal a long value goes on below itself, or below its name."""
         self.rich.print(Text(f"\n{printable(title)}", style="bold"))
-        listed = list(rows)
-        width = max((len(name) for name, _ in listed), default=0)
+        listed, room = list(rows), self.rich.width if self.rich.is_terminal else 10_000
+        width = min(max((len(name) for name, _ in listed), default=0), room // 3)
+        indent = f"\n{'':<{width + 4}}"
         for name, value in listed:
-            self.print(f"  {name:<{width}}  {value}")
+            lines = [value]
+            if self.rich.is_terminal:
+                lines = textwrap.wrap(value, room - width - 4, break_long_words=False, break_on_hyphens=False)
+            self.print(f"  {name:<{width}}{'  ' if len(name) <= width else indent}" + indent.join(lines))
 
     def track(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         """Pass the items through while a bar shows how many are done and the time left; a line where there is none."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_trainer.config.identity import compare, completed, difference, refusal
 from lora_trainer.config.places import METRICS_FILE, lora_file
-from lora_trainer.errors import ConfigError, Problem, SystemSetupError
+from lora_trainer.errors import ConfigError, Problem, SystemSetupError, told_once
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.runtime.runtime import Runtime, choose_precision, from_main
 from lora_trainer.storage.checkpoint import Checkpoint, newest_checkpoint
@@ -120,7 +120,7 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, console: Ma
     Raises:
         ConfigError: naming everything else that differs.
     """
-    problems, notes, trials = list[Problem](), dict[str, None](), dict(point.trials)
+    refusals, notes, trials = list[tuple[str, Problem]](), dict[str, None](), dict(point.trials)
     for member in group.members:
         prepared, stored = member.prepared, point.trials[member.name]
         now = prepared.identity() | runtime.facts()
@@ -129,7 +129,7 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, console: Ma
             stored = stored | {"identity": stored["identity"] | meant}
         changes = compare(stored["identity"], now, prepared.config.resume, str(group.folder))
         if changes.refused:
-            problems.append(refusal(member.name, stored["identity"], now, changes.refused, str(group.folder)))
+            refusals.append((f"`{member.name}`", refusal(stored["identity"], now, changes.refused, str(group.folder))))
         notes |= dict.fromkeys(
             f"changed since the last start: {line}"
             for line in difference(stored["identity"], now, [*changes.accepted, *changes.noted])
@@ -139,8 +139,8 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, console: Ma
         ending, is_alone = point.endings[member.name], group.folder == prepared.run_dir
         if is_alone and changes.accepted and ending is not None and ending.status == "failed":
             trials[member.name] = stored | {"ending": None, "skips": asdict(Skips(stored["skips"]["total"]))}
-    if problems:
-        raise ConfigError(*problems)
+    if refusals:
+        raise ConfigError(*told_once(refusals, " "))
     for member in group.members:
         _check_kept_curve(member.prepared)
     for note in notes:

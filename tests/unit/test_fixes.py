@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.names import LACKED, PEER_NAMES, type_called
 from lora_trainer.config.optimizers import OPTIMIZERS
 from lora_trainer.config.structure import all_keys
-from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.errors import ConfigError, Problem, remedy_of_absence
+from lora_trainer.schedules import registry
 from lora_trainer.schedules.registry import SCHEDULES
 
 GOOD = "name: run\nmodel: {path: base}\ndata: {dir: images}\ntrain: {max_steps: 100}\n"
@@ -122,3 +124,44 @@ def test_a_second_config_is_refused(good: Path, command: str) -> None:
     done = CliRunner().invoke(app, [*command.split(), "-c", str(good), "-c", str(good)])
     assert done.exit_code == 2
     assert "one configuration file" in done.output
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("C:\\Users\\me\\cats", "data.dir=/mnt/c/Users/me/cats"),
+        ("D:/cats", "data.dir=/mnt/d/cats"),
+        ("https://example.org/cats", "download it"),
+        ("cats", "relative paths start where you are"),
+    ],
+)
+def test_a_path_from_elsewhere_is_known(path: str, said: str) -> None:
+    assert said in remedy_of_absence(path, "data.dir")
+
+
+def test_a_group_has_what_a_schedule_has(good: Path) -> None:
+    """`lr_scheduler: cosine` in a group, and names of other libraries there."""
+    group = "optimizer={type: adamw, lr: 1e-3, groups: [{name: own, match: [attn1], lr_scheduler: %s}]}"
+    config = load_config(good, [group % "cosine"])
+    assert config.optimizer.groups[0].lr_scheduler is not None
+    assert config.optimizer.groups[0].lr_scheduler.type == "cosine"
+    assert "`lr_scheduler.gamma`" in str(problem(good, group % "{type: exponential, decay_rate: 0.9}"))
+    assert "`step`" in str(problem(good, group % "{type: StepLR, step_size: 3}").fix)
+    assert "`lr_scheduler.gamma`" in str(
+        problem(good, "lr_scheduler={type: phases, phases: [{type: exponential, decay_rate: 0.9, steps: 9}]}")
+    )
+
+
+@pytest.mark.parametrize("name", ["num_iter", "num-iter", "train.num_iters"])
+def test_iterations_are_updates(good: Path, name: str) -> None:
+    assert problem(good, f"{name}=9").fix == "here it is called `train.max_steps`"
+
+
+def test_a_schedule_where_one_stands_is_found_once_allowed(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (good.parent / "own_curve.py").write_text("def saw(num_updates, updates_per_epoch):\n    return lambda k: 0.5\n")
+    monkeypatch.chdir(good.parent)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    words = ["schedules", "explain", "own_curve:saw"]
+    assert CliRunner().invoke(app, words).exit_code != 0
+    assert CliRunner().invoke(app, [*words, "--allow-plugins"]).exit_code == 0
+    registry.allow_plugins(False)

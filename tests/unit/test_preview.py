@@ -63,7 +63,7 @@ def test_options_go_to_those_that_have_them() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["cosin"], "did you mean cosine"),
+        (["cosin"], "did you mean `cosine`"),
         (["linear", "power=2"], "choose a type that has it: polynomial"),
         (["constant", "warmup_steps=10"], "choose a type that has it: constant_with_warmup"),
         (["linear", "rex", "powr=2"], "`lr_scheduler.powr` is not a setting"),

@@ -177,3 +177,20 @@ def test_the_null_of_a_key_that_is_gone_is_read_and_its_use_refused(tmp_path: Pa
         else:
             with pytest.raises(ConfigError, match="behind"):
                 load_config(file)
+
+
+def test_a_type_alone_names_its_arm() -> None:
+    assert arm_name({"lr_scheduler": "cosine", "optimizer.lr": 1e-3}) == "cosine-lr1e-3"
+
+
+def test_what_is_wrong_with_every_trial_is_told_once(tmp_path: Path) -> None:
+    text = refusal(
+        tmp_path,
+        """
+  seeds: [1, 2]
+  grid: {optimizer.epss: [1, 2], optimizer.lr: [1e-3, 1e-4, 1e-5]}
+""",
+    )
+    assert text.count("is not a setting") == 1
+    assert "trial `epss1-lr1e-3`, trial `epss1-lr1e-4`" in text
+    assert "1 more: `optimizer.epss` is not a setting" in text

@@ -94,6 +94,10 @@ def test_a_large_effect_is_found() -> None:
     assert verdict_rates.power(100, num_arms=6, num_seeds=5, effect_sd=4) > 0.9
 
 
+NAMED = {"mine": "max_grad_norm2", "cosine-lr1e-3": "cosine"}
+"""Setting by name."""
+
+
 def only(one: Arm, other: Arm, rules: Rules | None = None) -> tuple[Outcome, str]:
     (pair,) = compare([one, other], rules)
     return pair.outcome, pair.why
@@ -284,3 +288,9 @@ def test_a_failed_arm_ranks_last_and_its_lr_is_not_chosen() -> None:
     assert tuned["constant"] != 1e-4
     verdict = judge(Question(LABEL, (arm("bad", 0.2, failed={0: "x"}), arm("good", 0.9))))
     assert [a.name for a in verdict.arms] == ["good", "bad"]
+
+
+def test_arms_keep_the_names_that_somebody_gave_them() -> None:
+    named = [Arm(name, setting, 1e-3, 1.0, dict.fromkeys(SEEDS, 0.9)) for name, setting in NAMED.items()]
+    ((_, same),) = [(question.label, question.arms) for question in questions(named)]
+    assert [each.name for each in same] == ["mine", "cosine"]

@@ -238,7 +238,7 @@ def read_run(run_dir: Path) -> tuple[TrialLog, RunFacts]:
     missing = [name for name in (METRICS_FILE, PLAN_FILE, CONFIG_FILE) if not (run_dir / name).is_file()]
     if missing:
         fix = "give the folder that `lora-trainer train` wrote: <output_dir>/<name>"
-        raise ConfigError(*(Problem(f"there is no {name}", str(run_dir), fix=fix) for name in missing))
+        raise ConfigError(Problem(f"no run here: there is no {', '.join(missing)}", str(run_dir), fix=fix))
     log = TrialLog()
     log.catch_up(run_dir / METRICS_FILE)
     plan = RunPlan.read(run_dir / PLAN_FILE)

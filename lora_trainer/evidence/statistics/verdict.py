@@ -79,7 +79,11 @@ def questions(arms: Sequence[Arm]) -> list[Question]:
         best = tuple(tuned(group) for group in settings.values())
         asked.append(Question("LR tuned per setting", best, tuple(_at_the_edge(settings))))
     for lr in sorted({arm.peak_lr for arm in arms}):
-        same = tuple(replace(arm, name=arm.setting) for arm in arms if arm.peak_lr == lr)
+        same = tuple(  # without the LR in their names, but for those that somebody named
+            replace(arm, name=arm.setting) if arm.name.startswith(arm.setting) else arm
+            for arm in arms
+            if arm.peak_lr == lr
+        )
         if len(same) > 1:
             asked.append(Question(f"same peak LR {lr:.3g}", same))
     return asked or [Question("peak LRs differ and were not tuned: a difference may be the LR's", tuple(arms))]

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from lora_trainer.config.identity import compare, completed, difference, refusal
 from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
-from lora_trainer.errors import ConfigError, Problem, SystemSetupError
+from lora_trainer.errors import ConfigError, Problem, SystemSetupError, told_once
 from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Rules
 from lora_trainer.evidence.statistics.verdict import compare as compare_arms
 from lora_trainer.planning.prepare import Prepared
@@ -119,13 +119,15 @@ def check_continues(before: Json, prepared: Mapping[str, Prepared], sweep_dir: P
             "restore them, or give the new sweep another `name`",
         )
         problems.append(Problem(what, str(sweep_dir), "; ".join(changes), fix))
+    refusals = []
     for name, trial in prepared.items():
         folder = sweep_dir / TRIALS / name
         if (began_with := _stored_identity(folder)) is not None:
             identity = trial.identity()
             refused = compare(began_with, identity, trial.config.resume, "resume").refused
             if refused:
-                problems.append(refusal(name, began_with, identity, refused, str(folder)))
+                refusals.append((f"`{name}`", refusal(began_with, identity, refused, str(sweep_dir / TRIALS))))
+    problems += told_once(refusals, " ")
     for group, names in started_groups(before, sweep_dir).items():
         if group not in settled and (gone := [name for name in names if name not in prepared]):
             what = f"trials of the unfinished group {group} are no longer in the config: {', '.join(gone)}"

@@ -1,0 +1,354 @@
+"""What images, captions, bases, LoRA files and plans are refused for: `data`, `models`, `lora_files`, `planning`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fixes import Row, World, removed, said, valued, written
+from safetensors.numpy import load_file, save_file
+
+from fix_rows.commands import on_run
+from fix_rows.configuration import added
+from lora_trainer.errors import Problem
+
+CHECK = ("check",)
+
+
+def pictures(name: str, content: bytes | None) -> Callable[[World], None]:
+    """A file among the images has other content, or is gone."""
+
+    def act(world: World) -> None:
+        file = world.own_images() / name
+        file.parent.mkdir(exist_ok=True)
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+
+    return act
+
+
+def healed(name: str) -> Callable[[World], None]:
+    """The file among the images as it was."""
+    return lambda world: shutil.copy(world.images / name, world.folder / "images" / name)
+
+
+def converted(world: World, problem: Problem) -> None:
+    """What a shell does with the command line that the fix prints."""
+    words = shlex.split(str(problem.fix).partition(": ")[2])
+    iconv, source, encoding, target, out, old, redirect, new, then, move, moved, place = words
+    assert (iconv, source, target, out, redirect, then, move) == ("iconv", "-f", "-t", "UTF-8", ">", "&&", "mv")
+    Path(new).write_text(Path(old).read_bytes().decode(encoding), encoding="utf-8")
+    Path(moved).rename(place)
+
+
+def moved(old: str, new: str) -> Callable[[World], None]:
+    return lambda world: (world.own_images() / old).rename(world.own_images() / new)  # type: ignore[func-returns-value]
+
+
+def numbered(world: World) -> None:
+    """Images in a folder that asks for no repeats."""
+    images = world.own_images()
+    (images / "0_cat").mkdir()
+    for file in images.glob("0*.*"):
+        file.rename(images / "0_cat" / file.name)
+
+
+def shut(world: World) -> None:
+    (world.own_images() / "more").mkdir()
+    honest = os.scandir
+
+    def scandir(folder: Any) -> Any:
+        if str(folder).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return honest(folder)
+
+    world.faults.setattr(os, "scandir", scandir)
+
+
+def opened(world: World) -> None:
+    world.faults.undo()
+
+
+def unreadable(world: World) -> None:
+    world.own_images()
+    honest = Path.read_bytes
+
+    def read_bytes(self: Path) -> bytes:
+        if self.name == "00.txt":
+            raise PermissionError(13, "Permission denied", str(self))
+        return honest(self)
+
+    world.faults.setattr(Path, "read_bytes", read_bytes)
+
+
+def many(world: World) -> None:
+    for number in range(6):
+        pictures(f"more{number}.png", b"broken")(world)
+
+
+def listed(world: World, problem: Problem) -> None:
+    """The command that the fix prints lists every file."""
+    assert "`lora-trainer check --json`" in str(problem.fix)
+    world.command = ("check", "--json")
+    (left,) = world.problems()
+    assert "6 files are refused" in left.what, left
+    for number in range(6):
+        (world.own_images() / f"more{number}.png").unlink()
+
+
+LONG = b"a caption of far too many letters for this encoder"
+RECORDS = [
+    Row(pictures("x.png", b"broken"), said("take it out", pictures("x.png", None))),
+    Row(pictures("00.png", b"broken"), said("replace the file", healed("00.png"))),
+    Row("data.dir=gone", said("set data.dir", lambda world: world.words.append(f"data.dir={world.images}"))),
+    Row(
+        lambda world: (Path("empty").mkdir(), added("data.dir=empty")(world)),
+        said("point data.dir at", lambda world: world.words.append(f"data.dir={world.images}")),
+    ),
+    Row(numbered, said("rename it to 1_", moved("0_cat", "1_cat"))),
+    Row(pictures("00.txt", None), said("write it", healed("00.txt"))),
+    Row(
+        pictures("00.txt", None),
+        said("missing to filename", added("data.captions.missing=filename", "data.captions.too_long=cut")),
+    ),
+    Row(pictures("00.txt", None), said("or empty", added("data.captions.missing=empty"))),
+    Row(unreadable, said("permissions", opened)),
+    Row(pictures("00.txt", b"x" * 2_000_000), said("shorten it", healed("00.txt"))),
+    Row(pictures("00.txt", "a cat".encode("utf-16")), converted),
+    Row(pictures("00.txt", "a b\xe4r".encode("latin-1")), converted),
+    Row(pictures("00.txt", b"a\0b"), said("plain UTF-8", healed("00.txt"))),
+    Row(pictures("00.txt", LONG), said("shorten it", healed("00.txt"))),
+    Row(pictures("00.txt", LONG), written()),
+]
+ADVICE = [
+    Row(
+        lambda world: (
+            moved("00.txt", "00.caption")(world) and [moved(f"0{n}.txt", f"0{n}.caption")(world) for n in range(1, 6)]
+        ),
+        valued(r"set data.captions.extension: (\S+)", "data.captions.extension"),
+        CHECK,
+    ),
+    Row(
+        lambda world: (
+            world.trained("run"),
+            world.words.extend(["optimizer.lr=1e-3", "resume.allow_changes=[optimizer.lrr]"]),
+        ),
+        valued(r"did you mean `(\S+)`", "resume.allow_changes"),
+        ("train",),
+    ),
+]
+FOLDERS = [
+    Row(many, listed, about="check --json"),
+    Row(shut, said("permissions", opened)),
+    Row(shut, said("take it out", lambda world: (opened(world), (world.own_images() / "more").rmdir()))),
+    Row(
+        lambda world: os.mkfifo(world.own_images() / "x.png"),
+        said("take it out", lambda world: (world.own_images() / "x.png").unlink()),
+    ),
+]
+
+
+def few(world: World) -> None:
+    for file in world.own_images().glob("0[2-9].*"):
+        file.unlink()
+    world.words.append("validation={fraction: 0.5}")
+
+
+HOLDOUT = [
+    Row(few, said("add images", lambda world: shutil.copytree(world.images, world.own_images(), dirs_exist_ok=True))),
+    Row(few, removed("validation")),
+]
+
+
+def part(component: str, change: Callable[[Path], object]) -> Callable[[World], None]:
+    """A component of the base, changed."""
+
+    def act(world: World) -> None:
+        change(world.own_base() / component)
+
+    return act
+
+
+def setting(component: str, **values: Any) -> Callable[[World], None]:
+    """Other values in a component's configuration."""
+
+    def change(file: Path) -> None:
+        content = json.loads(file.read_text()) | values
+        file.unlink()  # it is a link to the base's own
+        file.write_text(json.dumps(content))
+
+    name = (
+        "scheduler_config.json"
+        if component == "scheduler"
+        else "tokenizer_config.json"
+        if component == "tokenizer"
+        else "config.json"
+    )
+    return part(f"{component}/{name}", change)
+
+
+def rewritten(content: bytes) -> Callable[[Path], object]:
+    return lambda file: (file.unlink(), file.write_bytes(content))
+
+
+def fetched(world: World) -> None:
+    """The whole folder as it should be."""
+    shutil.rmtree(world.folder / "base")
+    shutil.copytree(world.base, world.folder / "base")
+
+
+def single(keys: Sequence[str], name: str = "x.safetensors") -> Callable[[World], None]:
+    """A single file in place of a base."""
+
+    def act(world: World) -> None:
+        if keys:
+            save_file({key: np.zeros(1, np.float32) for key in keys}, name)
+        else:
+            Path(name).write_bytes(b"no tensors")
+        world.words.append(f"model.path={name}")
+
+    return act
+
+
+def whole(world: World) -> None:
+    world.words.append(f"model.path={world.base}")
+
+
+UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+
+
+def sharded(world: World) -> None:
+    """The UNet in one shard, whose index names a tensor more."""
+    place = world.own_base() / "unet"
+    name = "diffusion_pytorch_model-00001-of-00001.safetensors"
+    (world.folder / "base" / UNET).rename(place / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys([*load_file(place / name), "other.weight"], name)}
+    (place / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+FOLDER = [
+    Row(setting("scheduler", _class_name="OtherScheduler"), said("own scheduler folder", fetched)),
+    Row(sharded, said("index and shards", fetched)),
+    Row(part("unet/config.json", Path.unlink), said("fetch the whole", fetched)),
+    Row(part("unet/config.json", rewritten(b"{")), said("fetch the base again", fetched)),
+    Row(part("unet/config.json", rewritten(b"[]")), said("fetch the base again", fetched)),
+    Row(part(UNET, rewritten(b"x")), said("fetch the file again", fetched)),
+    Row(part(UNET, lambda file: file.rename(file.with_suffix(".bin"))), said("safe_serialization=True", fetched)),
+    Row(
+        part(UNET, lambda f: (f.unlink(), f.with_suffix(".safetensors.index.json").write_text("{}"))),
+        said("fetch it again", fetched),
+    ),
+    Row(single([], "x.ckpt"), said(".safetensors version", whole)),
+    Row(single([]), said("fetch it again", whole)),
+    Row(single(["lora_unet.x"]), said("set model.path", whole)),
+    Row(single(["double_blocks.0.x"]), said("a diffusers folder of", whole)),
+    Row(
+        lambda world: (Path("none").mkdir(), added("model.path=none")(world)),
+        said("set model.path to a diffusers", whole),
+    ),
+    Row("model.path=./none/at/all", said("set model.path", whole)),
+    Row(lambda world: world.words.extend([f"model.path={world.base}", "model.revision=x"]), removed("model.revision")),
+]
+
+
+REGISTRY = [
+    Row("model.family=none", valued(r"known: (auto)", "model.family")),
+    Row(part("model_index.json", rewritten(b'{"_class_name": "FluxPipeline"}')), said("a base for one of", fetched)),
+]
+CLIP = [
+    Row(setting("text_encoder", vocab_size=7), said("of one base again", fetched)),
+    Row(part("tokenizer/tokenizer.json", rewritten(b'{"model": 1}')), said("of one base again", fetched)),
+]
+SD = [
+    Row(setting("unet", in_channels=9), said("the base's own folder", fetched)),
+    Row(setting("tokenizer", model_max_length=99), said("own folder", fetched)),
+]
+TARGETS = [
+    Row("adapter.targets=attentio", valued(r"did you mean (\w+)\?", "adapter.targets")),
+    Row(
+        "adapter.targets=[none]",
+        lambda world, problem: world.words.append(
+            f"adapter.targets=[{re.search(r'look like: ([^,]+)', str(problem.fix))[1]}]"  # type: ignore[index]
+        ),
+    ),
+    Row(
+        "optimizer={type: adamw, lr: 1e-3, groups: [{name: own, match: [none]}]}",
+        lambda world, problem: world.words.append(
+            "optimizer.groups=[{name: own, match: [" + str(problem.fix).rpartition(" ")[2] + "]}]"
+        ),
+    ),
+]
+PREPARE = [
+    Row(setting("scheduler", rescale_betas_zero_snr=True), written()),
+    Row(setting("scheduler", prediction_type="sample"), valued(r"one of (\w+)", "model.prediction_type")),
+    Row("data.resolution=70", valued(r"write (\d+)", "data.resolution")),
+    Row("data.resolution=70", valued(r"or (\d+)", "data.resolution")),
+    Row(
+        lambda world: world.words.append(f"output_dir={world.own_images()}"),
+        said("another output_dir", added("output_dir=elsewhere")),
+    ),
+    Row(
+        lambda world: (Path("file").write_text(""), world.words.append("output_dir=file")),
+        said("another output_dir", added("output_dir=elsewhere")),
+    ),
+]
+RUN_PLAN = [Row("train={epochs: 1000000}", said("write fewer", added("train.epochs=3")))]
+
+
+def spoilt(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[World], None]:
+    """A LoRA file with other tensors."""
+
+    def act(world: World) -> None:
+        on_run("sample", "--lora", "RUN/run.safetensors", "-p", "a", "--steps", "1")(world)
+        file = Path("runs/run/run.safetensors")
+        shutil.copy(file, "earlier.safetensors")
+        save_file(change(load_file(file)), file)
+
+    return act
+
+
+def first(tensors: dict[str, Any], value: float) -> dict[str, Any]:
+    name = next(name for name in tensors if "lora_up" in name)
+    return tensors | {name: np.full_like(tensors[name], value)}
+
+
+def halved(tensors: dict[str, Any]) -> dict[str, Any]:
+    gone = next(name for name in tensors if "lora_up" in name)
+    return {name: tensor for name, tensor in tensors.items() if name != gone}
+
+
+LORA = [
+    Row(
+        spoilt(halved),
+        said("as it was written", lambda world: shutil.copy("earlier.safetensors", "runs/run/run.safetensors")),
+    ),
+    Row(
+        spoilt(lambda tensors: first(tensors, np.nan)),
+        said("an earlier LoRA", lambda world: shutil.copy("earlier.safetensors", "runs/run/run.safetensors")),
+    ),
+]
+ROWS: Mapping[str, Sequence[Row]] = {
+    file: [row if row.command or file.startswith("lora_files") else replace(row, command=CHECK) for row in rows]
+    for file, rows in {
+        "data/records.py": RECORDS,
+        "data/folders.py": FOLDERS,
+        "data/holdout.py": HOLDOUT,
+        "models/folder.py": FOLDER,
+        "models/registry.py": REGISTRY,
+        "models/clip.py": CLIP,
+        "models/stable_diffusion.py": SD,
+        "models/adapters/targets.py": TARGETS,
+        "planning/prepare.py": PREPARE,
+        "planning/run_plan.py": RUN_PLAN,
+        "lora_files/files.py": LORA,
+    }.items()
+}
