@@ -44,7 +44,7 @@ def saving_keys(
         allowed = ", ".join(dict.fromkeys([*config.resume.allow_changes, "train.precision"]))
         yield (*said, "train.precision=auto", f"resume.allow_changes=[{allowed}]")
     if phase == "sample" and config.sample.prompts:
-        yield ("sample.prompts=[]",)
+        yield ("sample={}",)  # none while it trains: `lora-trainer sample` draws with the LoRA
 
 
 def _halved(key: str, number: int) -> Iterator[tuple[str, ...]]:
