@@ -32,6 +32,16 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safete
 _PR_SET_PDEATHSIG = 1
 
 
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Words for a meeting of processes to which one does not come any more."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's; NCCL waits until the launcher ends all
+        why, fix = str(error).partition("\n")[0], "its own message says why; the same command goes on"
+        raise SystemSetupError(Problem("another process of this run has ended", why=why, fix=fix)) from error
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how tensors are computed in this process."""
@@ -51,10 +61,12 @@ class Runtime:
         """Matrix products in the run's precision; nothing at fp32."""
         return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, dtype=self.dtype)
 
+    @_meeting()
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes; the tensor itself for one."""
         return values if self.launch.num_processes == 1 else reduce_over_processes(values, "sum")
 
+    @_meeting()
     def from_all(self, values: list[Any]) -> list[Any]:
         """The lists of all processes, one after the other."""
         return values if self.launch.num_processes == 1 else gather_object(values)
@@ -131,6 +143,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@_meeting()
 def from_main(launch: Launch, value: Any) -> Any:
     """The main process's value, in every process; they must have joined."""
     return value if launch.num_processes == 1 else broadcast_object_list([value])[0]

@@ -95,7 +95,7 @@ def test_each_set_of_keys_goes_on_after_the_last_update_that_was_done(
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         start("stopped", code=ExitCode.STOPPED)
-    for keys in printed[:: len(printed) - 1]:
+    for keys in printed if place == FORWARD else printed[:1]:
         for output in ("refused", "stopped"):
             shutil.copytree(tmp_path / output, tmp_path / "copies" / output, dirs_exist_ok=True)
             start(f"copies/{output}", *keys)
@@ -154,25 +154,31 @@ def test_a_packed_sweep_goes_on_with_fewer_trials_in_a_pass(
 
 
 @pytest.mark.process
-def test_a_process_that_is_refused_ends_all_with_their_state_saved(
-    start: Start, toy_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("place", "call", "saved"),
+    [
+        pytest.param(BACKWARD, 1, 2, id="backward"),  # update 2 has images for one process alone
+        pytest.param((Trial, "apply_update"), 1, 2, id="optimizer step, which the other makes"),
+    ],
+)
+def test_a_process_that_is_refused_ends_all(
+    toy_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Place, call: int, saved: int
 ) -> None:
-    def world(output: str) -> list[int]:
-        return run_in_world(2, lambda: train(toy_config, [f"output_dir={tmp_path / output}", "train.max_steps=3"]))
+    def run(output: str) -> None:
+        train(toy_config, [f"output_dir={tmp_path / output}", "train.max_steps=3", "checkpoint.every_steps=1"])
 
     def refuse() -> None:
         if os.environ["RANK"] == "1":
-            refuse_memory(monkeypatch, BACKWARD, call=1, operation=30)
-        train(toy_config, [f"output_dir={tmp_path / 'refused'}", "train.max_steps=3"])
+            refuse_memory(monkeypatch, place, call=call, operation=9)
+        run("refused")
 
     assert run_in_world(2, refuse) == [ExitCode.ENVIRONMENT] * 2
     run_dir = tmp_path / "refused" / "toy"
-    assert (
-        open_checkpoint(run_dir / "checkpoints", None).state["step"] == 2
-    )  # update 2 had images for one process alone
+    assert open_checkpoint(run_dir / "checkpoints", None).state["step"] == saved
     assert json.loads((run_dir / "exit.json").read_text())["code"] == ExitCode.ENVIRONMENT
-    assert world("refused") == world("straight") == [0, 0]
-    assert loras(tmp_path / "refused") == loras(tmp_path / "straight")
+    if place == BACKWARD:
+        assert run_in_world(2, lambda: run("refused")) == run_in_world(2, lambda: run("straight")) == [0, 0]
+        assert loras(tmp_path / "refused") == loras(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("phase", get_args(Phase))
