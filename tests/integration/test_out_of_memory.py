@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from faults import refuse_memory, stop_after
@@ -202,14 +204,23 @@ def test_every_set_of_keys_is_valid_and_admitted_by_a_resume(toy_config: Path, p
         assert not compare(before, after, now.resume, "").refused
 
 
-@pytest.mark.parametrize("fault", [MemoryError("Unable to allocate 8.00 GiB for an array"), OSError(12, "no memory")])
-def test_memory_that_any_command_is_refused_is_no_bug(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Exception
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise fault
+def refuse(*_: Any) -> None:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(export_command, "convert_file", refuse)
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        pytest.param(lambda *_: torch.empty(2**50, dtype=torch.uint8), id="torch on the CPU"),
+        pytest.param(lambda *_: np.empty(2**50, dtype=np.uint8), id="numpy"),
+        pytest.param(lambda *_: bytearray(2**62), id="Python"),
+        pytest.param(refuse, id="the kernel"),
+    ],
+)
+def test_memory_that_any_command_is_refused_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ask: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(export_command, "convert_file", ask)
     with pytest.raises(SystemExit) as end:
         main(["export", str(tmp_path / "x.safetensors"), "-o", str(tmp_path / "y.safetensors")])
     assert end.value.code == ExitCode.ENVIRONMENT
