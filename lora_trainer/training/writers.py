@@ -161,7 +161,7 @@ class GroupWriter:
             with suppress(OutOfMemory):
                 self.save(step, now=True, owes_probe=refused.phase == "probe")
         if not self._saved:
-            refused.kept = "no checkpoint was due yet, so the same command begins anew"
+            refused.kept = "no checkpoint is on the disk yet, so the same command begins anew"
         elif self._saved == step:
             refused.kept = f"the state after update {step} is saved, and the same command goes on there"
         else:
