@@ -38,6 +38,8 @@ def _meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's; NCCL waits until the launcher ends all
+        if refused_memory(error) is not None:
+            raise
         why, fix = str(error).partition("\n")[0], "its own message says why; the same command goes on"
         raise SystemSetupError(Problem("another process of this run has ended", why=why, fix=fix)) from error
 

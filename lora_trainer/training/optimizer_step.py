@@ -218,8 +218,7 @@ class OptimizerStep:
     def _reduce(self, losses: torch.Tensor, stop_asked: bool, refused: Sequence[str]) -> bool:
         """Sum gradients, losses and the wish to stop over all processes, in one flat tensor; in place.
 
-        Args:
-            refused: memory that this process was refused, which then ends all.
+        Memory that one of them was refused ends all.
         """
         if self._runtime.launch.num_processes == 1:
             self._runtime.raise_refusal("forward", refused)

@@ -160,15 +160,12 @@ class GroupWriter:
         if refused.phase != "optimizer" and step != self._saved:  # there some weights are those of the next update
             with suppress(OutOfMemory):
                 self.save(step, now=True, owes_probe=refused.phase == "probe")
-        if not self._saved:
-            refused.kept = "no checkpoint is on the disk yet, so the same command begins anew"
-        elif self._saved == step:
-            refused.kept = f"the state after update {step} is saved, and the same command goes on there"
-        else:
-            refused.kept = f"the same command goes on from the newest checkpoint, of step {self._saved}"
+        again = "" if self._saved == step else ", those after it are made again"
+        goes_on = f"the state after update {self._saved} is saved, and the same command goes on there{again}"
+        refused.kept = goes_on if self._saved else "nothing is saved yet, so the same command begins anew"
 
     def keep_best(self, step: int) -> None:
-        """The LoRA of every trial whose best probe was measured after this step, once that is saved."""
+        """The LoRA of every trial whose best probe was measured after this step."""
         for writer in self._writers if self._keeps_best else ():
             if writer.trial.best is not None and writer.trial.best.step == step:
                 with self._disk_faults(step, "best LoRA"):

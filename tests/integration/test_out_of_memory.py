@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from faults import refuse_memory, stop_after
+from toys import WATCHED
 from worlds import run_in_world
 
 from lora_trainer.cli import export as export_command
@@ -225,6 +226,19 @@ def test_memory_that_any_command_is_refused_is_no_bug(
         main(["export", str(tmp_path / "x.safetensors"), "-o", str(tmp_path / "y.safetensors")])
     assert end.value.code == ExitCode.ENVIRONMENT
     assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["find-lr"], ["sweep", "--dry-run", "--measure", "sweep={}"]])
+def test_what_only_measures_ends_in_the_same_words(
+    toy_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    refuse_memory(monkeypatch, FORWARD, operation=9)
+    with pytest.raises(SystemExit) as end:
+        main([*command, "-c", str(toy_config), WATCHED])
+    shown = capsys.readouterr().err
+    assert end.value.code == ExitCode.ENVIRONMENT
+    assert "out of memory in the phase `forward`" in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.gpu
