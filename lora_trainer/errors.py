@@ -101,8 +101,9 @@ class SystemSetupError(TrainerError):
 
 def refused_memory(error: BaseException) -> str | None:
     """What an error says of memory that the device or the host refused; None where it is another fault."""
-    text, is_sure = str(error), isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    if not (is_sure or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text))):
+    text, asked = str(error), (error, error.__cause__)
+    is_sure = any(isinstance(one, MemoryError) or getattr(one, "errno", None) == errno.ENOMEM for one in asked)
+    if isinstance(error, TrainerError) or not (is_sure or _NO_MEMORY.search(text)):
         return None
     tried = _TRIED.search(text)
     return f"tried to allocate {tried[1]}" if tried else f"{type(error).__name__} {text.partition(chr(10))[0]}".strip()

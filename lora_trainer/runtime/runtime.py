@@ -106,7 +106,7 @@ class Runtime:
         told: list[str] = []
         try:
             yield told
-        except (MemoryError, RuntimeError, OSError) as error:
+        except Exception as error:
             if (asked := refused_memory(error)) is None:
                 raise
             peak, free = self.peak_memory_gib(), self.free_bytes() / 2**30

@@ -59,7 +59,7 @@ def faults_in_words() -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         if (asked := refused_memory(error)) is not None:
             fix = "free memory that other programs hold, or ask for less; the same command goes on"
             raise SystemSetupError(Problem("out of memory", why=asked, fix=fix)) from error

@@ -24,6 +24,7 @@ from lora_trainer.cli.program import main
 from lora_trainer.cli.train import train
 from lora_trainer.config.identity import compare, identity_fields
 from lora_trainer.config.load import load_config
+from lora_trainer.data import images
 from lora_trainer.errors import ExitCode
 from lora_trainer.models.stable_diffusion import StableDiffusion
 from lora_trainer.planning.saving import Phase, saving_keys
@@ -226,6 +227,17 @@ def test_memory_that_any_command_is_refused_is_no_bug(
         main(["export", str(tmp_path / "x.safetensors"), "-o", str(tmp_path / "y.safetensors")])
     assert end.value.code == ExitCode.ENVIRONMENT
     assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_picture_that_finds_no_room_is_not_called_broken(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = StableDiffusion.load_vae
+
+    def load_vae(self: StableDiffusion, device: torch.device) -> Any:
+        monkeypatch.setattr(images, "_decode", lambda data: bytearray(2**62))  # all are checked by then
+        return honest(self, device)
+
+    monkeypatch.setattr(StableDiffusion, "load_vae", load_vae)
+    assert start("refused", code=ExitCode.ENVIRONMENT) == []
 
 
 @pytest.mark.parametrize("command", [["find-lr"], ["sweep", "--dry-run", "--measure", "sweep={}"]])
