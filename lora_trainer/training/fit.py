@@ -101,7 +101,7 @@ def train_loop(
     """
     step, num_steps = start, setup.num_steps
     try:
-        setup.optimizer_step.settle_scales(start)  # fp16 alone, once a trial: from 2**16 down, a backward for each half
+        setup.optimizer_step.settle_scales(start)  # fp16 alone, once a trial: a backward for each halving from 2**16
         _catch_up(start, setup, writer, on_measure)
         with console.training(num_steps, start) as line:
             while step < num_steps and setup.optimizer_step.has_live_trials:
