@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
@@ -65,10 +64,6 @@ class TrainerError(Exception):
     def __init__(self, *problems: Problem | str) -> None:
         self.problems = tuple(Problem(p) if isinstance(p, str) else p for p in problems)
         super().__init__("\n".join(str(p) for p in self.problems))
-
-    @classmethod
-    def of(cls, problems: Iterable[Problem]) -> TrainerError:
-        return cls(*problems)
 
 
 class ConfigError(TrainerError):

@@ -350,7 +350,9 @@ class TrialWriter:
         family, dtype = self._denoiser.family, self.config.export.dtype
         recipe = recipe_of(self.config, self.prepared.plan, base_facts(family, self.prepared.prediction_type), step)
         with self._denoiser.runtime.phase("export"):
-            write_lora(file, self.trial.weights(), recipe, family, layout=layout, dtype=dtype)
+            lost = write_lora(file, self.trial.weights(), recipe, family, layout=layout, dtype=dtype)
+        if lost and layout == "kohya":
+            self._emit(f"{file.name}: {lost}")
 
     def rescue(self, step: int) -> str:
         """Write this step's LoRA into the space kept for it, where the disk takes no checkpoint; its name."""
