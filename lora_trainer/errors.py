@@ -6,6 +6,7 @@ exception that reaches the top is a bug of ours.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ class ExitCode(IntEnum):
 
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_NO_MEMORY = re.compile(r"(out of|not enough|can't allocate|cannot allocate) memory|_ALLOC_FAILED", re.IGNORECASE)
+_TRIED = re.compile(r"(?:tried|unable) to allocate ([\d.,]+ \w+)", re.IGNORECASE)
 
 
 def printable(text: str) -> str:
@@ -110,6 +113,32 @@ class SystemSetupError(TrainerError):
 
     exit_code = ExitCode.ENVIRONMENT
     title = "environment error"
+
+
+def refused_memory(error: BaseException) -> str | None:
+    """What an error says of memory that the device or the host refused; None where it is another fault."""
+    text, asked = str(error), (error, error.__cause__)
+    is_sure = any(isinstance(one, MemoryError) or getattr(one, "errno", None) == errno.ENOMEM for one in asked)
+    if isinstance(error, TrainerError) or not (is_sure or _NO_MEMORY.search(text)):
+        return None
+    tried = _TRIED.search(text)
+    return f"tried to allocate {tried[1]}" if tried else f"{type(error).__name__} {text.partition(chr(10))[0]}".strip()
+
+
+class OutOfMemory(SystemSetupError):
+    """Memory was refused; every update before is as it was.
+
+    Args:
+        phase: what the run was doing (`planning/saving.py`).
+        why: what was asked for, the peak, and what is free.
+    """
+
+    def __init__(self, phase: str, why: str, fix: str | None = None) -> None:
+        super().__init__(Problem(f"out of memory in the phase `{phase}`", why=why, fix=fix))
+        self.phase, self.why = phase, why
+        self.kept: str | None = None
+        """Where the same command goes on."""
+        self.trials_per_pass = 1
 
 
 class NumericStop(TrainerError):

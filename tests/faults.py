@@ -1,14 +1,16 @@
 """What befalls a run on purpose: numbers that are not finite in chosen updates of chosen trials, a stop,
-and a disk that refuses."""
+and a disk or a device that refuses."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_trainer.cli import train as train_command
 from lora_trainer.storage import atomic_files
@@ -76,3 +78,33 @@ def spoil_losses(monkeypatch: pytest.MonkeyPatch, calls: Callable[[int], bool] |
         return honest(self, *arguments) * (float("nan") if is_spoilt(next(count)) else 1.0)
 
     monkeypatch.setattr(AdaptedDenoiser, "squared_errors", squared_errors)
+
+
+class _Refusing(TorchDispatchMode):
+    """Refuse the memory for one of the next tensors."""
+
+    def __init__(self, operation: int) -> None:
+        super().__init__()
+        self._left = operation
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+        return function(*args, **kwargs or {})
+
+
+def refuse_memory(
+    monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str], *, call: int = 0, operation: int = 0
+) -> None:
+    """Be a device that refuses memory in one call of a function, counted from 0, at one of its operations."""
+    owner, name = place
+    honest, calls = getattr(owner, name), itertools.count()
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) != call:
+            return honest(*args, **kwargs)
+        with _Refusing(operation):
+            return honest(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, refusing)

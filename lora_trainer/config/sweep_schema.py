@@ -76,7 +76,8 @@ class SweepConfig(StrictModel):
     """Many trials on one frozen base: see docs/sweeps.md. Each arm is trained with each seed."""
 
     trials_per_pass: Literal["auto"] | Count = "auto"
-    """Adapters that share a forward (LoRA and rsLoRA without dropout); `auto` as many as memory allows."""
+    """Adapters that share a forward (LoRA and rsLoRA without dropout); `auto` as many as memory allows, and the same
+    when a group resumes. Another number there moves the last bits, which is said."""
     trials: dict[str, list[str] | dict[str, Any]] = {}
     """Arms by name: a list of `key.path=value`, or a mapping of key path and value."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}

@@ -75,6 +75,7 @@ def build_cache(
 
     Raises:
         DataError: an image has no finite latents.
+        OutOfMemory: what is encoded by then stays.
     """
     folder, resolution = cache_folder(config), config.data.resolution
     records = [*split.training.records, *(record for watched in split.probes.values() for record in watched)]
@@ -86,18 +87,19 @@ def build_cache(
     images = dict.fromkeys([*training.values(), *(image for row in probes.values() for image in row)])
     image_files = {image: image.file(folder, base_digests["vae"]) for image in images}
     missing_texts, missing_images = _missing(text_files, runtime), _missing(image_files, runtime)
-    if missing_texts:
-        _encode_texts(family, runtime, missing_texts, text_files, progress)
-    if missing_images:
-        _encode_views(family, runtime, missing_images, image_files, progress)
-    runtime.wait_for_all()
-    prompts = {name: runtime.place(values) for name, values in _stacked(text_files.values()).items()}
-    return Cache(
-        latents=_read_latents(training, image_files, config.data, family, runtime),
-        prompts=PromptStore(prompts, {text: row for row, text in enumerate(texts)}),
-        probes={name: _read_probe(row, image_files, family, runtime) for name, row in probes.items()},
-        num_encoded=len(missing_texts) + len(missing_images),
-    )
+    with runtime.phase("encode", together=True):  # one image at a time: there is no setting that would need less
+        if missing_texts:
+            _encode_texts(family, runtime, missing_texts, text_files, progress)
+        if missing_images:
+            _encode_views(family, runtime, missing_images, image_files, progress)
+    with runtime.phase("loading", together=True):
+        prompts = {name: runtime.place(values) for name, values in _stacked(text_files.values()).items()}
+        return Cache(
+            latents=_read_latents(training, image_files, config.data, family, runtime),
+            prompts=PromptStore(prompts, {text: row for row, text in enumerate(texts)}),
+            probes={name: _read_probe(row, image_files, family, runtime) for name, row in probes.items()},
+            num_encoded=len(missing_texts) + len(missing_images),
+        )
 
 
 def _texts(config: RunConfig, records: Sequence[Record]) -> list[str]:

@@ -9,7 +9,8 @@ import platform
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,7 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils import reduce as reduce_over_processes
 
 from lora_trainer import __version__
-from lora_trainer.errors import Problem, SystemSetupError
+from lora_trainer.errors import OutOfMemory, Problem, SystemSetupError, refused_memory
 from lora_trainer.runtime.launch import Launch, forget_launcher
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -94,6 +95,39 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return psutil.virtual_memory().available
+
+    @contextmanager
+    def refusals(self) -> Iterator[list[str]]:
+        """What memory is refused inside the block ends the block and is told in the list; what it held is freed."""
+        told: list[str] = []
+        try:
+            yield told
+        except Exception as error:
+            if (asked := refused_memory(error)) is None:
+                raise
+            peak, free = self.peak_memory_gib(), self.free_bytes() / 2**30
+            told.append(f"{asked} on {self.device_name}; peak so far {peak:.2f} GiB, free now {free:.2f} GiB")
+            traceback.clear_frames(error.__traceback__)
+
+    @contextmanager
+    def phase(self, name: str, *, together: bool = False) -> Iterator[None]:
+        """Memory that is refused inside the block is told as that of a phase of `planning/saving.py`.
+
+        Args:
+            together: all processes go through this block and meet at its end, none inside of it.
+
+        Raises:
+            OutOfMemory: in this process, or together in all where any was refused.
+        """
+        with self.refusals() as told:
+            yield
+        self.raise_refusal(name, self.from_all(told) if together else told)
+
+    def raise_refusal(self, phase: str, told: Sequence[str]) -> None:
+        """End a phase in which memory was refused, if it was."""
+        if told:
+            self.free_cached_memory()
+            raise OutOfMemory(phase, told[0])
 
     def peak_memory_gib(self) -> float:
         """Highest memory of this process so far: of the GPU where there is one, else of the host."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_trainer.errors import Problem, SystemSetupError
+from lora_trainer.errors import Problem, SystemSetupError, refused_memory
 
 DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG})
 """What a full or failing disk answers."""
@@ -63,15 +63,18 @@ def require_room(folder: Path, needed: int) -> None:
 
 @contextmanager
 def faults_in_words() -> Iterator[None]:
-    """What disk or folders refuse inside the block becomes an error for the user; other faults stay bugs.
+    """What disk, folders or memory refuse inside the block becomes an error for the user; other faults stay bugs.
 
     Raises:
         SystemSetupError: naming the place and the refusal.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK_FAULTS | PLACE_FAULTS:
+    except Exception as error:
+        if (asked := refused_memory(error)) is not None:
+            fix = "free memory that other programs hold, or ask for less; the same command goes on"
+            raise SystemSetupError(Problem("out of memory", why=asked, fix=fix)) from error
+        if not isinstance(error, OSError) or error.errno not in DISK_FAULTS | PLACE_FAULTS:
             raise
         where = str(error.filename or "the run directory")
         fix = f"{_remedy(error)}; the same command goes on from the newest checkpoint"

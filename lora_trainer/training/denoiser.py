@@ -66,17 +66,18 @@ class Sampler:
         if not self._config.prompts:
             return []
         bank, family = self.denoiser.bank, self.denoiser.family
-        if self._vae is None:
-            self._vae = family.load_vae(torch.device("cpu"))
-        vae = self._vae.to(self.denoiser.runtime.device)
-        was_training = bank.denoiser.training
-        bank.denoiser.eval()
-        try:
-            with bank.active([trial.adapter]), bank.swapped(trial.adapter, trial.weights()):
-                return [self._draw_one(vae, prompt) for prompt in self._config.prompts]
-        finally:
-            bank.denoiser.train(was_training)
-            vae.to("cpu")
+        with self.denoiser.runtime.phase("sample"):
+            if self._vae is None:
+                self._vae = family.load_vae(torch.device("cpu"))
+            vae = self._vae.to(self.denoiser.runtime.device)
+            was_training = bank.denoiser.training
+            bank.denoiser.eval()
+            try:
+                with bank.active([trial.adapter]), bank.swapped(trial.adapter, trial.weights()):
+                    return [self._draw_one(vae, prompt) for prompt in self._config.prompts]
+            finally:
+                bank.denoiser.train(was_training)
+                vae.to("cpu")
 
     def _draw_one(self, vae: Any, prompt: PromptConfig) -> Image.Image:
         denoiser, resolution = self.denoiser, self._resolution

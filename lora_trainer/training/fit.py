@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from accelerate import PartialState
 
-from lora_trainer.errors import Problem, StoppedBySignal
+from lora_trainer.errors import OutOfMemory, Problem, StoppedBySignal
 from lora_trainer.planning.prepare import results_to_come
+from lora_trainer.planning.saving import saving_keys
 from lora_trainer.runtime.launch import read_launch
-from lora_trainer.runtime.runtime import start_runtime
+from lora_trainer.runtime.runtime import Runtime, choose_precision, start_runtime
 from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.group import TrialGroup
 from lora_trainer.training.resume import ResumePoint, find_resume_point, restore
 from lora_trainer.training.setup import Setup, set_up
-from lora_trainer.training.trial import Ending
+from lora_trainer.training.trial import Ending, passes_of
 from lora_trainer.training.validation import Measurement
 from lora_trainer.training.writers import GroupWriter
 
@@ -60,16 +62,22 @@ def fit(
         TrainerError: the data, base, host or disk is at fault.
     """
     shared, launch = group.shared, read_launch(group.shared.config)
-    with start_runtime(launch, shared.config.train.precision, shared.threads, joined) as runtime:
+    with (
+        start_runtime(launch, shared.config.train.precision, shared.threads, joined) as runtime,
+        _naming_what_helps(group, runtime),
+    ):
         point = find_resume_point(group, runtime, console)
         if point is not None and _is_finished(group, point):
             return FitResult(point.step, point.endings, was_finished=True)
 
-        packing = group.trials_per_pass if point is None else point.trials_per_pass  # part of the rounding
+        packing = group.trials_per_pass  # part of the rounding, so `auto` stays what it became
+        if point is not None and packing == "auto":
+            packing = point.trials_per_pass
         # One frozen denoiser for all trials: SD 1.5's UNet is 860 M numbers, 3.2 GiB in fp32, half of it in bf16.
         # The encoders are gone before: an image is its latents, 4 x 64 x 64 at 512 px, a caption 77 x 768 numbers.
         setup = set_up(group, runtime, console, trials_per_pass=packing)
-        start = restore(point, group, setup.trials)
+        with runtime.phase("loading", together=True):
+            start = restore(point, group, setup.trials)
         with closing(GroupWriter(group, setup, console, on_save)) as writer:
             writer.open(point)
             step = train_loop(start, setup, writer, console=console, should_stop=should_stop, on_measure=on_measure)
@@ -86,40 +94,84 @@ def train_loop(
     should_stop: ShouldStop,
     on_measure: OnMeasure,
 ) -> int:
-    """Updates from number `start` on until the planned number is done or no trial is left; how many were done."""
-    step, num_steps, validation = start, setup.num_steps, setup.validation
-    setup.optimizer_step.settle_scales(start)  # fp16 alone, once a trial: from 2**16 down, a backward for each halving
+    """Updates from number `start` on until the planned number is done or no trial is left; how many were done.
+
+    Raises:
+        OutOfMemory: what could be saved is.
+    """
+    step, num_steps = start, setup.num_steps
+    try:
+        setup.optimizer_step.settle_scales(start)  # fp16 alone, once a trial: a backward for each halving from 2**16
+        _catch_up(start, setup, writer, on_measure)
+        with console.training(num_steps, start) as line:
+            while step < num_steps and setup.optimizer_step.has_live_trials:
+                # update k = step: batch, timesteps, noise and LR are those of k, whatever was skipped before
+                started = time.perf_counter()
+                result = setup.optimizer_step.run(step, stop_asked=should_stop())
+                step += 1
+                writer.update(step, result, time.perf_counter() - started, line)
+                if setup.validation is not None and setup.validation.is_due(step):
+                    _probe(step, setup, writer, on_measure)
+
+                is_last = step == num_steps or not setup.optimizer_step.has_live_trials
+                # fp32: adapter, two moments of AdamW are 3 x 26 MiB a trial at rank 16 on SD 1.5's transformer layers
+                writer.save(step, now=is_last or result.stop_asked)
+                writer.keep_best(step)
+                if result.stop_asked and not is_last:
+                    what = f"stopped as asked after step {step} of {num_steps}; all is saved"
+                    raise StoppedBySignal(Problem(what, fix="the same command resumes here"))
+                if not is_last:
+                    writer.export_and_sample(step)
+        writer.finish(step)
+    except OutOfMemory as refused:
+        writer.secure(step, refused)
+        refused.trials_per_pass = max(map(len, passes_of(setup.trials, setup.trials_per_pass)))
+        raise
+    return step
+
+
+def _catch_up(start: int, setup: Setup, writer: GroupWriter, on_measure: OnMeasure) -> None:
+    """What is due at the step that a start begins with; before, a checkpoint of it was written."""
     if start == 0:
-        measurements = validation.start() if validation is not None else []
+        with setup.denoiser.runtime.phase("probe"):
+            measurements = setup.validation.start() if setup.validation is not None else []
         writer.begin(measurements)
         on_measure(0, measurements)
-    elif start < num_steps:
-        writer.export_and_sample(start)  # a checkpoint is written before what is due at its step
+        return
+    if writer.owes_probe:
+        _probe(start, setup, writer, on_measure)
+    writer.keep_best(start)
+    if start < setup.num_steps:
+        writer.export_and_sample(start)
 
-    with console.training(num_steps, start) as line:
-        while step < num_steps and setup.optimizer_step.has_live_trials:
-            # update k = step: batch, timesteps, noise and LR are those of k, whatever was skipped before
-            started = time.perf_counter()
-            result = setup.optimizer_step.run(step, stop_asked=should_stop())
-            step += 1
-            writer.update(step, result, time.perf_counter() - started, line)
 
-            if validation is not None and validation.is_due(step):
-                # N images x 16 timesteps, forward only: with its period within `validation.max_cost` of the training
-                measurements = validation.measure(step)
-                writer.measured(step, measurements)
-                on_measure(step, measurements)
+def _probe(step: int, setup: Setup, writer: GroupWriter, on_measure: OnMeasure) -> None:
+    """N images x 16 timesteps, forward only: with its period within `validation.max_cost` of the training."""
+    if setup.validation is not None:
+        with setup.denoiser.runtime.phase("probe"):
+            measurements = setup.validation.measure(step)
+        writer.measured(step, measurements)
+        on_measure(step, measurements)
 
-            is_last = step == num_steps or not setup.optimizer_step.has_live_trials
-            # fp32: adapter and two moments of AdamW are 3 x 26 MiB a trial at rank 16 on SD 1.5's transformer layers
-            writer.save(step, now=is_last or result.stop_asked)
-            if result.stop_asked and not is_last:
-                what = f"stopped as asked after step {step} of {num_steps}; all is saved"
-                raise StoppedBySignal(Problem(what, fix="the same command resumes here"))
-            if not is_last:
-                writer.export_and_sample(step)
-    writer.finish(step)
-    return step
+
+@contextmanager
+def _naming_what_helps(group: TrialGroup, runtime: Runtime) -> Iterator[None]:
+    """Where memory is refused inside the block, say by which settings the same command needs less of it."""
+    try:
+        yield
+    except OutOfMemory as refused:
+        packed, on_gpu = refused.trials_per_pass, choose_precision("auto", runtime.device) != "fp32"
+        fixed = tuple(f"{key}." for member in group.members for key in member.trial.overrides)  # these win
+        helping = [
+            shlex.join(keys)
+            for keys in saving_keys(group.shared.config, refused.phase, trials_per_pass=packed, on_gpu=on_gpu)
+            if not any(f"{key.partition('=')[0]}.".startswith(fixed) for key in keys)
+        ]
+        why = "; ".join(filter(None, [refused.why, refused.kept]))
+        fix = "\n         ".join(["add the first of these lines that is enough to the same command:", *helping])
+        free = "free memory that other programs hold (nvidia-smi, top)"
+        none = f"{free}; no setting needs less here and trains the same LoRA"
+        raise OutOfMemory(refused.phase, why, f"{fix}\n         or {free}" if helping else none) from refused
 
 
 def _is_finished(group: TrialGroup, point: ResumePoint) -> bool:
@@ -148,7 +200,10 @@ def estimate(group: TrialGroup, *, console: MainConsole, joined: PartialState | 
         TrainerError: the data, base or host is at fault.
     """
     shared, launch = group.shared, read_launch(group.shared.config)
-    with start_runtime(launch, shared.config.train.precision, shared.threads, joined) as runtime:
+    with (
+        start_runtime(launch, shared.config.train.precision, shared.threads, joined) as runtime,
+        _naming_what_helps(group, runtime),
+    ):
         setup = set_up(group, runtime, console, trials_per_pass=group.trials_per_pass)
         seconds = []
         for k in range(3):  # the first warms up kernels and allocator, so the fastest stands for all

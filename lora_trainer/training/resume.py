@@ -1,9 +1,10 @@
 """Where a group goes on: its newest whole checkpoint, whether these settings may continue it, and its return to it.
 
-A checkpoint's JSON (format 2): `step`, `trials_per_pass`, and by trial its `identity`, `metrics_bytes` (the length of
-its log), `parent` (the trial whose updates it still shares) and the state of `Trial.state`. Tensors are named
-`<trial>/<component>.<layer>.lora_A.weight`. Format 1 had no component in its names, one loss scale for all trials,
-and a second counter for skipped updates; it is read as if format 2 had written it.
+A checkpoint's JSON (format 2): `step`, `trials_per_pass`, `owes_probe` where the probe due at that step was refused its
+memory, and by trial its `identity`, `metrics_bytes` (the length of its log), `parent` (the trial whose updates it still
+shares) and the state of `Trial.state`. Tensors are named `<trial>/<component>.<layer>.lora_A.weight`. Format 1 had no
+component in its names, one loss scale for all trials, and a second counter for skipped updates; it is read as if
+format 2 had written it.
 """
 
 from __future__ import annotations
@@ -121,6 +122,9 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, console: Ma
         ConfigError: naming everything else that differs.
     """
     refusals, notes, trials = list[tuple[str, Problem]](), dict[str, None](), dict(point.trials)
+    if group.trials_per_pass not in ("auto", point.trials_per_pass):
+        change = f"{point.trials_per_pass} -> {group.trials_per_pass}"
+        notes[f"changed since the last start: sweep.trials_per_pass: {change}"] = None
     for member in group.members:
         prepared, stored = member.prepared, point.trials[member.name]
         now = prepared.identity() | runtime.facts()

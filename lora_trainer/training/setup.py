@@ -13,6 +13,7 @@ from lora_trainer.data.batches import BatchSource, PromptStore
 from lora_trainer.data.cache import Cache, build_cache
 from lora_trainer.diffusion.noise_paths import noise_path
 from lora_trainer.models.adapters.bank import AdapterBank, peft_config
+from lora_trainer.models.family import Family
 from lora_trainer.models.registry import open_family
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.runtime.runtime import Runtime, from_main
@@ -61,6 +62,29 @@ def set_up(
     cache = build_cache(config, family, shared.split, shared.base_digests, runtime, progress=console.track)
     console.print(f"cache: {cache.num_encoded} encoded now, {cache.latents.mean_NChw.shape[0]} latents in all")
     console.print(f"loading the {family.denoiser} on {runtime.device_name} in {runtime.precision}")
+    with runtime.phase("loading", together=True):
+        denoiser, trials = _load(group, family, runtime)
+    batches, one_by_one = _batches(shared, cache, runtime), passes_of(trials, 1)
+    optimizer_step = OptimizerStep(denoiser, batches, one_by_one, config, max_skips=group.max_skips)
+    if trials_per_pass == "auto":
+        with runtime.phase("forward", together=True):
+            activations = optimizer_step.activation_bytes()
+        trials_per_pass = int(from_main(runtime.launch, fitting_trials_per_pass(trials, activations, runtime)))
+    passes = passes_of(trials, trials_per_pass)
+    optimizer_step.pack(passes)
+    if len(trials) > 1:
+        console.print(f"trials per forward: {', '.join(str(len(members)) for members in passes)}")
+    validation, planned = None, shared.plan.validation
+    if config.validation is not None and planned is not None:
+        with runtime.phase("loading", together=True):
+            validator = Validator(denoiser, cache.probes, cache.prompts, config.validation)
+        validation = ValidationSchedule(validator, passes, planned.every, group.num_steps, group.prune.diverged)
+    return Setup(denoiser, cache.prompts, trials, trials_per_pass, optimizer_step, validation, group.num_steps)
+
+
+def _load(group: TrialGroup, family: Family, runtime: Runtime) -> tuple[AdaptedDenoiser, tuple[Trial, ...]]:
+    """The frozen base with an adapter per trial, and the trials."""
+    shared, config = group.shared, group.shared.config
     model = family.load_denoiser(runtime.device, runtime.dtype)
     runs = {f"trial{index}": member.prepared for index, member in enumerate(group.members)}
     adapters = {name: peft_config(run.config.adapter, [*run.target_shapes]) for name, run in runs.items()}
@@ -80,20 +104,7 @@ def set_up(
         )
         for name, run in runs.items()
     )
-    batches, one_by_one = _batches(shared, cache, runtime), passes_of(trials, 1)
-    optimizer_step = OptimizerStep(denoiser, batches, one_by_one, config, max_skips=group.max_skips)
-    if trials_per_pass == "auto":
-        activations = optimizer_step.activation_bytes()
-        trials_per_pass = int(from_main(runtime.launch, fitting_trials_per_pass(trials, activations, runtime)))
-    passes = passes_of(trials, trials_per_pass)
-    optimizer_step.pack(passes)
-    if len(trials) > 1:
-        console.print(f"trials per forward: {', '.join(str(len(members)) for members in passes)}")
-    validation, planned = None, shared.plan.validation
-    if config.validation is not None and planned is not None:
-        validator = Validator(denoiser, cache.probes, cache.prompts, config.validation)
-        validation = ValidationSchedule(validator, passes, planned.every, group.num_steps, group.prune.diverged)
-    return Setup(denoiser, cache.prompts, trials, trials_per_pass, optimizer_step, validation, group.num_steps)
+    return denoiser, trials
 
 
 def fitting_trials_per_pass(trials: Sequence[Trial], activation_bytes: int, runtime: Runtime) -> int:

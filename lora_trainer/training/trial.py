@@ -109,8 +109,8 @@ class Trial:
         """Before update k: leave the parent with a copy of all its state, where the shared updates end."""
         if self.parent is not None and k >= self._branches_at:
             parts, plain = copy.deepcopy(self.state())
-            self.parent = None
             self.load_state(parts, plain)
+            self.parent = None  # not before the copy is whole
 
     def clip(self) -> torch.Tensor:
         """Take the loss scale off and scale the gradients down to the norm allowed; the norm before, on the device."""

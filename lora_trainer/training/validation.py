@@ -136,10 +136,11 @@ class Validator:
         was_training = model.training
         model.eval()
         try:
-            for views in self._probes[probe]:
-                conditioning = self._prompts.conditioning(views.prompts, views.view_tensors, runtime.device)
-                errors_PR = self._denoiser.squared_errors(views.noised, conditioning, num_trials)
-                losses_PM[:, views.rows_R] = errors_PR.double()
+            with runtime.phase("probe", together=True):
+                for views in self._probes[probe]:
+                    conditioning = self._prompts.conditioning(views.prompts, views.view_tensors, runtime.device)
+                    errors_PR = self._denoiser.squared_errors(views.noised, conditioning, num_trials)
+                    losses_PM[:, views.rows_R] = errors_PR.double()
         finally:
             model.train(was_training)
         return runtime.sum_over_processes(losses_PM).unflatten(1, (-1, PROBE_STRATA)).cpu().numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lora_trainer.config import places
-from lora_trainer.errors import Problem, SystemSetupError
+from lora_trainer.errors import OutOfMemory, Problem, SystemSetupError
 from lora_trainer.evidence.diagnosis.diagnose import LiveDiagnosis
 from lora_trainer.evidence.diagnosis.log import RunFacts
 from lora_trainer.evidence.statistics.paired import levels
@@ -53,6 +53,8 @@ class GroupWriter:
         shared, self._runtime = group.shared.config, setup.denoiser.runtime
         self._group, self._setup, self._console, self._on_save = group, setup, console, on_save
         self._periods = group.shared.plan.periods
+        self._saved, self.owes_probe = 0, False
+        """Step of the newest checkpoint, and whether the probe that is due there is still to be measured."""
         self._sampler = Sampler(setup.denoiser, setup.prompts, shared.sample, shared.data.resolution)
         self._keeps_best = shared.validation is not None and shared.validation.keep_best
         self._is_solo = len(group.members) == 1
@@ -69,6 +71,7 @@ class GroupWriter:
             for note in writer.open(point):
                 self._console.print(note)
         if point is not None:
+            self._saved, self.owes_probe = point.step, point.checkpoint.state.get("owes_probe", False)
             self._console.print(f"resuming after step {point.step} of {self._group.num_steps}")
 
     def close(self) -> None:
@@ -105,14 +108,11 @@ class GroupWriter:
         self._tell_endings()
 
     def measured(self, step: int, measurements: Sequence[Measurement]) -> None:
-        """The probes in each trial's log and the best LoRA so far; of several trials the best three on the console."""
+        """The probes in each trial's log; of several trials the best three on the console."""
         by_trial = {measurement.trial.name: measurement for measurement in measurements}
         for writer in self._writers:
             if (measurement := by_trial.get(writer.trial.name)) is not None:
                 writer.measured(step, measurement)
-                if measurement.is_best and self._keeps_best:
-                    with self._disk_faults(step, "best LoRA"):
-                        writer.export(places.best_lora_file(writer.config), step)
             writer.diagnose(step)
         losses = {measurement.trial.name: measurement.held_out.relative for measurement in measurements}
         level = levels(filter(math.isfinite, losses.values()))
@@ -122,11 +122,12 @@ class GroupWriter:
             self._console.print(f"step {step}: held-out loss over the base's, smallest first: {listed}")
         self._tell_endings()
 
-    def save(self, step: int, *, now: bool) -> None:
+    def save(self, step: int, *, now: bool, owes_probe: bool = False) -> None:
         """One checkpoint for all trials, where it is due or the group ends here."""
         if not self._writers or self._group.log_only or not (now or _due(step, self._periods.checkpoint)):
             return
-        with self._disk_faults(step, "checkpoint", needed=now and step < self._group.num_steps):
+        is_needed = now and step < self._group.num_steps
+        with self._disk_faults(step, "checkpoint", needed=is_needed), self._runtime.phase("checkpoint"):
             tensors: dict[str, Tensors] = {}
             trials: dict[str, Any] = {}
             for writer in self._writers:
@@ -142,13 +143,33 @@ class GroupWriter:
                     "parent": None if trial.parent is None else trial.parent.name,
                 }
             state = {"step": step, "trials_per_pass": self._setup.trials_per_pass, "trials": trials}
+            state |= {"owes_probe": True} if owes_probe else {}
             saved = save_checkpoint(self._group.checkpoints, step, tensors, state)
+            self._saved = step
             self._console.print(f"step {step}: wrote {saved.parent.name}/{saved.name}")
             try:
                 prune(self._group.checkpoints, self._group.shared.config.checkpoint.keep_last)
             except OSError as error:  # the new one is whole: no reason to stop
                 self._console.print(f"an old checkpoint could not be removed ({error}); training goes on")
         self._on_save()
+
+    def secure(self, step: int, refused: OutOfMemory) -> None:
+        """Save the state after `step` updates, from which a refusal of memory took nothing, and let it say so."""
+        if not self._writers:
+            return
+        if refused.phase != "optimizer" and step != self._saved:  # there some weights are those of the next update
+            with suppress(OutOfMemory):
+                self.save(step, now=True, owes_probe=refused.phase == "probe")
+        again = "" if self._saved == step else ", those after it are made again"
+        goes_on = f"the state after update {self._saved} is saved, and the same command goes on there{again}"
+        refused.kept = goes_on if self._saved else "nothing is saved yet, so the same command begins anew"
+
+    def keep_best(self, step: int) -> None:
+        """The LoRA of every trial whose best probe was measured after this step."""
+        for writer in self._writers if self._keeps_best else ():
+            if writer.trial.best is not None and writer.trial.best.step == step:
+                with self._disk_faults(step, "best LoRA"):
+                    writer.export(places.best_lora_file(writer.config), step)
 
     def export_and_sample(self, step: int) -> None:
         """Exports and samples due after an update, of every trial that goes on; the last one's are left to `finish`."""
@@ -328,7 +349,8 @@ class TrialWriter:
         """A LoRA file: the average where one is kept, else the adapter itself."""
         family, dtype = self._denoiser.family, self.config.export.dtype
         recipe = recipe_of(self.config, self.prepared.plan, base_facts(family, self.prepared.prediction_type), step)
-        lost = write_lora(file, self.trial.weights(), recipe, family, layout=layout, dtype=dtype)
+        with self._denoiser.runtime.phase("export"):
+            lost = write_lora(file, self.trial.weights(), recipe, family, layout=layout, dtype=dtype)
         if lost and layout == "kohya":
             self._emit(f"{file.name}: {lost}")
 

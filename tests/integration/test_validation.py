@@ -72,6 +72,9 @@ class OneProcess:
     def autocast(self) -> Any:
         return nullcontext()
 
+    def phase(self, name: str, *, together: bool = False) -> Any:
+        return nullcontext()
+
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return values
 

@@ -95,8 +95,8 @@ class AdapterBank:
     def swapped(self, name: str, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Let an adapter carry other weights (an average, say) inside the block."""
         before = {key: parameter.detach().clone() for key, parameter in self.parameters(name).items()}
-        self.load(name, state)
         try:
+            self.load(name, state)
             yield
         finally:
             self.load(name, before)
