@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -17,10 +18,11 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source, set_value
-from lora_trainer.data.records import long_captions, survey
+from lora_trainer.data.captions import long_captions
+from lora_trainer.data.records import survey
 from lora_trainer.errors import ConfigError, DataError, Problem
 from lora_trainer.models.registry import open_base, open_family
-from lora_trainer.planning.prepare import Prepared, checked_images_file, plan_rows, prepare
+from lora_trainer.planning.prepare import Prepared, checked_images_file, image_folders, plan_rows, prepare
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.tracking.console import MainConsole
 
@@ -55,20 +57,23 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
         TrainerError: the configuration cannot be read, or a file is refused.
     """
     config = load_config(config_file, overrides)
-    dataset, problems = survey(config.data, checked_images_file(config), lambda items, *_: items)
-    if config.data.captions.too_long == "error":
-        family = open_family(open_base(config.model.path, config.model.revision, config.model.family))
-        problems += long_captions(family, dataset.records)
-    refused = {problem.where for problem in problems}
+    family = open_family(open_base(config.model.path, config.model.revision, config.model.family))
+    content: dict[str, Any] = {"used": [], "captions": [], "skipped": {}, "refused": []}
+    for data in image_folders(config).values():
+        dataset, problems = survey(data, checked_images_file(config), lambda items, *_: items)
+        if data.captions.too_long == "error":
+            problems += long_captions(family, [(r.path, r.name, r.captions) for r in dataset.records])[0]
+        refused = {problem.where for problem in problems}
+        content["used"] += [str(record.path) for record in dataset.records if str(record.path) not in refused]
+        content["captions"] += [str(file) for file in dataset.caption_files]
+        content["skipped"] |= {str(file): reason for file, reason in dataset.skipped}
+        content["refused"] += [asdict(problem) for problem in problems]
     content = {
-        "used": [str(record.path) for record in dataset.records if str(record.path) not in refused],
-        "captions": [str(file) for file in dataset.caption_files],
-        "skipped": {str(file): reason for file, reason in dataset.skipped},
-        "refused": [asdict(problem) for problem in problems],
+        kind: list(dict.fromkeys(files)) if kind in ("used", "captions") else files for kind, files in content.items()
     }
     MainConsole().print(json.dumps(content, indent=2))
-    if problems:
-        raise DataError(f"{len(problems)} files are refused; the list says why")
+    if content["refused"]:
+        raise DataError(f"{len(content['refused'])} files are refused; the list says why")
 
 
 def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:
