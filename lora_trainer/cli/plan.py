@@ -13,6 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from lora_trainer.cli.session import check_platform
+from lora_trainer.cli.show import show_views
 from lora_trainer.config.learning_rates import PRESETS, small_set_note
 from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import optimizer_row
@@ -26,6 +27,8 @@ from lora_trainer.planning.prepare import Prepared, checked_images_file, image_f
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.tracking.console import MainConsole
 
+CAPTIONS_SHOWN = 3
+
 
 def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepared:
     """Check base and data and work out the plan, as for this many processes."""
@@ -35,8 +38,11 @@ def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepare
     return prepare(config, launch, MainConsole().track)
 
 
-def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = False) -> None:
+def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = False, show: int = 0) -> None:
     """Say that the configuration, and unless `config_only` the base and every image and caption, can be used.
+
+    Args:
+        show: so many crops are written, with their captions, as they are trained on.
 
     Raises:
         TrainerError: they cannot; with all problems of the first kind that has any.
@@ -46,8 +52,11 @@ def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = Fa
     console = MainConsole()
     console.print(f"configuration  {config_file} can be used")
     if not config_only:
-        for name, finding in _findings(prepare_plan(config)):
+        prepared = prepare_plan(config)
+        for name, finding in _findings(prepared):
             console.print(f"{name:<15}{finding}")
+        if show:
+            console.print(f"shown in       {show_views(prepared, show)}")
 
 
 def check_files(config_file: Path, overrides: Sequence[str]) -> None:
@@ -57,20 +66,18 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
         TrainerError: the configuration cannot be read, or a file is refused.
     """
     config = load_config(config_file, overrides)
-    family = open_family(open_base(config.model.path, config.model.revision, config.model.family))
-    content: dict[str, Any] = {"used": [], "captions": [], "skipped": {}, "refused": []}
+    content: dict[str, Any] = {"used": {}, "captions": {}, "skipped": {}, "refused": []}
     for data in image_folders(config).values():
         dataset, problems = survey(data, checked_images_file(config), lambda items, *_: items)
-        if data.captions.too_long == "error":
+        if data.captions.too_long == "error" and dataset.records:
+            family = open_family(open_base(config.model.path, config.model.revision, config.model.family))
             problems += long_captions(family, [(r.path, r.name, r.captions) for r in dataset.records])[0]
         refused = {problem.where for problem in problems}
-        content["used"] += [str(record.path) for record in dataset.records if str(record.path) not in refused]
-        content["captions"] += [str(file) for file in dataset.caption_files]
+        content["used"] |= dict.fromkeys(str(r.path) for r in dataset.records if str(r.path) not in refused)
+        content["captions"] |= dict.fromkeys(map(str, dataset.caption_files))
         content["skipped"] |= {str(file): reason for file, reason in dataset.skipped}
         content["refused"] += [asdict(problem) for problem in problems]
-    content = {
-        kind: list(dict.fromkeys(files)) if kind in ("used", "captions") else files for kind, files in content.items()
-    }
+    content |= {kind: list(content[kind]) for kind in ("used", "captions")}
     MainConsole().print(json.dumps(content, indent=2))
     if content["refused"]:
         raise DataError(f"{len(content['refused'])} files are refused; the list says why")
@@ -79,7 +86,13 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
 def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:
     plan, base = prepared.plan, prepared.base
     yield "base", f"{base.path} is a whole {base.family} folder, {prepared.prediction_type} prediction"
-    yield "images", f"{plan.num_images} can be read and have their captions"
+    samples = f"{plan.num_samples} samples an epoch at {prepared.config.data.resolution} px"
+    yield "images", f"{plan.num_images} can be read and have their captions: {samples}"
+    yield "updates", f"{plan.num_steps} of {plan.global_batch} samples, {plan.num_epochs:.2f} epochs"
+    records = prepared.dataset.records
+    for index in range(min(len(records), CAPTIONS_SHOWN)):
+        record = records[index * len(records) // min(len(records), CAPTIONS_SHOWN)]
+        yield "" if index else "captions", f"{record.name}: `{record.captions[0]}`"
     yield from (("", note) for note in prepared.dataset.notes)
     yield "targets", f"{plan.num_modules} layers get an adapter"
     yield from (("warning", warning) for group in plan.param_groups for warning in group.warnings)

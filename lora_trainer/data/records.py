@@ -280,7 +280,7 @@ def _copies(dataset: Dataset, config: DataConfig) -> Iterator[str]:
     if groups:
         listed = [some([names[digest] for digest in group]) for group in groups]
         num = sum(map(len, groups))
-        yield f"{num} images look nearly alike, and are held out together or not at all: {some(listed, ' | ')}"
+        yield f"{num} images look nearly alike in gray, and are held out together or not at all: {some(listed, ' | ')}"
     if plain := list(dict.fromkeys(r.name for r in records if is_plain(r.look))):
         yield f"{len(plain)} images are too plain to find near-copies of: {some(plain)}"
 
