@@ -73,9 +73,13 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
             family = open_family(open_base(config.model.path, config.model.revision, config.model.family))
             problems += long_captions(family, [(r.path, r.name, r.captions) for r in dataset.records])[0]
         refused = {problem.where for problem in problems}
-        content["used"] |= dict.fromkeys(str(r.path) for r in dataset.records if str(r.path) not in refused)
-        content["captions"] |= dict.fromkeys(map(str, dataset.caption_files))
-        content["skipped"] |= {str(file): reason for file, reason in dataset.skipped}
+        used = {str(record.path) for record in dataset.records}
+        skipped = {str(file): reason for file, reason in dataset.skipped}
+        others = {str(file) for file in dataset.pictures} - used - skipped.keys() - refused
+        problems += [Problem("refused for its caption", file) for file in sorted(others)]
+        content["used"] |= dict.fromkeys(sorted(used - refused))
+        content["captions"] |= dict.fromkeys(str(file) for file in dataset.caption_files if str(file) not in refused)
+        content["skipped"] |= skipped
         content["refused"] += [asdict(problem) for problem in problems]
     content |= {kind: list(content[kind]) for kind in ("used", "captions")}
     MainConsole().print(json.dumps(content, indent=2))

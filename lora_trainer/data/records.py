@@ -72,6 +72,8 @@ class Dataset:
     caption_files: tuple[Path, ...] = ()
     skipped: tuple[tuple[Path, str], ...] = ()
     """Every other file that was found, with the reason; a folder stands for all that lies in it."""
+    pictures: tuple[Path, ...] = ()
+    """All that were looked at, also those that are refused or left out."""
 
     @property
     def num_samples(self) -> int:
@@ -152,7 +154,7 @@ def survey(config: DataConfig, checked_file: Path, progress: Progress) -> tuple[
     for (path, *_), (_, result) in zip(images, results, strict=True):
         problems += result if isinstance(result, list) and path not in left_out else []
     records = tuple(result for _, result in results if isinstance(result, Record))
-    return Dataset(records, (), *_others(stocks, left_out)), problems
+    return Dataset(records, (), *_others(stocks, left_out), tuple(path for path, *_ in images)), problems
 
 
 def _sources(config: DataConfig) -> list[tuple[str, int]]:
