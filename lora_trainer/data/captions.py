@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_trainer.config.schema import CaptionConfig
-from lora_trainer.data.folders import CAPTION_ENDINGS, Layout, is_file, number_before, some
+from lora_trainer.data.folders import CAPTION_ENDINGS, LISTS, Layout, is_file, not_regular, number_before, some
 from lora_trainer.errors import Problem
 from lora_trainer.models.family import Family
 
@@ -22,6 +24,8 @@ def captions_of(image: Path, config: CaptionConfig, layout: Layout) -> tuple[str
     """What an image is trained on, or why there is nothing."""
     file = image.with_suffix(config.extension)
     there = is_file(file)
+    if not there and os.path.lexists(file) and not file.is_dir():
+        return Problem("the caption cannot be read", str(file), not_regular(file), "replace it or take it out")
     lines = _caption_lines(file) if there else ()
     if isinstance(lines, Problem):
         return lines
@@ -41,9 +45,10 @@ def _elsewhere(image: Path, file: Path) -> str:
     usual = (image.with_suffix(ending) for ending in CAPTION_ENDINGS if ending != file.suffix)
     if other := next((other for other in usual if is_file(other)), None):
         return f"; {other.name} is there: set data.captions.extension: {other.suffix}"
-    others = (Path(f"{image}{file.suffix}"), image.with_suffix(file.suffix.upper()), image.with_suffix(".json"))
-    other = next((other for other in others if is_file(other)), None)
-    return f"; {other.name} is there, under a name that is not read" if other else ""
+    forms = [unicodedata.normalize(form, file.name) for form in ("NFC", "NFD")]
+    names = [f"{image.name}{file.suffix}", f"{image.stem}{file.suffix.upper()}", f"{image.stem}.json", *forms, *LISTS]
+    there = next((name for name in names if name != file.name and is_file(file.with_name(name))), None)
+    return f"; {there} is there, which is not read" if there else ""
 
 
 def _caption_lines(file: Path) -> tuple[str, ...] | Problem:

@@ -33,10 +33,11 @@ _FOLDERS = (
 )
 _FOLDER_REASONS = {name: reason for names, reason in _FOLDERS for name in names}
 _MASK_ENDINGS = ("-masklabel", "-condlabel")
-_LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "dataset.toml", "meta_cap.json", "meta_lat.json")
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z", ".parquet")
+LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "dataset.toml", "meta_cap.json", "meta_lat.json")
 
 Layout = Literal["auto", "flat", "kohya"]
-_REPEATS_FOLDER = re.compile(r"(\d+)_.*", re.DOTALL)
+_REPEATS_FOLDER = re.compile(r"(\d+)_.*")
 MAX_FOLDER_REPEATS = 100
 """The largest N that a folder `N_name` asks for; a larger number is part of a name: a year, a date, a size."""
 
@@ -129,7 +130,7 @@ def _sort_in(stock: Inventory, files: list[Path], caption_ending: str) -> None:
         if ending in EXTENSIONS and file.stem.endswith(_MASK_ENDINGS):
             stock.skipped[file] = "a mask; masks are not used"
         elif ending in EXTENSIONS:
-            fault = _not_regular(file)
+            fault = not_regular(file)
             if fault is None:
                 stock.images.append(file)
             else:
@@ -145,7 +146,7 @@ def _sort_in(stock: Inventory, files: list[Path], caption_ending: str) -> None:
 def _why_skipped(file: Path, caption_ending: str) -> str:
     """Why a file that is neither picture nor caption is left out."""
     ending = file.suffix.lower()
-    if file.name.lower() in _LISTS:
+    if file.name.lower() in LISTS:
         return f"lists are not read yet, captions are read from {caption_ending} files beside the pictures"
     if file.suffix == caption_ending:
         return "a caption without its picture"
@@ -153,12 +154,14 @@ def _why_skipped(file: Path, caption_ending: str) -> str:
         return f"captions are read from files that end in {caption_ending}"
     if ending in PACKAGES:
         return f"{ending} is read after pip install {PACKAGES[ending]}"
+    if ending in _ARCHIVES:
+        return f"{ending}: unpack it into pictures and captions"
     if ending == ".jxl":
         return "JPEG XL is not read: make it PNG or JPEG"
     return f"{ending or 'no ending'}: not a kind of picture that is read"
 
 
-def _not_regular(file: Path) -> str | None:
+def not_regular(file: Path) -> str | None:
     """Why a file must not be opened; None where it may."""
     try:
         mode = file.stat().st_mode
@@ -175,7 +178,7 @@ def _not_regular(file: Path) -> str | None:
 def number_before(folder: str) -> int | None:
     """N of a folder that is named `N_name` and asks for repeats."""
     match = _REPEATS_FOLDER.fullmatch(folder)
-    number = int(match[1][:9]) if match else MAX_FOLDER_REPEATS + 1
+    number = int(match[1]) if match else MAX_FOLDER_REPEATS + 1
     return number if number <= MAX_FOLDER_REPEATS else None
 
 

@@ -191,12 +191,13 @@ def _others(
 
 def _absent(root: Path) -> Problem:
     what = f"the image folder {'is a file, not a folder' if root.exists() else 'does not exist'}"
-    return Problem(what, str(root.absolute()), fix="set data.dir; relative paths start where you are")
+    return Problem(what, str(root.absolute()), fix="mend its path; relative ones start where you are")
 
 
 def _no_images(root: Path, skipped: dict[Path, str]) -> Problem:
     """That a root holds no image, and what lies there instead."""
-    others = Counter(file.suffix.lower() or "(no ending)" for file in skipped if not file.name.startswith("."))
+    files = (file for file in skipped if not (file.name.startswith(".") or file.is_dir()))
+    others = Counter(file.suffix.lower() or "(no ending)" for file in files)
     seen = ", ".join(f"{count} x {ending}" for ending, count in others.most_common(5)) or "nothing"
     reasons = "".join(f"; {why}" for why in dict.fromkeys(skipped.values()) if "not a kind" not in why)
     why = f"looked in it and its subfolders for {', '.join(EXTENSIONS)}; found {seen}{reasons}"

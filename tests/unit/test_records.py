@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -445,7 +446,20 @@ def test_strips_and_thumbnails_are_told(tmp_path: Path) -> None:
     assert any("1 of these more than 4 times" in note and "tiny.png" in note for note in notes)
 
 
-@pytest.mark.parametrize("other", ["a.png.txt", "a.TXT", "a.json"])
+@pytest.mark.parametrize("other", ["a.png.txt", "a.TXT", "a.json", "metadata.jsonl"])
 def test_a_caption_under_another_name_is_noticed(tmp_path: Path, other: str) -> None:
     picture(tmp_path / "images" / "a.png", caption=None).with_name(other).write_text("a cat")
     assert f"{other} is there" in refusal(tmp_path)
+
+
+def test_a_caption_whose_name_is_composed_otherwise_is_noticed(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / unicodedata.normalize("NFD", "ä.png"), caption=None).with_name("ä.txt").write_text(
+        "x"
+    )
+    assert "ä.txt is there, which is not read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("policy", ["error", "filename", "empty"])
+def test_a_caption_that_is_no_file_is_refused_whatever_the_policy(tmp_path: Path, policy: str) -> None:
+    picture(tmp_path / "images" / "a.png", caption=None).with_suffix(".txt").symlink_to("nowhere.txt")
+    assert "a.txt: the caption cannot be read" in refusal(tmp_path, captions={"missing": policy})

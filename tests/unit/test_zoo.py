@@ -193,10 +193,10 @@ def captions() -> Iterator[Case]:
     yield refused("too large", b"x" * 100_001)
     for name, text in {"empty": b"", "blank": b" \n\t\n", "only a mark": b"\xef\xbb\xbf"}.items():
         yield refused(name, text, where="a.png")
-    for name, content in {"pipe": node(stat.S_IFIFO), "folder": folder, "broken link": link("nowhere")}.items():
-        yield refused(name, content, where="a.png")
-    yield refused("link to itself", link("a.txt"), where="a.png")
-    yield refused("device", link("/dev/zero"), where="a.png")
+    for name, content in {"pipe": node(stat.S_IFIFO), "broken link": link("nowhere"), "loop": link("a.txt")}.items():
+        yield refused(name, content, "data.captions.missing=empty")
+    yield refused("device", link("/dev/zero"))
+    yield refused("folder", folder, where="a.png")
     yield refused("too long", "a caption of far too many letters", where="a.png")
     yield fine("cut", "a caption of far too many letters", "data.captions.too_long=cut")
     for name, text in {
