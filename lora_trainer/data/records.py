@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_trainer.config.schema import DataConfig
 from lora_trainer.data.alike import clusters, is_plain, look_of
@@ -36,8 +35,6 @@ from lora_trainer.storage import atomic_files
 BAD_IMAGE = "not a usable image"
 MOST_BAD = 10
 """`data.on_bad_image: skip` leaves out one of so many images."""
-MOST_ENLARGED, LONG = 4, 8
-"""What is noted: an image enlarged more often, one whose sides have this ratio."""
 Progress = Callable[[Iterable, str, int], Iterable]  # (items, what is done, how many) -> the same items
 
 
@@ -61,6 +58,15 @@ class Seen(NamedTuple):
     sha256: str
     size: tuple[int, int]
     look: int
+
+
+class _Look(NamedTuple):
+    """What came of looking at an image: its record, or all that is wrong with it."""
+
+    path: Path
+    seen: Seen | None
+    record: Record | None
+    problems: list[Problem]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +140,7 @@ def survey(config: DataConfig, checked_file: Path, progress: Progress) -> tuple[
     stocks: list[tuple[Path, int, Inventory]] = []
     for folder, repeats in _sources(config):
         root = Path(folder).expanduser()
-        stock = take_stock(root, config.captions.extension) if root.is_dir() else Inventory([], [], {}, [_absent(root)])
+        stock = take_stock(root, config.captions.extension) if root.is_dir() else Inventory(problems=[_absent(root)])
         if not stock.images and not stock.problems:
             problems.append(_no_images(root, stock.skipped))
         problems += [*stock.problems, *layout_problems(root, stock.images, config.layout)]
@@ -143,18 +149,15 @@ def survey(config: DataConfig, checked_file: Path, progress: Progress) -> tuple[
     checked = _read_checked(checked_file)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         looked_at = pool.map(lambda image: _look_at(image, config, checked), images)
-        results = list(progress(looked_at, "checking images", len(images)))
-    seen = {seen.sha256: seen for seen, _ in results if seen is not None}
+        looks = list(progress(looked_at, "checking images", len(images)))
+    seen = {look.seen.sha256: look.seen for look in looks if look.seen is not None}
     if not seen.keys() <= checked.keys():
         remembered = {digest: [*image.size, f"{image.look:016x}"] for digest, image in (checked | seen).items()}
         atomic_files.write_json(checked_file, remembered)
-    left_out = _left_out([(path, result) for (path, *_), (_, result) in zip(images, results, strict=True)], config)
-    if isinstance(left_out, Problem):
-        problems, left_out = [*problems, left_out], {}
-    for (path, *_), (_, result) in zip(images, results, strict=True):
-        problems += result if isinstance(result, list) and path not in left_out else []
-    records = tuple(result for _, result in results if isinstance(result, Record))
-    return Dataset(records, (), *_others(stocks, left_out), tuple(path for path, *_ in images)), problems
+    left_out, too_many = _left_out(looks, config.on_bad_image)
+    problems += [*too_many, *(fault for look in looks if look.path not in left_out for fault in look.problems)]
+    records = tuple(look.record for look in looks if look.record is not None)
+    return Dataset(records, (), *_others(stocks, left_out), tuple(look.path for look in looks)), problems
 
 
 def _sources(config: DataConfig) -> list[tuple[str, int]]:
@@ -162,16 +165,18 @@ def _sources(config: DataConfig) -> list[tuple[str, int]]:
     return [(config.dir, 1)] if config.dir is not None else [(s.dir, s.repeats) for s in config.sources or ()]
 
 
-def _left_out(results: list[tuple[Path, Record | list[Problem]]], config: DataConfig) -> dict[Path, str] | Problem:
+def _left_out(looks: list[_Look], policy: str) -> tuple[dict[Path, str], list[Problem]]:
     """The images that `data.on_bad_image: skip` leaves out, and why; a problem where they are too many."""
-    faults = [(path, problem) for path, wrong in results if isinstance(wrong, list) for problem in wrong]
-    bad = {path: problem.why for path, problem in faults if problem.what == BAD_IMAGE}
-    if config.on_bad_image == "error" or not bad:
-        return {}
-    if len(bad) > max(1, len(results) // MOST_BAD) or len(bad) == len(results):
-        what, why = f"{len(bad)} of {len(results)} images are not usable", "skip leaves out a tenth of them at most"
-        return Problem(what, "data.on_bad_image", why, "replace them or take them out")
-    return {path: f"not a usable image, left out by data.on_bad_image: {why}" for path, why in bad.items()}
+    bad = {look.path: fault.why for look in looks for fault in look.problems if fault.what == BAD_IMAGE}
+    if policy == "error" or not bad:
+        return {}, []
+    if len(bad) > max(1, len(looks) // MOST_BAD) or len(bad) == len(looks):
+        what, why = (
+            f"{len(bad)} of {len(looks)} images are not usable",
+            "skip leaves out a tenth of them at most, or one",
+        )
+        return {}, [Problem(what, "data.on_bad_image", why, "replace them or take them out")]
+    return {path: f"not a usable image, left out by data.on_bad_image: {why}" for path, why in bad.items()}, []
 
 
 def _others(
@@ -205,10 +210,8 @@ def _no_images(root: Path, skipped: dict[Path, str]) -> Problem:
     return Problem("no images here", str(root.absolute()), why, fix)
 
 
-def _look_at(
-    image: tuple[Path, Path, int], config: DataConfig, checked: dict[str, Seen]
-) -> tuple[Seen | None, Record | list[Problem]]:
-    """What was decoded of an image, given with its root and the root's repeats; its record or all that is wrong."""
+def _look_at(image: tuple[Path, Path, int], config: DataConfig, checked: dict[str, Seen]) -> _Look:
+    """Look at an image, given with its root and the root's repeats."""
     path, root, source_repeats = image
     relative, problems, seen = path.relative_to(root), [], None
     repeats = source_repeats * repeats_of(relative, config.layout)
@@ -225,24 +228,24 @@ def _look_at(
     if repeats < 1:
         problems.append(Problem("a folder named `0_...` asks for no repeats", str(path), fix="rename it to 1_..."))
     captions = captions_of(path, config.captions, config.layout)
-    if isinstance(captions, Problem) or seen is None or problems:
-        return seen, [*problems, *([captions] if isinstance(captions, Problem) else [])]
-    return seen, Record(path, relative.as_posix(), seen.sha256, seen.size, repeats, captions, seen.look)
+    if isinstance(captions, Problem):
+        problems.append(captions)
+    elif seen is not None and not problems:
+        record = Record(path, relative.as_posix(), seen.sha256, seen.size, repeats, captions, seen.look)
+        return _Look(path, seen, record, [])
+    return _Look(path, seen, None, problems)
 
 
 def _read_checked(file: Path) -> dict[str, Seen]:
-    """By content hash what is known of the images that were decoded before; of damaged and older rows nothing."""
+    """By content hash what is known of the images that were decoded before; nothing where a row is of another kind."""
     try:
         rows = json.loads(file.read_text()) if is_file(file) else {}
-        return {digest: Seen(digest, (row[0], row[1]), int(row[2], 16)) for digest, row in rows.items() if _is_row(row)}
-    except (OSError, ValueError, AttributeError, RecursionError):
+        seen = {digest: Seen(digest, (width, height), int(look, 16)) for digest, (width, height, look) in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-def _is_row(row: Any) -> bool:
-    if not isinstance(row, list) or [type(part) for part in row] != [int, int, str]:
-        return False
-    return min(row[:2]) > 0 and re.fullmatch("[0-9a-f]{16}", row[2]) is not None
+    sides = (side for one in seen.values() for side in one.size)
+    usable = all(isinstance(side, int) and side > 0 for side in sides)
+    return seen if usable and all(0 <= one.look < 2**64 for one in seen.values()) else {}
 
 
 def _notes(dataset: Dataset, config: DataConfig) -> Iterator[str]:
@@ -256,12 +259,9 @@ def _notes(dataset: Dataset, config: DataConfig) -> Iterator[str]:
         worst = ", ".join(f"{name} {share:.0%}" for share, name in lost[:3] if share > 0.005)
         mean = sum(share for share, _ in lost) / total
         yield f"cropping to a square loses {mean:.0%} of the picture on average; most: {worst}"
-    if long := [r.name for r in records if max(r.size) >= LONG * min(r.size)]:
-        yield f"{len(long)} images are strips, {LONG} times as long as wide, of which little is seen: {some(long)}"
-    if small := [r.name for r in records if min(r.size) < resolution]:
-        yield f"{len(small)} of {total} images are smaller than {resolution} px and are enlarged: {some(small)}"
-    if tiny := [r.name for r in records if min(r.size) * MOST_ENLARGED < resolution]:
-        yield f"{len(tiny)} of these more than {MOST_ENLARGED} times, which blurs all that is learned: {some(tiny)}"
+    if small := sorted((min(r.size), r.name) for r in records if min(r.size) < resolution):
+        most = f"up to {resolution / small[0][0]:.1f} times: {some([name for _, name in small])}"
+        yield f"{len(small)} of {total} images are smaller than {resolution} px and are enlarged, {most}"
     yield from _copies(dataset, config)
     yield from skipped_notes(dataset.skipped)
 
@@ -270,9 +270,9 @@ def _copies(dataset: Dataset, config: DataConfig) -> Iterator[str]:
     """Images that are found twice, that are equal, and that look nearly alike."""
     records = dataset.records
     if len(_sources(config)) > 1:
-        once = {record.path.resolve(): record for record in records}
-        if twice := _repeated(records, [record.path.resolve() for record in records]):
-            yield f"one source lies in the other, so that these count in both: {some(list(dict.fromkeys(twice)))}"
+        once = {record.path.absolute(): record for record in records}
+        if twice := _repeated(records, [record.path.absolute() for record in records]):
+            yield f"one source lies in the other, so that these count in both: {some(twice)}"
         records = tuple(once.values())
     if twins := _repeated(records, [r.sha256 for r in records]):
         yield f"{len(twins)} files have the same content as another: {some(twins)}"
@@ -284,7 +284,7 @@ def _copies(dataset: Dataset, config: DataConfig) -> Iterator[str]:
         listed = [some([names[digest] for digest in group]) for group in groups]
         num = sum(map(len, groups))
         yield f"{num} images look nearly alike in gray, and are held out together or not at all: {some(listed, ' | ')}"
-    if plain := list(dict.fromkeys(r.name for r in records if is_plain(r.look))):
+    if plain := [record.name for record in records if is_plain(record.look)]:
         yield f"{len(plain)} images are too plain to find near-copies of: {some(plain)}"
 
 

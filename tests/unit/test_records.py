@@ -437,13 +437,14 @@ def test_prompt_syntax_in_captions_is_told(tmp_path: Path, caption: str, said: s
     assert said is None or said in notes[0]
 
 
-def test_strips_and_thumbnails_are_told(tmp_path: Path) -> None:
-    Image.new("RGB", (80, 10)).save(picture(tmp_path / "images" / "long.png"))
-    Image.new("RGB", (7, 7)).save(picture(tmp_path / "images" / "tiny.png"))
-    picture(tmp_path / "images" / "usual.png")
+def test_the_least_image_and_the_longest_strip_are_named_first(tmp_path: Path) -> None:
+    for name, size in {"usual.png": (31, 31), "long.png": (90, 30), "tiny.png": (7, 7)}.items():
+        Image.new("RGB", size).save(picture(tmp_path / "images" / name))
     notes = found(tmp_path).notes
-    assert any("1 images are strips" in note and "long.png" in note for note in notes)
-    assert any("1 of these more than 4 times" in note and "tiny.png" in note for note in notes)
+    assert (
+        "3 of 3 images are smaller than 32 px and are enlarged, up to 4.6 times: tiny.png, long.png, usual.png" in notes
+    )
+    assert any("most: long.png 67%" in note for note in notes)
 
 
 @pytest.mark.parametrize("other", ["a.png.txt", "a.TXT", "a.json", "metadata.jsonl"])
