@@ -9,7 +9,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_trainer.config.schema import CaptionConfig
-from lora_trainer.data.folders import CAPTION_ENDINGS, LISTS, Layout, is_file, not_regular, number_before, some
+from lora_trainer.data.folders import (
+    CAPTION_ENDINGS,
+    LISTS,
+    Layout,
+    is_file,
+    is_folder,
+    not_regular,
+    number_before,
+    some,
+)
 from lora_trainer.errors import Problem
 from lora_trainer.models.family import Family
 
@@ -24,7 +33,7 @@ def captions_of(image: Path, config: CaptionConfig, layout: Layout) -> tuple[str
     """What an image is trained on, or why there is nothing."""
     file = image.with_suffix(config.extension)
     there = is_file(file)
-    if not there and os.path.lexists(file) and not file.is_dir():
+    if not there and os.path.lexists(file) and not is_folder(file):
         return Problem("the caption cannot be read", str(file), not_regular(file), "replace it or take it out")
     lines = _caption_lines(file) if there else ()
     if isinstance(lines, Problem):

@@ -54,14 +54,15 @@ class Inventory:
 
 def take_stock(root: Path, caption_ending: str) -> Inventory:
     """All that lies under a root, pictures by name."""
-    stock, files, folders, seen = Inventory(), [], [root], set()
+    stock, files, folders = Inventory(), [], [root]
+    seen = {(status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents)}
     links: list[Path] = []
     while folders or links:  # links last: a folder that lies under the root keeps its own name
         folder = folders.pop() if folders else links.pop(0)
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
-                stock.skipped[folder] = "a link to a folder that is read already"
+                stock.skipped[folder] = "a link to a folder that is read already, or that lies around this one"
                 continue
             seen.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -87,6 +88,11 @@ def take_stock(root: Path, caption_ending: str) -> Inventory:
 def is_file(path: Path) -> bool:
     """Whether a file is there that may be read; unlike `Path.is_file` it never raises."""
     return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; unlike `Path.is_dir` it never raises."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def skipped_notes(skipped: Iterable[tuple[Path, str]]) -> Iterator[str]:

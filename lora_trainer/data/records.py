@@ -21,6 +21,7 @@ from lora_trainer.data.folders import (
     Inventory,
     few_of_a_kind,
     is_file,
+    is_folder,
     layout_notes,
     layout_problems,
     repeats_of,
@@ -33,6 +34,7 @@ from lora_trainer.errors import DataError, Problem
 from lora_trainer.storage import atomic_files
 
 BAD_IMAGE = "not a usable image"
+MAX_IMAGE_BYTES = 2**29
 MOST_BAD = 10
 """`data.on_bad_image: skip` leaves out one of so many images."""
 Progress = Callable[[Iterable, str, int], Iterable]  # (items, what is done, how many) -> the same items
@@ -140,7 +142,7 @@ def survey(config: DataConfig, checked_file: Path, progress: Progress) -> tuple[
     stocks: list[tuple[Path, int, Inventory]] = []
     for folder, repeats in _sources(config):
         root = Path(folder).expanduser()
-        stock = take_stock(root, config.captions.extension) if root.is_dir() else Inventory(problems=[_absent(root)])
+        stock = take_stock(root, config.captions.extension) if is_folder(root) else Inventory(problems=[_absent(root)])
         if not stock.images and not stock.problems:
             problems.append(_no_images(root, stock.skipped))
         problems += [*stock.problems, *layout_problems(root, stock.images, config.layout)]
@@ -187,7 +189,9 @@ def _others(
     skipped = {path: reason for _, _, stock in stocks for path, reason in stock.skipped.items()} | left_out
     if len(stocks) > 1:
         roots = {root.resolve() for root, _, _ in stocks}
-        skipped = {path: reason for path, reason in skipped.items() if not (path.is_dir() and path.resolve() in roots)}
+        skipped = {
+            path: reason for path, reason in skipped.items() if not (is_folder(path) and path.resolve() in roots)
+        }
     if left_out:
         kept = {path.with_suffix("") for _, _, stock in stocks for path in stock.images if path not in left_out}
         skipped |= {file: "the caption of a picture left out" for file in captions if file.with_suffix("") not in kept}
@@ -195,13 +199,13 @@ def _others(
 
 
 def _absent(root: Path) -> Problem:
-    what = f"the image folder {'is a file, not a folder' if root.exists() else 'does not exist'}"
+    what = f"the image folder {'is a file, not a folder' if os.path.lexists(root) else 'does not exist'}"
     return Problem(what, str(root.absolute()), fix="mend its path; relative ones start where you are")
 
 
 def _no_images(root: Path, skipped: dict[Path, str]) -> Problem:
     """That a root holds no image, and what lies there instead."""
-    files = (file for file in skipped if not (file.name.startswith(".") or file.is_dir()))
+    files = (file for file in skipped if not (file.name.startswith(".") or is_folder(file)))
     others = Counter(file.suffix.lower() or "(no ending)" for file in files)
     seen = ", ".join(f"{count} x {ending}" for ending, count in others.most_common(5)) or "nothing"
     reasons = "".join(f"; {why}" for why in dict.fromkeys(skipped.values()) if "not a kind" not in why)
@@ -216,6 +220,8 @@ def _look_at(image: tuple[Path, Path, int], config: DataConfig, checked: dict[st
     relative, problems, seen = path.relative_to(root), [], None
     repeats = source_repeats * repeats_of(relative, config.layout)
     try:
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            raise ImageFault(f"the file is larger than {MAX_IMAGE_BYTES:,} bytes")
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
         if (seen := checked.get(digest)) is None:
@@ -224,7 +230,7 @@ def _look_at(image: tuple[Path, Path, int], config: DataConfig, checked: dict[st
     except ImageFault as fault:
         problems.append(Problem(BAD_IMAGE, str(path), str(fault), "replace the file or take it out"))
     except OSError as error:
-        problems.append(Problem("the image cannot be read", str(path), error.strerror))
+        problems.append(Problem("the image cannot be read", str(path), error.strerror, "check its permissions"))
     if repeats < 1:
         problems.append(Problem("a folder named `0_...` asks for no repeats", str(path), fix="rename it to 1_..."))
     captions = captions_of(path, config.captions, config.layout)

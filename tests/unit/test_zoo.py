@@ -159,6 +159,7 @@ def damaged() -> Iterator[Case]:
         animated = saved(noise, kind, save_all=True, append_images=[photo(1, noise.size)])
         yield bad(f"animated {kind}", f"a.{ending}", animated)
     yield bad("floating point", "a.tif", saved(photo().convert("F"), "TIFF"))
+    yield bad("ten gigabytes", "a.png", lambda path: path.touch() or os.truncate(path, 10**10))
     yield bad("pipe", "a.png", node(stat.S_IFIFO))
     yield bad("socket", "a.png", node(stat.S_IFSOCK))
     for device in ("zero", "null", "full"):
@@ -191,6 +192,7 @@ def captions() -> Iterator[Case]:
     yield refused("utf-16 without a mark", "a cat".encode("utf-16-le"))
     yield refused("with NUL", b"a\0cat")
     yield refused("too large", b"x" * 100_001)
+    yield refused("of ten gigabytes", lambda path: path.touch() or os.truncate(path, 10**10))
     for name, text in {"empty": b"", "blank": b" \n\t\n", "only a mark": b"\xef\xbb\xbf"}.items():
         yield refused(name, text, where="a.png")
     for name, content in {"pipe": node(stat.S_IFIFO), "broken link": link("nowhere"), "loop": link("a.txt")}.items():
@@ -274,6 +276,7 @@ def links() -> Iterator[Case]:
     yield Case("link to a folder inside", SIDE | pair("z/a.png") | {"b": link("z")}, ("side.png", "z/a.png"))
     yield Case("links to one folder", SIDE | out | {n: link(f"{away}/deep") for n in "lm"}, ("l/x.png", "side.png"))
     yield Case("link to the root", SIDE | {"l": link(".")}, ("side.png",))
+    yield Case("link to everything", SIDE | {"l": link("/"), "m": link("../..")}, ("side.png",))
     yield Case("link upwards", SIDE | {"in/l": link("..")}, ("side.png",))
     yield Case("folder link to itself", SIDE | {"l": link("l")}, ("side.png",))
     yield Case("two links in a circle", SIDE | {"l": link("m"), "m": link("l")}, ("side.png",))
