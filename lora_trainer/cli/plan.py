@@ -19,7 +19,7 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source, set_value
-from lora_trainer.data.captions import long_captions
+from lora_trainer.data.captions import long_captions, quoted
 from lora_trainer.data.records import survey
 from lora_trainer.errors import ConfigError, DataError, Problem
 from lora_trainer.models.registry import open_base, open_family
@@ -96,7 +96,7 @@ def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:
     records = prepared.dataset.records
     for index in range(min(len(records), CAPTIONS_SHOWN)):
         record = records[index * len(records) // min(len(records), CAPTIONS_SHOWN)]
-        yield "" if index else "captions", f"{record.name}: `{record.captions[0]}`"
+        yield "" if index else "captions", f"{record.name}: {quoted(record.captions[0])}"
     yield from (("", note) for note in prepared.dataset.notes)
     yield "targets", f"{plan.num_modules} layers get an adapter"
     yield from (("warning", warning) for group in plan.param_groups for warning in group.warnings)

@@ -24,7 +24,7 @@ from lora_trainer.models.family import Family
 
 MAX_CAPTION_BYTES = 100_000
 _PROMPT_SYNTAX = re.compile(r"\([^()]*:\s*\d+(\.\d+)?\s*\)|\{[^{}|]*\|[^{}]*\}|<(lora|lyco|hypernet|embedding):[^<>]*>")
-_SHOWN_LETTERS = 60
+_SHOWN_LETTERS = 80
 Captioned = tuple[Path, str, tuple[str, ...]]
 """An image's file, its name and its captions."""
 
@@ -96,6 +96,11 @@ def _words(name: str) -> str:
     return re.sub(r"\s*\(?\d+\)?$", "", words).strip() or words
 
 
+def quoted(text: str) -> str:
+    """The beginning of a text, as it stands."""
+    return f"`{text[:_SHOWN_LETTERS]}{'...' if len(text) > _SHOWN_LETTERS else ''}`"
+
+
 def caption_notes(images: Iterable[Captioned], config: CaptionConfig) -> Iterator[str]:
     """Where the captions come from, what names were made into, and what of the files is not read or means nothing."""
     files = [(path.with_suffix(config.extension), name, captions) for path, name, captions in images]
@@ -110,7 +115,7 @@ def caption_notes(images: Iterable[Captioned], config: CaptionConfig) -> Iterato
             rest = "of which only the first is used; data.captions.lines: all takes each as a variant"
             yield f"{len(longer)} captions have several lines, {rest}: {some(longer)}"
     found = ((name, _PROMPT_SYNTAX.search(caption)) for _, name, captions in files for caption in captions)
-    if literal := [f"{name} `{match[0]}`" for name, match in found if match]:
+    if literal := [f"{name} {quoted(match[0])}" for name, match in found if match]:
         yield f"{len(literal)} captions hold prompt syntax, which is trained on letter for letter: {some(literal)}"
 
 
@@ -126,6 +131,5 @@ def long_captions(family: Family, images: Iterable[Captioned]) -> tuple[list[Pro
             if (num := family.count_tokens(caption)) > limit:
                 what = f"the caption has {num - 2} tokens, the text encoder reads {limit - 2}"
                 problems.append(Problem(what, str(path), fix=fix))
-                rest = caption[len(family.readable(caption)) :].strip()
-                lost.append(f"{name} loses `{rest[:_SHOWN_LETTERS]}{'...' if len(rest) > _SHOWN_LETTERS else ''}`")
+                lost.append(f"{name} loses {quoted(caption[len(family.readable(caption)) :].strip())}")
     return problems, lost

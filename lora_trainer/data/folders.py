@@ -221,12 +221,10 @@ def layout_problems(root: Path, images: Iterable[Path], layout: Layout) -> Itera
 def layout_notes(names: Iterable[str], roots: Iterable[str], layout: Layout) -> Iterator[str]:
     """Which folders ask for which repeats, and which are named as if they did."""
     relative = [Path(name) for name in names]
-    asking = sorted({folder for path in relative if (folder := _asking_folder(path, "auto"))})
-    if asking and layout == "flat":
-        yield f"data.layout flat: folders ask for no repeats: {some([f'`{folder}`' for folder in asking])}"
-    elif asking := sorted({folder for path in relative if (folder := _asking_folder(path, layout))}):
-        listed = [f"`{folder}` x {number_before(folder.name)}" for folder in asking]
-        yield f"data.layout {layout}: {len(listed)} folders repeat their images: {some(listed)}"
+    seen = {_asking_folder(path, "auto" if layout == "flat" else layout) for path in relative}
+    if listed := [f"`{folder}` x {number_before(folder.name)}" for folder in sorted(filter(None, seen))]:
+        what = "are mere names" if layout == "flat" else "repeat their images"
+        yield f"data.layout {layout}: {len(listed)} folders {what}: {some(listed)}"
     for root in roots if layout == "auto" else ():
         name = Path(root).absolute().name
         if (number_before(name) or 1) > 1:

@@ -46,11 +46,11 @@ def split_by_fraction(dataset: Dataset, fraction: float, seed: int, chosen_befor
     if not training or len(chosen) < MIN_ITEMS:
         num, contents = len(dataset.records), sum(map(len, groups))
         what = f"holding out {MIN_ITEMS} images leaves none of {num} to train on"
-        why = f"their content is equal but for {contents}" if 1 < contents < num else None
+        why = f"only {contents} of them differ in content" if contents < num else None
+        if alike := sum(len(group) for group in groups if len(group) > 1):
+            why = f"{alike} of them look nearly alike, and what looks alike is held out together"
         why = "they are equal" if contents == 1 < num else why
-        if contents > len(groups):
-            why = f"{contents - len(groups) + 1} of them look nearly alike, and what looks alike is held out together"
-        fix = "add images, or remove the validation section"
+        fix = "add images, give others as validation.dir, or write validation: null"
         raise DataError(Problem(what, "validation.fraction", why, fix))
     held_out = _once(record for record in dataset.records if record.sha256 in chosen)
     near = _near(training, held_out) if chosen_before else ()
