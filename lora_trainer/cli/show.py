@@ -38,19 +38,17 @@ def show_views(prepared: Prepared, num: int) -> Path:
     _clear(folder, [record.path for record in records])
     views = list(training_views(prepared.config, records).values())
     chosen = [views[index * len(views) // num] for index in range(num)] if num < len(views) else views
-    family, figures = open_family(prepared.base), []
-    for number, image in enumerate(chosen, 1):
-        file, png = folder / f"{number:04}.png", io.BytesIO()
-        Image.fromarray(image.pixels()).save(png, "PNG")
-        atomic_files.write_file(file, png.getvalue())
-        read = [family.readable(caption) for caption in image.record.captions]
-        atomic_files.write_file(
-            file.with_suffix(".txt"), "".join(f"{text}\n" for text in read).encode(errors="replace")
-        )
-        figures.append("".join(_figure(file.name, image, family)))
+    files, family = {f"{number:04}.png": image for number, image in enumerate(chosen, 1)}, open_family(prepared.base)
     title = f"{len(chosen)} of {len(views)} views of {len(records)} images of {prepared.config.name}"
-    page = _PAGE.format(generator=GENERATOR, title=escape(title), figures="".join(figures))
-    atomic_files.write_file(folder / INDEX, page.encode(errors="replace"))
+    figures = "".join(part for name, image in files.items() for part in _figure(name, image, family))
+    page = _PAGE.format(generator=GENERATOR, title=escape(title), figures=figures)
+    atomic_files.write_file(folder / INDEX, page.encode(errors="replace"))  # first: by it the folder is known as ours
+    for name, image in files.items():
+        png = io.BytesIO()
+        Image.fromarray(image.pixels()).save(png, "PNG")
+        atomic_files.write_file(folder / name, png.getvalue())
+        read = "".join(f"{family.readable(caption)}\n" for caption in image.record.captions)
+        atomic_files.write_file((folder / name).with_suffix(".txt"), read.encode(errors="replace"))
     return folder / INDEX
 
 
