@@ -70,7 +70,7 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
     for data in image_folders(config).values():
         dataset, problems = survey(data, checked_images_file(config), lambda items, *_: items)
         if data.captions.too_long == "error" and dataset.records:
-            family = open_family(open_base(config.model.path, config.model.revision, config.model.family))
+            family = open_family(open_base(**config.model.model_dump()))
             problems += long_captions(family, [(r.path, r.name, r.captions) for r in dataset.records])[0]
         refused = {problem.where for problem in problems}
         used = {str(record.path) for record in dataset.records}

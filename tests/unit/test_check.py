@@ -139,7 +139,7 @@ def test_what_the_encoders_get_is_shown(toy_config: Path, tmp_path: Path, capsys
         assert np.array_equal(square, cut[:, ::-1] if image.mirrored else cut)
     kept = (out / "0001.txt").read_text().removesuffix("\n")
     assert "a <cat> of far too many letters".startswith(kept)
-    assert open_family(open_base(config.model.path, None, "auto")).count_tokens(kept) == 16
+    assert open_family(open_base(**config.model.model_dump())).count_tokens(kept) == 16
     page = (out / "index.html").read_text()
     assert "a &lt;b&gt;.png" in page
     assert f"{html.escape(kept)}<del>" in page
