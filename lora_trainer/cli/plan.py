@@ -8,21 +8,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
 from lora_trainer.cli.session import check_platform
+from lora_trainer.cli.show import show_views
 from lora_trainer.config.learning_rates import PRESETS, small_set_note
 from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source, set_value
-from lora_trainer.data.records import long_captions, survey
+from lora_trainer.data.captions import long_captions, quoted
+from lora_trainer.data.records import survey
 from lora_trainer.errors import ConfigError, DataError, Problem
 from lora_trainer.models.registry import open_base, open_family
-from lora_trainer.planning.prepare import Prepared, checked_images_file, plan_rows, prepare
+from lora_trainer.planning.prepare import Prepared, checked_images_file, image_folders, plan_rows, prepare
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.tracking.console import MainConsole
+
+CAPTIONS_SHOWN = 3
 
 
 def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepared:
@@ -33,8 +38,11 @@ def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepare
     return prepare(config, launch, MainConsole().track)
 
 
-def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = False) -> None:
+def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = False, show: int = 0) -> None:
     """Say that the configuration, and unless `config_only` the base and every image and caption, can be used.
+
+    Args:
+        show: so many crops are written, with their captions, as they are trained on.
 
     Raises:
         TrainerError: they cannot; with all problems of the first kind that has any.
@@ -44,8 +52,11 @@ def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = Fa
     console = MainConsole()
     console.print(f"configuration  {config_file} can be used")
     if not config_only:
-        for name, finding in _findings(prepare_plan(config)):
+        prepared = prepare_plan(config)
+        for name, finding in _findings(prepared):
             console.print(f"{name:<15}{finding}")
+        if show:
+            console.print(f"shown in       {show_views(prepared, show)}")
 
 
 def check_files(config_file: Path, overrides: Sequence[str]) -> None:
@@ -55,26 +66,39 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
         TrainerError: the configuration cannot be read, or a file is refused.
     """
     config = load_config(config_file, overrides)
-    dataset, problems = survey(config.data, checked_images_file(config), lambda items, *_: items)
-    if config.data.captions.too_long == "error":
-        family = open_family(open_base(**config.model.model_dump()))
-        problems += long_captions(family, dataset.records)
-    refused = {problem.where for problem in problems}
-    content = {
-        "used": [str(record.path) for record in dataset.records if str(record.path) not in refused],
-        "captions": [str(file) for file in dataset.caption_files],
-        "skipped": {str(file): reason for file, reason in dataset.skipped},
-        "refused": [asdict(problem) for problem in problems],
-    }
+    content: dict[str, Any] = {"used": {}, "captions": {}, "skipped": {}, "refused": []}
+    for data in image_folders(config).values():
+        dataset, problems = survey(data, checked_images_file(config), lambda items, *_: items)
+        if data.captions.too_long == "error" and dataset.records:
+            family = open_family(open_base(**config.model.model_dump()))
+            problems += long_captions(family, [(r.path, r.name, r.captions) for r in dataset.records])[0]
+        refused = {problem.where for problem in problems}
+        used = {str(record.path) for record in dataset.records}
+        skipped = {str(file): reason for file, reason in dataset.skipped}
+        others = {str(file) for file in dataset.pictures} - used - skipped.keys() - refused
+        problems += [Problem("refused for its caption", file) for file in sorted(others)]
+        content["used"] |= dict.fromkeys(sorted(used - refused))
+        content["captions"] |= dict.fromkeys(str(file) for file in dataset.caption_files if str(file) not in refused)
+        content["skipped"] |= skipped
+        content["refused"] += [asdict(problem) for problem in problems]
+    content |= {kind: list(content[kind]) for kind in ("used", "captions")}
     MainConsole().print(json.dumps(content, indent=2))
-    if problems:
-        raise DataError(f"{len(refused)} files are refused; the list says why")
+    if content["refused"]:
+        raise DataError(
+            f"{len({problem['where'] for problem in content['refused']})} files are refused; the list says why"
+        )
 
 
 def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:
     plan, base = prepared.plan, prepared.base
     yield "base", f"{base.path} is a whole {base.family} folder, {prepared.prediction_type} prediction"
-    yield "images", f"{plan.num_images} can be read and have their captions"
+    samples = f"{plan.num_samples} samples an epoch at {prepared.config.data.resolution} px"
+    yield "images", f"{plan.num_images} can be read and have their captions: {samples}"
+    yield "updates", f"{plan.num_steps} of {plan.global_batch} samples, {plan.num_epochs:.2f} epochs"
+    records = prepared.dataset.records
+    for index in range(min(len(records), CAPTIONS_SHOWN)):
+        record = records[index * len(records) // min(len(records), CAPTIONS_SHOWN)]
+        yield "" if index else "captions", f"{record.name}: {quoted(record.captions[0])}"
     yield from (("", note) for note in prepared.dataset.notes)
     yield "targets", f"{plan.num_modules} layers get an adapter"
     yield from (("warning", warning) for group in plan.param_groups for warning in group.warnings)

@@ -165,6 +165,7 @@ def export(
 
 @app.command(
     epilog="Example:  lora-trainer check -c configs/demo.yaml   |   lora-trainer check -c my.yaml --config-only"
+    "   |   lora-trainer check -c my.yaml --show 8"
 )
 def check(
     config: ConfigFile,
@@ -172,15 +173,20 @@ def check(
     _plugins: Plugins = False,
     config_only: Annotated[bool, typer.Option("--config-only", help="Leave base and images alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="List every file of the image folders as JSON.")] = False,
+    show: Annotated[
+        int, typer.Option("--show", metavar="N", min=0, help="Write N crops and captions, as they are trained on.")
+    ] = 0,
 ) -> None:
     """Check a configuration, its base and every image and caption. Never loads torch, trains nothing."""
+    if as_json + config_only + (show > 0) > 1:
+        raise typer.BadParameter("--config-only, --json and --show exclude each other")
     from lora_trainer.cli.plan import check as run
     from lora_trainer.cli.plan import check_files
 
     if as_json:
         check_files(config[0], overrides)
     else:
-        run(config[0], overrides, config_only=config_only)
+        run(config[0], overrides, config_only=config_only, show=show)
 
 
 @app.command(

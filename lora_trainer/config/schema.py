@@ -86,6 +86,10 @@ class DataConfig(StrictModel):
     """Folder of images; exactly one of `dir` and `sources`."""
     sources: Annotated[tuple[SourceConfig, ...] | None, Field(min_length=1)] = None
     """Several folders with repeats."""
+    layout: Literal["auto", "flat", "kohya"] = "auto"
+    """Folder names: `auto`, N of the nearest `N_name` repeats; `flat`, none does; `kohya`, each image is in one."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A file that is no whole picture: refuse, or leave out and name, a tenth of all images (or one) at most."""
     resolution: Annotated[int, Field(ge=32, le=4096), NotBool] = 512
     """Side of the square that each image is scaled and cropped to, px."""
     crop: Literal["center", "random"] = "center"
@@ -294,7 +298,7 @@ _SETTINGS: dict[Level, str] = {
     """,
     "free": """
         name output_dir model.path model.family model.revision
-        data.dir data.sources data.cache_dir
+        data.dir data.sources data.layout data.on_bad_image data.cache_dir
         data.captions.extension data.captions.missing data.captions.lines data.captions.too_long
         validation.dir validation.prior_dir validation.keep_best
         sample.* checkpoint.* resume.* export.* tracking.* sweep.*

@@ -20,17 +20,16 @@ from lora_trainer.config.places import cache_folder
 from lora_trainer.config.schema import DataConfig, RunConfig
 from lora_trainer.data.batches import LatentStore, PromptStore
 from lora_trainer.data.holdout import Split
-from lora_trainer.data.images import apply_frame, decode, frame
+from lora_trainer.data.images import frame
 from lora_trainer.data.records import Progress, Record
-from lora_trainer.diffusion import random_streams
+from lora_trainer.data.views import Framed, num_crops, training_views
 from lora_trainer.diffusion.batch import ProbeItems
 from lora_trainer.errors import DataError, Problem
-from lora_trainer.models.family import Family, View
+from lora_trainer.models.family import Family
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.storage import safetensors_io
 
 LAYOUT = "1"  # part of every entry's name: raise it when the way of encoding changes
-DEFAULT_CROPS = 4
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,6 @@ class Cache:
     probes: Mapping[str, ProbeItems]
     num_encoded: int
     """Entries that were not there before."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Framed:
-    """One image as it is shown: its part, and whether it is mirrored."""
-
-    record: Record
-    view: View
-    mirrored: bool = False
-
-    def file(self, folder: Path, encoder: str) -> Path:
-        """Where its latents are kept."""
-        view = self.view
-        place = (view.scaled_size, view.left, view.top, view.resolution)
-        return _entry_file(folder / "latents", "latent", encoder, self.record.sha256, place, self.mirrored)
 
 
 def build_cache(
@@ -82,10 +66,10 @@ def build_cache(
     texts = _texts(config, records)
     encoders = "".join(base_digests[component] for component in family.prompt_components)
     text_files = {text: _entry_file(folder / "prompts", "prompt tensors", encoders, text) for text in texts}
-    training = _training_images(config, split.training.records)
-    probes = {name: [_Framed(r, frame(r.size, resolution)) for r in watched] for name, watched in split.probes.items()}
+    training = training_views(config, split.training.records)
+    probes = {name: [Framed(r, frame(r.size, resolution)) for r in watched] for name, watched in split.probes.items()}
     images = dict.fromkeys([*training.values(), *(image for row in probes.values() for image in row)])
-    image_files = {image: image.file(folder, base_digests["vae"]) for image in images}
+    image_files = {image: _latent_file(image, folder, base_digests["vae"]) for image in images}
     missing_texts, missing_images = _missing(text_files, runtime), _missing(image_files, runtime)
     with runtime.phase("encode", together=True):  # one image at a time: there is no setting that would need less
         if missing_texts:
@@ -109,25 +93,6 @@ def _texts(config: RunConfig, records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(["", *captions, *samples]))
 
 
-def _training_images(config: RunConfig, records: Sequence[Record]) -> dict[tuple[int, int, bool], _Framed]:
-    """Every way in which a sample may be shown, by (record, crop, mirrored)."""
-    data, images = config.data, {}
-    for index, record in enumerate(records):
-        for crop in range(_num_crops(data)):
-            place = (0.5, 0.5)
-            if data.crop == "random":
-                x, y = random_streams.stream(config.seed, "crop place", record.sha256, crop).random(2)
-                place = (float(x), float(y))
-            for mirrored in (False, True) if data.flip else (False,):
-                images[index, crop, mirrored] = _Framed(record, frame(record.size, data.resolution, place), mirrored)
-    return images
-
-
-def _num_crops(data: DataConfig) -> int:
-    """Cached places per image."""
-    return 1 if data.crop == "center" else data.crops_per_image or DEFAULT_CROPS
-
-
 def _missing(files: Mapping[Any, Path], runtime: Runtime) -> list[Any]:
     """Of this process's share of the work, what has no whole entry in its file."""
     share = list(files)[runtime.launch.rank :: runtime.launch.num_processes]
@@ -149,18 +114,14 @@ def _encode_texts(
 
 @torch.no_grad()
 def _encode_views(
-    family: Family, runtime: Runtime, images: Sequence[_Framed], files: dict[_Framed, Path], progress: Progress
+    family: Family, runtime: Runtime, images: Sequence[Framed], files: dict[Framed, Path], progress: Progress
 ) -> None:
     vae = family.load_vae(runtime.device)
     for image in progress(images, "encoding images", len(images)):
-        path, data = image.record.path, image.record.path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != image.record.sha256:
-            raise DataError(Problem("the image changed while the run was starting", str(path), fix="start again"))
-        square = apply_frame(decode(data), image.view, mirrored=image.mirrored)
-        pixels_HWC = torch.from_numpy(square).to(runtime.device).float() / 127.5 - 1
+        pixels_HWC = torch.from_numpy(image.pixels()).to(runtime.device).float() / 127.5 - 1
         mean, std = family.encode_images(vae, pixels_HWC.permute(2, 0, 1)[None])
         fix = "take the image out, or check the base's VAE"
-        fault = Problem("the image's latents are not finite", str(path), fix=fix)
+        fault = Problem("the image's latents are not finite", str(image.record.path), fix=fix)
         _write_entry(files[image], {"mean": mean[0], "std": std[0]}, fault)
     del vae
     runtime.free_cached_memory()
@@ -189,8 +150,8 @@ def _stacked(files: Iterable[Path]) -> dict[str, torch.Tensor]:
 
 
 def _read_latents(
-    images: Mapping[tuple[int, int, bool], _Framed],
-    files: Mapping[_Framed, Path],
+    images: Mapping[tuple[int, int, bool], Framed],
+    files: Mapping[Framed, Path],
     data: DataConfig,
     family: Family,
     runtime: Runtime,
@@ -203,14 +164,12 @@ def _read_latents(
         std_NChw=std_NChw,
         view_tensors=_view_tensors(rows, family, mean_NChw.device),
         rows={key: rows[image] for key, image in images.items()},
-        num_crops=_num_crops(data),
+        num_crops=num_crops(data),
         flips=data.flip,
     )
 
 
-def _read_probe(
-    images: Sequence[_Framed], files: Mapping[_Framed, Path], family: Family, runtime: Runtime
-) -> ProbeItems:
+def _read_probe(images: Sequence[Framed], files: Mapping[Framed, Path], family: Family, runtime: Runtime) -> ProbeItems:
     return ProbeItems(
         keys=tuple(image.record.sha256 for image in images),
         latents_NChw=_stacked(files[image] for image in images)["mean"].to(runtime.device),
@@ -219,7 +178,7 @@ def _read_probe(
     )
 
 
-def _view_tensors(images: Iterable[_Framed], family: Family, device: torch.device) -> dict[str, torch.Tensor]:
+def _view_tensors(images: Iterable[Framed], family: Family, device: torch.device) -> dict[str, torch.Tensor]:
     """What the denoiser is told of N views: [N, ...] by name."""
     values = [family.view_conditioning(image.view) for image in images]
     return {name: torch.tensor([row[name] for row in values], device=device) for name in values[0]}
@@ -228,3 +187,10 @@ def _view_tensors(images: Iterable[_Framed], family: Family, device: torch.devic
 def _entry_file(folder: Path, *content: Any) -> Path:
     """The entry of this content."""
     return folder / f"{hashlib.sha256(json.dumps([LAYOUT, *content]).encode()).hexdigest()}.safetensors"
+
+
+def _latent_file(image: Framed, folder: Path, encoder: str) -> Path:
+    """Where the latents of an image are kept."""
+    view = image.view
+    place = (view.scaled_size, view.left, view.top, view.resolution)
+    return _entry_file(folder / "latents", "latent", encoder, image.record.sha256, place, image.mirrored)

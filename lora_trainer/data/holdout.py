@@ -1,14 +1,17 @@
 """Which images are held out for validation, and which of the others are watched. Never imports torch.
 
 Images are chosen by a hash of their content, so that adding files to the folder moves none of them in or out.
+Near-copies stay on one side.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from lora_trainer.data.alike import clusters
+from lora_trainer.data.folders import some
 from lora_trainer.data.records import Dataset, Record
 from lora_trainer.errors import DataError, Problem
 from lora_trainer.tracking.metrics import HELD_OUT, PRIOR, TRAIN
@@ -27,7 +30,9 @@ class Split:
 
 
 def split_by_fraction(dataset: Dataset, fraction: float, seed: int, chosen_before: Sequence[str] | None) -> Split:
-    """Hold out the share of images whose content hash is smallest; at least two, whole images with all repeats.
+    """Hold out a share of the images, at least two: whole images with all repeats, and with them what looks alike.
+
+    Of each cluster one content decides for all; a cluster of more than half the images is never held out.
 
     Args:
         chosen_before: content hashes that an earlier start of this run chose; they are kept.
@@ -35,18 +40,42 @@ def split_by_fraction(dataset: Dataset, fraction: float, seed: int, chosen_befor
     Raises:
         DataError: too few images are left to train on.
     """
-    ranks = {record.sha256: _rank(record.sha256, seed) for record in dataset.records}
-    below = [digest for digest, rank in ranks.items() if rank < fraction]
-    least = sorted(ranks, key=lambda digest: ranks[digest])[:MIN_ITEMS]
-    chosen = set(chosen_before or (below if len(below) >= MIN_ITEMS else least))
+    groups = clusters({record.sha256: record.look for record in dataset.records})
+    chosen = set(chosen_before or _choose(groups, fraction, seed))
     training = tuple(record for record in dataset.records if record.sha256 not in chosen)
-    if not training:
-        what = f"holding out {len(chosen)} images leaves none of {len(dataset.records)} to train on"
-        fix = "add images, or remove the validation section"
-        raise DataError(Problem(what, "validation.fraction", fix=fix))
+    if not training or len(chosen) < MIN_ITEMS:
+        num, contents = len(dataset.records), sum(map(len, groups))
+        what = f"holding out {MIN_ITEMS} images leaves none of {num} to train on"
+        why = f"only {contents} of them differ in content" if contents < num else None
+        if alike := sum(len(group) for group in groups if len(group) > 1):
+            why = f"{alike} of them look nearly alike, and what looks alike is held out together"
+        why = "they are equal" if contents == 1 < num else why
+        fix = "add images, give others as validation.dir, or write validation: null"
+        raise DataError(Problem(what, "validation.fraction", why, fix))
     held_out = _once(record for record in dataset.records if record.sha256 in chosen)
-    note = f"validation: {len(held_out)} of {len(dataset.records)} images are held out"
-    return Split(replace(dataset, records=training, notes=(*dataset.notes, note)), held_out)
+    near = _near(training, held_out) if chosen_before else ()
+    notes = [f"validation: {len(held_out)} of {len(dataset.records)} images are held out", *near]
+    return Split(replace(dataset, records=training, notes=(*dataset.notes, *notes)), held_out)
+
+
+def _choose(groups: list[list[str]], fraction: float, seed: int) -> list[str]:
+    """The contents whose groups rank below the share; the least groups where those are too few or all."""
+    num = sum(map(len, groups))
+    ranked = sorted((_rank(min(group), seed), group) for group in groups if 2 * len(group) <= max(num, 2))
+    below = [content for rank, group in ranked if rank < fraction for content in group]
+    least: list[str] = []
+    for _, group in ranked:
+        least += group if len(least) < MIN_ITEMS else []
+    return below if MIN_ITEMS <= len(below) < num else least
+
+
+def _near(trained: Iterable[Record], held_out: Iterable[Record]) -> Iterator[str]:
+    """That some held-out images look nearly like trained ones."""
+    outside = {record.sha256: record for record in held_out}
+    looks = {record.sha256: record.look for record in (*trained, *outside.values())}
+    mixed = [group for group in clusters(looks) if 0 < len(outside.keys() & group) < len(group)]
+    if near := [outside[content].name for group in mixed for content in group if content in outside]:
+        yield f"validation: {len(near)} held-out images look nearly like trained ones: {some(near)}"
 
 
 def split_by_folder(dataset: Dataset, held_out: Dataset) -> Split:
@@ -65,7 +94,8 @@ def split_by_folder(dataset: Dataset, held_out: Dataset) -> Split:
         problems.append(Problem(f"a probe needs {MIN_ITEMS} images at least", "validation.dir"))
     if problems:
         raise DataError(*problems)
-    return Split(dataset, _once(held_out.records))
+    near = _near(dataset.records, held_out.records)
+    return Split(replace(dataset, notes=(*dataset.notes, *near)), _once(held_out.records))
 
 
 def with_watched(split: Split, prior: Dataset | None, num_items: int, seed: int) -> Split:

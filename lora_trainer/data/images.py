@@ -11,6 +11,7 @@ import math
 import struct
 import zlib
 from contextlib import suppress
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
@@ -18,12 +19,14 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from lora_trainer.models.family import View
 
 _AVIF = features.check("avif")
+_HEIF = find_spec("pillow_heif") is not None
 EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".jfif", ".jpe", ".tif", ".tiff"),
     *((".avif",) if _AVIF else ()),
+    *((".heic", ".heif", ".hif") if _HEIF else ()),
 )
-PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin", ".avif": "-U pillow"}
-"""Kinds of pictures that Pillow reads with another package only, which is not used yet."""
+PACKAGES = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif") | {".avif": "-U pillow"}
+"""What to install, by the ending, for kinds of pictures that are read only with it."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if _AVIF else ()))
 MAX_PIXELS = 200_000_000
 MAX_SCALED_PIXELS = 50_000_000
@@ -31,7 +34,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; ours is an erro
 
 _DECODER_FAULTS = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
-    *(MemoryError, OverflowError, LookupError, TypeError, AttributeError),
+    *(MemoryError, OverflowError, LookupError, TypeError, AttributeError, ImportError),
 )
 
 
@@ -52,7 +55,7 @@ def decode(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ImageFault(_what_it_is(data)) from error
     except _DECODER_FAULTS as error:
-        raise ImageFault(str(error).strip() or type(error).__name__) from error
+        raise ImageFault(_cut_off(data) or str(error).strip() or type(error).__name__) from error
 
 
 def frame(size: tuple[int, int], resolution: int, place: tuple[float, float] = (0.5, 0.5)) -> View:
@@ -84,7 +87,7 @@ def apply_frame(image: Image.Image, view: View, *, mirrored: bool = False) -> np
 def _decode(data: bytes) -> Image.Image:
     if not data:
         raise ImageFault("the file is empty")
-    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+    with Image.open(io.BytesIO(data), formats=_formats(data)) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ImageFault(f"{opened.width} x {opened.height} px is more than {MAX_PIXELS:,} px")
         if getattr(opened, "is_animated", False) and opened.format in ("PNG", "WEBP", "AVIF"):
@@ -101,14 +104,35 @@ def _decode(data: bytes) -> Image.Image:
     return Image.composite(colour, white, image.convert("RGBA").getchannel("A"))
 
 
+def _formats(data: bytes) -> tuple[str, ...]:
+    """The kinds that Pillow may take bytes for."""
+    if not (_HEIF and _is_heic(data)):
+        return FORMATS
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return ("HEIF",)
+
+
+def _is_heic(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+def _cut_off(data: bytes) -> str | None:
+    """That a JPEG breaks off, which viewers do not say."""
+    if data.startswith(b"\xff\xd8") and b"\xff\xd9" not in data[-64:]:
+        return "it breaks off before the end of the JPEG; viewers show what is there: fetch it again, or save it anew"
+    return None
+
+
 def _what_it_is(data: bytes) -> str:
     """What bytes are that no decoder takes."""
     if data.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS; `git lfs pull` fetches the picture"
     if data.lstrip()[:1] == b"<":
         return "it is a page of text (HTML or XML), not a picture"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
-        return "it is HEIC; save it as JPEG or PNG"
+    if _is_heic(data):
+        return "it is HEIC, " + ("but not whole" if _HEIF else "which is read after pip install pillow-heif")
     return "its content is no whole picture of a known kind"
 
 

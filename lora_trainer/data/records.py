@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shlex
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -14,18 +12,31 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
-from lora_trainer.config.schema import CaptionConfig, DataConfig
-from lora_trainer.data.folders import CAPTION_ENDINGS, few_of_a_kind, is_file, skipped_notes, some, take_stock
+from lora_trainer.config.schema import DataConfig
+from lora_trainer.data.alike import clusters, is_plain, look_of
+from lora_trainer.data.captions import caption_notes, captions_of
+from lora_trainer.data.folders import (
+    Inventory,
+    few_of_a_kind,
+    is_file,
+    is_folder,
+    layout_notes,
+    layout_problems,
+    repeats_of,
+    skipped_notes,
+    some,
+    take_stock,
+)
 from lora_trainer.data.images import EXTENSIONS, ImageFault, decode, frame, lost_share
 from lora_trainer.errors import DataError, Problem, remedy_of_absence
-from lora_trainer.models.family import Family
 from lora_trainer.storage import atomic_files
 
-_REPEATS_FOLDER = re.compile(r"(\d+)_.*")
-MAX_FOLDER_REPEATS = 100
-"""The largest N that a folder `N_name` asks for; a larger number is part of a name: a year, a date, a size."""
-MAX_CAPTION_BYTES = 100_000
+BAD_IMAGE = "not a usable image"
+MAX_IMAGE_BYTES = 2**29
+MOST_BAD = 10
+"""`data.on_bad_image: skip` leaves out one of so many images."""
 Progress = Callable[[Iterable, str, int], Iterable]  # (items, what is done, how many) -> the same items
 
 
@@ -39,6 +50,25 @@ class Record:
     size: tuple[int, int]
     repeats: int
     captions: tuple[str, ...]
+    look: int = 0
+    """`alike.look_of` the picture."""
+
+
+class Seen(NamedTuple):
+    """What is known of a picture once it was decoded."""
+
+    sha256: str
+    size: tuple[int, int]
+    look: int
+
+
+class _Look(NamedTuple):
+    """What came of looking at an image: its record, or all that is wrong with it."""
+
+    path: Path
+    seen: Seen | None
+    record: Record | None
+    problems: list[Problem]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +80,8 @@ class Dataset:
     caption_files: tuple[Path, ...] = ()
     skipped: tuple[tuple[Path, str], ...] = ()
     """Every other file that was found, with the reason; a folder stands for all that lies in it."""
+    pictures: tuple[Path, ...] = ()
+    """All that were looked at, also those that are refused or left out."""
 
     @property
     def num_samples(self) -> int:
@@ -105,44 +137,80 @@ def discover(config: DataConfig, checked_file: Path, progress: Progress) -> Data
 
 
 def survey(config: DataConfig, checked_file: Path, progress: Progress) -> tuple[Dataset, list[Problem]]:
-    """All that can be used, without notes, what is skipped, and all that is wrong.
-
-    Raises:
-        DataError: a folder is missing or holds no image.
-    """
-    sources = [(config.dir, 1)] if config.dir is not None else [(s.dir, s.repeats) for s in config.sources or ()]
-    roots = [(_existing(folder), repeats) for folder, repeats in sources]
-    stocks = [(root, repeats, take_stock(root, config.captions.extension)) for root, repeats in roots]
-    problems = [problem for _, _, stock in stocks for problem in stock.problems]
-    empty = [_no_images(root, stock.skipped) for root, _, stock in stocks if not stock.images and not stock.problems]
-    if empty:
-        raise DataError(*problems, *empty)
+    """All that can be used, without notes, what is skipped, and all that is wrong."""
+    problems: list[Problem] = []
+    stocks: list[tuple[Path, int, Inventory]] = []
+    for folder, repeats in _sources(config):
+        root = Path(folder).expanduser()
+        stock = (
+            take_stock(root, config.captions.extension)
+            if is_folder(root)
+            else Inventory(problems=[_absent(root, folder)])
+        )
+        if not stock.images and not stock.problems:
+            problems.append(_no_images(root, stock.skipped))
+        problems += [*stock.problems, *layout_problems(root, stock.images, config.layout)]
+        stocks.append((root, repeats, stock))
     images = [(path, root, repeats) for root, repeats, stock in stocks for path in stock.images]
     checked = _read_checked(checked_file)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        looked_at = pool.map(lambda image: _look_at(image, config.captions, checked), images)
-        results = list(progress(looked_at, "checking images", len(images)))
-    problems += [problem for result in results if isinstance(result, list) for problem in result]
-    records = tuple(result for result in results if isinstance(result, Record))
-    sizes = {record.sha256: record.size for record in records}
-    if not sizes.items() <= checked.items():
-        atomic_files.write_json(checked_file, checked | sizes)
-    captions = tuple(file for _, _, stock in stocks for file in stock.captions)
-    skipped = tuple(sorted(item for _, _, stock in stocks for item in stock.skipped.items()))
-    return Dataset(records, (), captions, skipped), problems
+        looked_at = pool.map(lambda image: _look_at(image, config, checked), images)
+        looks = list(progress(looked_at, "checking images", len(images)))
+    seen = {look.seen.sha256: look.seen for look in looks if look.seen is not None}
+    if not seen.keys() <= checked.keys():
+        remembered = {digest: [*image.size, f"{image.look:016x}"] for digest, image in (checked | seen).items()}
+        atomic_files.write_json(checked_file, remembered)
+    left_out, too_many = _left_out(looks, config.on_bad_image)
+    problems += [*too_many, *(fault for look in looks if look.path not in left_out for fault in look.problems)]
+    records = tuple(look.record for look in looks if look.record is not None)
+    return Dataset(records, (), *_others(stocks, left_out), tuple(look.path for look in looks)), problems
 
 
-def _existing(folder: str) -> Path:
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        what = f"the image folder {'is a file, not a folder' if path.exists() else 'does not exist'}"
-        raise DataError(Problem(what, str(path.absolute()), fix=remedy_of_absence(folder, "data.dir")))
-    return path
+def _sources(config: DataConfig) -> list[tuple[str, int]]:
+    """Each folder of images and its repeats."""
+    return [(config.dir, 1)] if config.dir is not None else [(s.dir, s.repeats) for s in config.sources or ()]
+
+
+def _left_out(looks: list[_Look], policy: str) -> tuple[dict[Path, str], list[Problem]]:
+    """The images that `data.on_bad_image: skip` leaves out, and why; a problem where they are too many."""
+    bad = {look.path: fault.why for look in looks for fault in look.problems if fault.what == BAD_IMAGE}
+    if policy == "error" or not bad:
+        return {}, []
+    if len(bad) > max(1, len(looks) // MOST_BAD) or len(bad) == len(looks):
+        what, why = (
+            f"{len(bad)} of {len(looks)} images are not usable",
+            "skip leaves out a tenth of them at most, or one",
+        )
+        return {}, [Problem(what, "data.on_bad_image", why, "replace them or take them out")]
+    return {path: f"not a usable image, left out by data.on_bad_image: {why}" for path, why in bad.items()}, []
+
+
+def _others(
+    stocks: list[tuple[Path, int, Inventory]], left_out: dict[Path, str]
+) -> tuple[tuple[Path, ...], tuple[tuple[Path, str], ...]]:
+    """The caption files, and all that is skipped; a folder is not, where it is a source itself."""
+    captions = dict.fromkeys(file for _, _, stock in stocks for file in stock.captions)
+    skipped = {path: reason for _, _, stock in stocks for path, reason in stock.skipped.items()} | left_out
+    if len(stocks) > 1:
+        roots = {root.resolve() for root, _, _ in stocks}
+        skipped = {
+            path: reason for path, reason in skipped.items() if not (is_folder(path) and path.resolve() in roots)
+        }
+    if left_out:
+        kept = {path.with_suffix("") for _, _, stock in stocks for path in stock.images if path not in left_out}
+        skipped |= {file: "the caption of a picture left out" for file in captions if file.with_suffix("") not in kept}
+    return tuple(file for file in captions if file not in skipped), tuple(sorted(skipped.items()))
+
+
+def _absent(root: Path, written: str) -> Problem:
+    what = f"the image folder {'is a file, not a folder' if os.path.lexists(root) else 'does not exist'}"
+    return Problem(what, str(root.absolute()), fix=remedy_of_absence(written, "data.dir"))
 
 
 def _no_images(root: Path, skipped: dict[Path, str]) -> Problem:
     """That a root holds no image, and what lies there instead."""
-    others = Counter(file.suffix.lower() or "(no ending)" for file in skipped if not file.name.startswith("."))
+    files = (file for file in skipped if not (file.name.startswith(".") or is_folder(file)))
+    others = Counter(file.suffix.lower() or "(no ending)" for file in files)
     seen = ", ".join(f"{count} x {ending}" for ending, count in others.most_common(5)) or "nothing"
     reasons = "".join(f"; {why}" for why in dict.fromkeys(skipped.values()) if "not a kind" not in why)
     why = f"looked in it and its subfolders for {', '.join(EXTENSIONS)}; found {seen}{reasons}"
@@ -150,172 +218,87 @@ def _no_images(root: Path, skipped: dict[Path, str]) -> Problem:
     return Problem("no images here", str(root.absolute()), why, fix)
 
 
-def _folder_repeats(relative: Path) -> int:
-    """N of the nearest folder `N_name` around the image that asks for repeats; 1 without one."""
-    asked = (_number_before(part) for part in reversed(relative.parts[:-1]))
-    return next((number for number in asked if number is not None and number <= MAX_FOLDER_REPEATS), 1)
-
-
-def _number_before(folder: str) -> int | None:
-    """N of a folder that is named `N_name`."""
-    match = _REPEATS_FOLDER.fullmatch(folder)
-    return int(match[1]) if match else None
-
-
-def _look_at(
-    image: tuple[Path, Path, int], config: CaptionConfig, checked: dict[str, tuple[int, int]]
-) -> Record | list[Problem]:
-    """The record of an image, given with its root and the root's repeats, or all that is wrong with it."""
+def _look_at(image: tuple[Path, Path, int], config: DataConfig, checked: dict[str, Seen]) -> _Look:
+    """Look at an image, given with its root and the root's repeats."""
     path, root, source_repeats = image
-    relative, problems = path.relative_to(root), []
-    repeats = source_repeats * _folder_repeats(relative)
+    relative, problems, seen = path.relative_to(root), [], None
+    repeats = source_repeats * repeats_of(relative, config.layout)
     try:
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            raise ImageFault(f"the file is larger than {MAX_IMAGE_BYTES:,} bytes")
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        size = checked.get(digest) or decode(data).size
+        if (seen := checked.get(digest)) is None:
+            picture = decode(data)
+            seen = Seen(digest, picture.size, look_of(picture))
     except ImageFault as fault:
-        problems.append(Problem("not a usable image", str(path), str(fault), "replace the file or take it out"))
+        problems.append(Problem(BAD_IMAGE, str(path), str(fault), "replace the file or take it out"))
     except OSError as error:
-        problems.append(Problem("the image cannot be read", str(path), error.strerror))
+        problems.append(Problem("the image cannot be read", str(path), error.strerror, "check its permissions"))
     if repeats < 1:
         problems.append(Problem("a folder named `0_...` asks for no repeats", str(path), fix="rename it to 1_..."))
-    captions = _captions(path, config)
+    captions = captions_of(path, config.captions, config.layout)
     if isinstance(captions, Problem):
-        return [*problems, captions]
-    return problems or Record(path, relative.as_posix(), digest, size, repeats, captions)
+        problems.append(captions)
+    elif seen is not None and not problems:
+        record = Record(path, relative.as_posix(), seen.sha256, seen.size, repeats, captions, seen.look)
+        return _Look(path, seen, record, [])
+    return _Look(path, seen, None, problems)
 
 
-def _captions(image: Path, config: CaptionConfig) -> tuple[str, ...] | Problem:
-    file = image.with_suffix(config.extension)
-    there = is_file(file)
-    lines = _caption_lines(file) if there else ()
-    if isinstance(lines, Problem):
-        return lines
-    if lines:
-        return lines if config.lines == "all" else lines[:1]
-    if config.missing == "filename":
-        return (_caption_from_name(image),)
-    if config.missing == "empty":
-        return ("",)
-    what = "the caption file is empty" if there else "the image has no caption"
-    usual = (image.with_suffix(ending) for ending in CAPTION_ENDINGS if ending != config.extension)
-    other = next((f"; {o.name} is there: set data.captions.extension: {o.suffix}" for o in usual if is_file(o)), "")
-    fix = "write it, or set data.captions.missing to filename or empty"
-    return Problem(what, str(image), f"looked for {file.name}{other}", fix)
-
-
-def _caption_lines(file: Path) -> tuple[str, ...] | Problem:
-    """The non-empty lines of a caption file, trimmed; a problem where it cannot be read as UTF-8 text."""
-    try:
-        size = file.stat().st_size
-        raw = file.read_bytes() if size <= MAX_CAPTION_BYTES else b""
-    except OSError as error:
-        return Problem("the caption cannot be read", str(file), error.strerror, "check the file's permissions")
-    if size > MAX_CAPTION_BYTES:
-        return Problem(f"a caption of {size:,} bytes", str(file), fix="shorten it: is this really a caption?")
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return Problem("the caption is UTF-16", str(file), fix=_as_utf8("UTF-16", file))
-    if b"\0" in raw:
-        return Problem("the caption holds NUL bytes", str(file), f"byte {raw.index(0)}", "save it as plain UTF-8 text")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        why = f"byte {error.start} is 0x{raw[error.start]:02x}"
-        return Problem("the caption is not UTF-8", str(file), why, _as_utf8("WINDOWS-1252", file))
-    return tuple(line.strip() for line in re.split(r"[\r\n]+", text) if line.strip())
-
-
-def _caption_from_name(image: Path) -> str:
-    """The words of a folder `N_words`, as in kohya; else of the file's name, of its folder's if that is a number."""
-    words, folder, repeats = _words(image.stem), image.parent.name, _number_before(image.parent.name)
-    if words.isdigit() or (repeats is not None and repeats <= MAX_FOLDER_REPEATS):
-        return _words(re.sub(r"^\d+_", "", folder)) or words
-    return words
-
-
-def _words(name: str) -> str:
-    """Separators become spaces; a trailing number such as ` 12` or ` (2)` goes."""
-    words = re.sub(r"[\s_\-]+", " ", name).strip()
-    return re.sub(r"\s*\(?\d+\)?$", "", words).strip() or words
-
-
-def _read_checked(file: Path) -> dict[str, tuple[int, int]]:
-    """Size by content hash of the images that were decoded before; empty where the file cannot be read."""
+def _read_checked(file: Path) -> dict[str, Seen]:
+    """By content hash what is known of the images that were decoded before; nothing where a row is of another kind."""
     try:
         rows = atomic_files.read_json(file, 2**26) if is_file(file) else {}
-        sizes = {digest: (width, height) for digest, (width, height) in rows.items()}
+        seen = {digest: Seen(digest, (width, height), int(look, 16)) for digest, (width, height, look) in rows.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    usable = all(isinstance(side, int) and side > 0 for size in sizes.values() for side in size)
-    return sizes if usable else {}
+    sides = (side for one in seen.values() for side in one.size)
+    usable = all(isinstance(side, int) and side > 0 for side in sides)
+    return seen if usable and all(0 <= one.look < 2**64 for one in seen.values()) else {}
 
 
 def _notes(dataset: Dataset, config: DataConfig) -> Iterator[str]:
-    """Caption coverage, crops and enlargements: what a user would want to know before training."""
-    records = dataset.records
-    total, resolution, extension = len(records), config.resolution, config.captions.extension
-    captioned = sum(is_file(r.path.with_suffix(extension)) for r in records)
-    rest = "" if captioned == total else f"; {total - captioned} by policy `{config.captions.missing}`"
-    yield f"captions: {captioned} of {total} from {extension} files{rest}"
-    yield from _caption_notes(records, config.captions)
-    yield from _numbered_names(records)
+    """What a user would want to know before training: captions, repeats, crops, enlargements, copies, skipped files."""
+    records, resolution = dataset.records, config.resolution
+    total = len(records)
+    yield from caption_notes([(r.path, r.name, r.captions) for r in records], config.captions)
+    yield from layout_notes([r.name for r in records], [root for root, _ in _sources(config)], config.layout)
     lost = sorted(((lost_share(frame(r.size, resolution)), r.name) for r in records), reverse=True)
     if lost[0][0] > 0.005:
         worst = ", ".join(f"{name} {share:.0%}" for share, name in lost[:3] if share > 0.005)
         mean = sum(share for share, _ in lost) / total
         yield f"cropping to a square loses {mean:.0%} of the picture on average; most: {worst}"
-    if small := [r.name for r in records if min(r.size) < resolution]:
-        yield f"{len(small)} of {total} images are smaller than {resolution} px and are enlarged: {some(small)}"
+    if small := sorted((min(r.size), r.name) for r in records if min(r.size) < resolution):
+        most = f"up to {resolution / small[0][0]:.1f} times: {some([name for _, name in small])}"
+        yield f"{len(small)} of {total} images are smaller than {resolution} px and are enlarged, {most}"
+    yield from _copies(dataset, config)
+    yield from skipped_notes(dataset.skipped)
+
+
+def _copies(dataset: Dataset, config: DataConfig) -> Iterator[str]:
+    """Images that are found twice, that are equal, and that look nearly alike."""
+    records = dataset.records
+    if len(_sources(config)) > 1:
+        once = {record.path.absolute(): record for record in records}
+        if twice := _repeated(records, [record.path.absolute() for record in records]):
+            yield f"one source lies in the other, so that these count in both: {some(twice)}"
+        records = tuple(once.values())
     if twins := _repeated(records, [r.sha256 for r in records]):
         yield f"{len(twins)} files have the same content as another: {some(twins)}"
     if shared := _repeated(records, [r.path.with_suffix("") for r in records]):
         yield f"{len(shared)} files share one caption, as only their endings differ: {some(shared)}"
-    yield from skipped_notes(dataset.skipped)
-
-
-def _caption_notes(records: tuple[Record, ...], config: CaptionConfig) -> Iterator[str]:
-    """What names were made into, and what of the files is not read."""
-    files = [(record, record.path.with_suffix(config.extension)) for record in records]
-    if config.missing == "filename":
-        made = [f"{record.name} `{record.captions[0]}`" for record, file in files if not is_file(file)]
-        if made:
-            yield f"captions from names: {some(made)}"
-    if config.lines == "first":
-        lines = ((record.name, _caption_lines(file)) for record, file in files if is_file(file))
-        if longer := [name for name, read in lines if isinstance(read, tuple) and len(read) > 1]:
-            rest = "of which only the first is used; data.captions.lines: all takes each as a variant"
-            yield f"{len(longer)} captions have several lines, {rest}: {some(longer)}"
-
-
-def _as_utf8(encoding: str, file: Path) -> str:
-    """What a shell does with a caption in another encoding."""
-    old, new = shlex.quote(str(file)), shlex.quote(f"{file}.utf-8")
-    return f"save it as UTF-8, as by: iconv -f {encoding} -t UTF-8 {old} > {new} && mv {new} {old}"
-
-
-def long_captions(family: Family, records: Iterable[Record]) -> list[Problem]:
-    """The captions that are longer than the text encoder reads."""
-    limit, fix = family.max_tokens, "shorten it, or set data.captions.too_long: cut"
-    counts = ((record, family.count_tokens(caption)) for record in records for caption in record.captions)
-    return [
-        Problem(f"the caption has {n - 2} tokens, the text encoder reads {limit - 2}", str(record.path), fix=fix)
-        for record, n in counts
-        if n > limit
-    ]
+    names = {record.sha256: record.name for record in records}
+    groups = [group for group in clusters({r.sha256: r.look for r in records}) if len(group) > 1]
+    if groups:
+        listed = [some([names[digest] for digest in group]) for group in groups]
+        num = sum(map(len, groups))
+        yield f"{num} images look nearly alike in gray, and are held out together or not at all: {some(listed, ' | ')}"
+    if plain := [record.name for record in records if is_plain(record.look)]:
+        yield f"{len(plain)} images are too plain to find near-copies of: {some(plain)}"
 
 
 def _repeated(records: Iterable[Record], keys: list) -> list[str]:
     """Names of the records whose key others have too."""
     counts = Counter(keys)
     return [record.name for record, key in zip(records, keys, strict=True) if counts[key] > 1]
-
-
-def _numbered_names(records: tuple[Record, ...]) -> Iterator[str]:
-    """Folders named `N_name` whose N is no number of repeats."""
-    folders = sorted({folder for record in records for folder in Path(record.name).parts[:-1]})
-    first, *others = [folder for folder in folders if (_number_before(folder) or 0) > MAX_FOLDER_REPEATS] or [""]
-    if first:
-        asked = f"is taken as a name, not as {_number_before(first)} repeats"
-        yield f"folder `{first}` {asked}; write data.sources with repeats to repeat it"
-    if others:
-        yield f"{len(others)} more folders are taken as names for their large number: {some(others)}"

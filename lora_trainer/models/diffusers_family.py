@@ -53,6 +53,11 @@ class DiffusersFamily(Family):
     def count_tokens(self, prompt: str) -> int:
         return len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
+    def readable(self, prompt: str) -> str:
+        encoded = self.tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)
+        ends = [end for _, end in encoded.offset_mapping[1:-1]]
+        return prompt[: max(ends[: self.max_tokens - 2], default=0)]
+
     def view_conditioning(self, view: View) -> dict[str, tuple[float, ...]]:
         return {}
 

@@ -118,6 +118,9 @@ class Family(Protocol):
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt with its two ends, before any cut."""
 
+    def readable(self, prompt: str) -> str:
+        """The beginning of a prompt that the text encoder reads."""
+
     def view_conditioning(self, view: View) -> dict[str, tuple[float, ...]]:
         """What the denoiser is told of a view, by name; nothing in most families."""
 

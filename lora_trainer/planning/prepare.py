@@ -23,10 +23,11 @@ from lora_trainer.config.places import (
     report_file,
     run_directory,
 )
-from lora_trainer.config.schema import CURVE_LENGTH, RunConfig
+from lora_trainer.config.schema import CURVE_LENGTH, DataConfig, RunConfig
+from lora_trainer.data.captions import long_captions
 from lora_trainer.data.folders import few_of_a_kind, some
 from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
-from lora_trainer.data.records import Dataset, Progress, content_digest, discover, long_captions, order_digest
+from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
 from lora_trainer.errors import ConfigError, DataError, ModelError, Problem, SystemSetupError
 from lora_trainer.models.adapters.targets import assign_param_groups, kohya_notes, select_targets
 from lora_trainer.models.family import Family, joined_layers
@@ -222,34 +223,49 @@ def _check_room(config: RunConfig, plan: RunPlan) -> None:
     disk_space.check_room(run_dir, max(one, (kept + 1) * one - there) + plan.export_bytes(config.export.dtype), purpose)
 
 
+def image_folders(config: RunConfig) -> dict[str, DataConfig]:
+    """How the images of each setting are found: those to train on under `data`, and those of the probes."""
+    chosen, layout = config.validation, config.data.layout
+    others = {f"validation.{key}": getattr(chosen, key, None) for key in ("dir", "prior_dir")}
+    own = {"sources": None, "layout": "auto" if layout == "kohya" else layout}
+    given = {key: config.data.model_copy(update=own | {"dir": folder}) for key, folder in others.items() if folder}
+    return {"data": config.data} | given
+
+
 def _split(
     config: RunConfig, checked: Path, progress: Progress, chosen_before: Sequence[str] | None
 ) -> tuple[Split, Dataset | None]:
     """The training images without those held out, and the prior images where there are some."""
-    dataset, validation = discover(config.data, checked, progress), config.validation
+    found: dict[str, Dataset] = {}
+    problems: list[Problem] = []
+    for key, data in image_folders(config).items():
+        try:
+            found[key] = discover(data, checked, progress)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(*problems)
+    dataset, validation = found.pop("data"), config.validation
+    notes = [f"{key}: {note}" for key, other in found.items() for note in other.notes]
+    dataset = replace(dataset, notes=(*dataset.notes, *notes))
     if validation is None:
         return Split(dataset), None
-    folders = {key: folder for key in ("dir", "prior_dir") if (folder := getattr(validation, key)) is not None}
-    others = {
-        key: discover(config.data.model_copy(update={"dir": folder, "sources": None}), checked, progress)
-        for key, folder in folders.items()
-    }
     if validation.fraction is not None:
         split = split_by_fraction(dataset, validation.fraction, validation.seed, chosen_before)
     else:
-        split = split_by_folder(dataset, others["dir"])
-    return split, others.get("prior_dir")
+        split = split_by_folder(dataset, found["validation.dir"])
+    return split, found.get("validation.prior_dir")
 
 
 def _with_cut_captions(config: RunConfig, family: Family, split: Split, prior: Dataset | None) -> Split:
     """The split, with a note where captions are cut; an error where the policy says so."""
-    long = long_captions(family, [*split.training.records, *split.held_out, *(prior.records if prior else ())])
+    records = [*split.training.records, *split.held_out, *(prior.records if prior else ())]
+    long, lost = long_captions(family, [(record.path, record.name, record.captions) for record in records])
     if not long:
         return split
     if config.data.captions.too_long == "error":
         raise DataError(*few_of_a_kind(long))
-    names = some([Path(problem.where or "").name for problem in long])
-    note = f"{len(long)} captions are longer than the text encoder reads and are cut: {names}"
+    note = f"{len(long)} captions are longer than the text encoder reads and are cut: {some(lost)}"
     return replace(split, training=replace(split.training, notes=(*split.training.notes, note)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from PIL import Image
 
 from lora_trainer.config.schema import ValidationConfig
 from lora_trainer.data.batches import PromptStore
@@ -252,3 +254,30 @@ def test_the_report_is_built_anew_from_the_run_directory_alone(train_toy: Callab
 def test_a_probe_that_is_not_finite_has_no_precision() -> None:
     losses = np.full((2, 16), np.inf)
     assert np.isnan(ProbeReading(losses, np.ones((2, 16))).gain_se)
+
+
+def test_a_run_that_began_before_near_copies_were_known_keeps_its_split(
+    train_toy: Callable[..., Path], toy_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toys import WATCHED, write_images
+
+    from lora_trainer.cli.plan import prepare_plan
+    from lora_trainer.config.load import load_config
+    from lora_trainer.data import holdout
+
+    images = write_images(tmp_path / "own", num=4)
+    for number in range(4):
+        copy = images / f"copy{number}.jpg"
+        Image.open(images / f"{number:02}.png").save(copy, quality=90)
+        copy.with_suffix(".txt").write_text("a copy")
+    overrides = [f"data.dir={images}", WATCHED, "train.max_steps=3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(holdout, "clusters", lambda looks: [[content] for content in looks])
+        run = train_toy(*overrides)
+    began = set(json.loads((run / "validation.json").read_text())["images_held_out"])
+    again = prepare_plan(load_config(toy_config, overrides))
+    assert {record.sha256 for record in again.split.held_out} == began
+    assert any("held-out images look nearly like trained ones" in note for note in again.dataset.notes)
+    fresh = prepare_plan(load_config(toy_config, [*overrides, "name=another"]))
+    assert {record.sha256 for record in fresh.split.held_out} != began
+    assert not any("look nearly like trained ones" in note for note in fresh.dataset.notes)

@@ -169,3 +169,29 @@ def test_a_long_strip_is_framed_at_bounded_memory(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(images, "MAX_SCALED_PIXELS", 0)
     for view, expected in zip(views, whole, strict=True):
         assert np.abs(apply_frame(picture, view).astype(int) - expected).max() <= 1
+
+
+def test_a_jpeg_that_breaks_off_is_told() -> None:
+    whole = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)), "JPEG")
+    for length in (len(whole) - 2, len(whole) // 2):
+        with pytest.raises(ImageFault, match="breaks off before the end"):
+            decode(whole[:length])
+
+
+def test_heic_is_read_with_the_package_for_it_and_named_without() -> None:
+    head = b"\0\0\0\x1cftypheic" + bytes(16)
+    if ".heic" not in images.EXTENSIONS:
+        with pytest.raises(ImageFault, match="pip install pillow-heif"):
+            decode(head)
+        pytest.skip("pillow-heif is not installed")
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    picture = corner_picture().resize((128, 64), Image.Resampling.NEAREST)
+    data = encoded(picture, "HEIF", quality=95)
+    shown = decode(data)
+    assert shown.size == (128, 64)
+    assert np.abs(np.asarray(shown).astype(int) - np.asarray(picture)).mean() < 8
+    for damaged in (head, data[: len(data) // 2], b""):
+        with pytest.raises(ImageFault):
+            decode(damaged)

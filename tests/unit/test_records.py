@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -65,8 +67,8 @@ def test_large_numbers_before_a_folders_name_are_no_repeats(tmp_path: Path) -> N
     assert f"folder `101_cat` {said}" in dataset.notes
     assert any(note.startswith("4 more folders are taken as names") for note in dataset.notes)
     (images / "101_cat").rename(images / "cat")
-    (note,) = (note for note in found(tmp_path).notes if "20231105_trip" in note)
-    assert "name" in note
+    (note,) = (note for note in found(tmp_path).notes if "as a name" in note)
+    assert "20231105_trip" in note
 
 
 def test_a_usual_number_of_repeats_needs_no_note(tmp_path: Path) -> None:
@@ -225,7 +227,7 @@ def test_every_file_is_used_skipped_or_refused(tmp_path: Path) -> None:
         picture(images / name, number)
     for name in ("@eaDir/a/t.jpg", "#recycle/a.png", "$RECYCLE.BIN/b.png", "lost+found/c.png", "__MACOSX/d.png"):
         picture(images / name, 9)
-    others = ("ghost.txt", "a.caption", "metadata.jsonl", "v.mp4", "i.heic", "README", "dataset.toml", ".DS_Store")
+    others = ("ghost.txt", "a.caption", "metadata.jsonl", "v.mp4", "i.jxl", "README", "dataset.toml", ".DS_Store")
     for name in (*others, "B.TXT", "broken.png", "sub/e.tar"):
         (images / name).parent.mkdir(exist_ok=True)
         (images / name).write_text("x")
@@ -243,7 +245,7 @@ def test_every_file_is_used_skipped_or_refused(tmp_path: Path) -> None:
     for file in refused:
         file.unlink()
     notes = "\n".join(found(tmp_path).notes)
-    for said in ("ghost.txt", "metadata.jsonl", "v.mp4", "pip install pillow-heif", "mask", "reg", "1 skipped, hidden"):
+    for said in ("ghost.txt", "metadata.jsonl", "v.mp4", "JPEG XL", "mask", "reg", "1 skipped, hidden"):
         assert said in notes
 
 
@@ -306,3 +308,159 @@ def test_user_files_stay_as_they_are(tmp_path: Path) -> None:
     before = state()
     found(tmp_path)
     assert state() == before
+
+
+def test_near_copies_are_named_in_groups(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels).resize((90, 60), Image.Resampling.BICUBIC)
+    for name, image in {"a.png": photo, "b.jpg": photo, "c.png": photo.resize((60, 40))}.items():
+        image.save(picture(tmp_path / "images" / name, 5))
+    picture(tmp_path / "images" / "flat.png", 6)
+    notes = found(tmp_path).notes
+    assert any("3 images look nearly alike" in note and "a.png, b.jpg, c.png" in note for note in notes)
+    assert any("too plain" in note and "flat.png" in note for note in notes)
+    assert found(tmp_path).notes == notes  # from what is remembered
+
+
+def test_what_an_earlier_version_remembered_is_decoded_again(tmp_path: Path) -> None:
+    files = [picture(tmp_path / "images" / f"{number}.png", number) for number in range(2)]
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    (tmp_path / "checked.json").write_text(json.dumps({digests[0]: [64, 48], digests[1]: [64, 48, "0" * 16]}))
+    assert [record.size for record in found(tmp_path).records] == [(64, 48)] * 2
+    assert {len(row) for row in json.loads((tmp_path / "checked.json").read_text()).values()} == {3}
+
+
+def test_an_image_without_its_caption_is_remembered_too(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.png", caption=None)
+    assert "no caption" in refusal(tmp_path)
+    assert len(json.loads((tmp_path / "checked.json").read_text())) == 1
+
+
+def test_bad_images_are_left_out_where_that_is_asked_for_and_never_more_than_a_tenth(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for number in range(19):
+        picture(images / f"{number:02}.png", number)
+    whole = (images / "00.png").read_bytes()
+    for name in ("bad.png", "cut.png"):
+        picture(images / name).write_bytes(whole[:60])
+    (images / "cut.txt").unlink()
+    assert "bad.png" in refusal(tmp_path)
+    dataset = found(tmp_path, on_bad_image="skip")
+    assert len(dataset.records) == 19
+    skipped = {path.name: reason for path, reason in dataset.skipped}
+    assert set(skipped) == {"bad.png", "bad.txt", "cut.png"}
+    assert images / "bad.txt" not in dataset.caption_files
+    assert any("2 skipped, not a usable image, left out by data.on_bad_image" in note for note in dataset.notes)
+    picture(images / "third.png").write_bytes(b"text")
+    message = refusal(tmp_path, on_bad_image="skip")
+    assert "3 of 22 images are not usable" in message
+    assert "third.png" in message
+    (images / "third.png").unlink()
+    (images / "05.txt").unlink()
+    assert "no caption" in refusal(tmp_path, on_bad_image="skip")
+
+
+def test_the_only_image_is_never_left_out(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.png").write_bytes(b"text")
+    assert "1 of 1 images are not usable" in refusal(tmp_path, on_bad_image="skip")
+
+
+def test_a_flat_layout_takes_no_folder_for_repeats_or_a_caption(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "5_tabby cat" / "old_dog.png", caption=None)
+    options = {"captions": {"missing": "filename"}}
+    assert [(r.repeats, r.captions) for r in found(tmp_path, **options).records] == [(5, ("tabby cat",))]
+    assert "data.layout auto: 1 folders repeat their images: `5_tabby cat` x 5" in found(tmp_path, **options).notes
+    flat = found(tmp_path, layout="flat", **options)
+    assert [(r.repeats, r.captions) for r in flat.records] == [(1, ("old dog",))]
+    assert any(note == "data.layout flat: 1 folders are mere names: `5_tabby cat` x 5" for note in flat.notes)
+
+
+def test_kohyas_layout_is_all_or_nothing(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    picture(images / "10_cat" / "3_close" / "a.png", 1)
+    assert [r.repeats for r in found(tmp_path).records] == [3]
+    dataset = found(tmp_path, layout="kohya")
+    assert [r.repeats for r in dataset.records] == [10]
+    assert "data.layout kohya: 1 folders repeat their images: `10_cat` x 10" in dataset.notes
+    for number, name in enumerate(("loose.png", "dogs/b.png", "200_birds/c.png", "in/5_x/d.png")):
+        picture(images / name, number)
+    message = refusal(tmp_path, layout="kohya")
+    for name in ("loose.png", "b.png", "c.png", "d.png"):
+        assert name in message
+    assert "data.layout: flat" in message
+    assert "a.png" not in message
+
+
+def test_the_folder_with_the_number_itself_is_not_its_root(tmp_path: Path) -> None:
+    root = picture(tmp_path / "10_zkc plushie" / "a.png").parent
+    said = "`10_zkc plushie` is given as the folder itself, and its number repeats nothing"
+    assert any(said in note for note in found(tmp_path, dir=str(root)).notes)
+    assert "is the folder around `10_zkc plushie`" in refusal(tmp_path, dir=str(root), layout="kohya")
+    assert found(tmp_path, dir=str(tmp_path), layout="kohya").records[0].repeats == 10
+
+
+def test_a_source_in_another_is_one_note(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for number, name in enumerate(("a.png", "in/b.png", "mask/c.png")):
+        picture(images / name, number)
+    sources = [{"dir": str(images)}, {"dir": str(images / "in")}, {"dir": str(images / "mask")}]
+    dataset = found(tmp_path, dir=None, sources=sources)
+    assert [r.path.name for r in dataset.records] == ["a.png", "b.png", "b.png", "c.png"]
+    about = [note for note in dataset.notes if "one source lies in the other" in note or "same content" in note]
+    assert about == ["one source lies in the other, so that these count in both: in/b.png, b.png"]
+    assert dataset.skipped == ()
+    assert len(dataset.caption_files) == 3
+
+
+def test_all_missing_folders_and_faults_at_once(tmp_path: Path) -> None:
+    picture(tmp_path / "one" / "a.png", caption=None)
+    sources = [{"dir": str(tmp_path / name)} for name in ("one", "two", "three")]
+    message = refusal(tmp_path, dir=None, sources=sources)
+    for said in ("a.png", "two: the image folder does not exist", "three: the image folder does not exist"):
+        assert said in message
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("a (red:1.3) cat", "(red:1.3)"),
+        ("a {red|blue} cat", "{red|blue}"),
+        ("a cat <lora:x:0.8>", "<lora:x:0.8>"),
+        ("a cat (sitting), {nothing} at 12:30 <3", None),
+        ("{" + "|" * 90_000, None),
+    ],
+)
+def test_prompt_syntax_in_captions_is_told(tmp_path: Path, caption: str, said: str | None) -> None:
+    picture(tmp_path / "images" / "a.png", caption=caption)
+    notes = [note for note in found(tmp_path).notes if "prompt syntax" in note]
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]
+
+
+def test_the_least_image_and_the_longest_strip_are_named_first(tmp_path: Path) -> None:
+    for name, size in {"usual.png": (31, 31), "long.png": (90, 30), "tiny.png": (7, 7)}.items():
+        Image.new("RGB", size).save(picture(tmp_path / "images" / name))
+    notes = found(tmp_path).notes
+    assert (
+        "3 of 3 images are smaller than 32 px and are enlarged, up to 4.6 times: tiny.png, long.png, usual.png" in notes
+    )
+    assert any("most: long.png 67%" in note for note in notes)
+
+
+@pytest.mark.parametrize("other", ["a.png.txt", "a.TXT", "a.json", "metadata.jsonl"])
+def test_a_caption_under_another_name_is_noticed(tmp_path: Path, other: str) -> None:
+    picture(tmp_path / "images" / "a.png", caption=None).with_name(other).write_text("a cat")
+    assert f"{other} is there" in refusal(tmp_path)
+
+
+def test_a_caption_whose_name_is_composed_otherwise_is_noticed(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / unicodedata.normalize("NFD", "ä.png"), caption=None).with_name("ä.txt").write_text(
+        "x"
+    )
+    assert "ä.txt is there, which is not read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("policy", ["error", "filename", "empty"])
+def test_a_caption_that_is_no_file_is_refused_whatever_the_policy(tmp_path: Path, policy: str) -> None:
+    picture(tmp_path / "images" / "a.png", caption=None).with_suffix(".txt").symlink_to("nowhere.txt")
+    assert "a.txt: the caption cannot be read" in refusal(tmp_path, captions={"missing": policy})

@@ -98,17 +98,17 @@ def prepare_sweep(
 def _prepare_trials(
     trials: Sequence[TrialConfig], started: Collection[str], launch: Launch, progress: Progress
 ) -> dict[str, Prepared]:
-    """The plan of every trial; base and data are read once for all that share them."""
+    """The plan of every trial; base and data are read once for all that share them, split as the started ones are."""
     firsts: dict[str, Prepared] = {}
     prepared = {}
-    for trial in trials:
+    for trial in sorted(trials, key=lambda trial: trial.name not in started):
         key = json.dumps(shared_settings(trial.config) | {"seed": None}, sort_keys=True)
         continues = trial.name in started
         if key in firsts:
             prepared[trial.name] = prepare_like(firsts[key], trial.config, continues=continues)
         else:
             prepared[trial.name] = firsts[key] = prepare(trial.config, launch, progress, continues=continues)
-    return prepared
+    return {trial.name: prepared[trial.name] for trial in trials}
 
 
 def _check_room(groups: Sequence[TrialGroup], sweep_dir: Path) -> None:
