@@ -29,7 +29,7 @@ from lora_trainer.data.folders import few_of_a_kind, some
 from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover, long_captions, order_digest
 from lora_trainer.errors import ConfigError, DataError, ModelError, Problem, SystemSetupError
-from lora_trainer.models.adapters.targets import assign_param_groups, select_targets
+from lora_trainer.models.adapters.targets import assign_param_groups, kohya_notes, select_targets
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
@@ -88,7 +88,7 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     Raises:
         ConfigError, DataError, ModelError, SystemSetupError: each with all problems of its kind.
     """
-    base = open_base(config.model.path, config.model.revision, config.model.family)
+    base = open_base(**config.model.model_dump())
     family = open_family(base)
     predicts = _prediction_type(config, base, family)
     _check_resolution(config, family)
@@ -103,7 +103,8 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     threads = _threads(config, fixed, default_threads(launch))
-    return Prepared(config, base, base.digests(), predicts, split, targets, plan, threads)
+    digests = base.digests(cache_folder(config) / "base-digests.json", progress)
+    return Prepared(config, base, digests, predicts, split, targets, plan, threads)
 
 
 def checked_images_file(config: RunConfig) -> Path:
@@ -254,7 +255,7 @@ def _prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str
         ModelError: the family cannot be trained on it.
         ConfigError: a loss weighting has no meaning on it.
     """
-    chosen = base.prediction_type(config.model.prediction_type)
+    chosen = base.prediction_type()
     if chosen not in family.prediction_types:
         what = f"prediction type `{chosen}` is not supported with the family {family.name}"
         fix = f"set model.prediction_type to one of {', '.join(family.prediction_types)}, if the base was trained so"
@@ -318,6 +319,8 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield from (("", f"note: {note}") for note in plan.validation.notes)
     yield "saves", _saves(plan)
     yield "files to come", ", ".join(str(file) for file in files_to_come(config))
+    presets = open_family(prepared.base).target_presets
+    yield from (("", f"note: {note}") for note in kohya_notes(config.adapter, prepared.target_shapes, presets))
 
 
 def files_to_come(config: RunConfig) -> list[Path]:
