@@ -35,6 +35,10 @@ class RunRecord:
     name: str
     folder: Path
     plan: Row
+    identity: Row  # every setting and content that decides what is learned
+    seed: int
+    peak_lr: float
+    num_steps: int  # as planned
     environment: Row
     exit: Row
     updates: tuple[Row, ...]  # applied updates
@@ -48,24 +52,6 @@ class RunRecord:
     source: str = ""  # name of the folder that was asked for: the run's, or its sweep's
     place: str = ""  # of that folder, from where its commands are typed
     purpose: Purpose = "selection"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Every setting and content that decides what is learned."""
-        return self.plan["identity"]
-
-    @property
-    def seed(self) -> int:
-        return int(self.identity["seed"])
-
-    @property
-    def peak_lr(self) -> float:
-        return float(self.identity["optimizer.lr"])
-
-    @property
-    def num_steps(self) -> int:
-        """As planned."""
-        return int(self.plan["num_updates"])
 
     @property
     def step(self) -> int:
@@ -147,10 +133,15 @@ def read_run(folder: Path) -> RunRecord:
     try:
         lines = list(read_lines(folder / METRICS_FILE))
         rows = [row for row in lines if row is not None]
+        plan = read_record(folder / PLAN_FILE, PLAN)
         return RunRecord(
             name=folder.resolve().name,
             folder=folder,
-            plan=read_record(folder / PLAN_FILE, PLAN),
+            plan=plan,
+            identity=plan["identity"],
+            seed=int(plan["identity"]["seed"]),
+            peak_lr=float(plan["identity"][_LR]),
+            num_steps=int(plan["num_updates"]),
             environment=_read_if_there(folder / ENVIRONMENT_FILE, ENVIRONMENT),
             exit=_read_if_there(folder / EXIT_FILE, EXIT),
             updates=tuple(row for row in rows if "event" not in row),

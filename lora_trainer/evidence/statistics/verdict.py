@@ -244,11 +244,6 @@ class Verdict:
     unbeaten: tuple[Arm, ...]  # tested arms that no arm is shown to be better than, in the order given
 
     @property
-    def choice(self) -> Arm | None:
-        """What to use on this evidence: the winner, or of a tie the smallest LR; None where nothing was tested."""
-        return smaller_lr(self.unbeaten)[0] if self.unbeaten else None
-
-    @property
     def sentence(self) -> str:
         """Arms that are named together stand in the order given, so that no noise decides how the sentence reads."""
         given, tied = self.question.arms, len(self.unbeaten) > 1
@@ -264,7 +259,7 @@ class Verdict:
         if untested := [arm for arm in given if arm.name not in _tested_names(self.pairs)]:
             parts.append(f"not tested: {_listed(untested)} ({_why_untested(self)})")
         if tied:
-            parts.append(smaller_lr(self.unbeaten)[1])
+            parts.append(smaller_lr(self.unbeaten))
         if all(arm.mean_loss >= 1 - ROUNDING for arm in self.unbeaten):
             parts.append("on average none of these is better than the base")
         if self.purpose == "selection" and any(pair.outcome == Outcome.BETTER for pair in self.pairs):
@@ -305,19 +300,18 @@ def _shown(given: Sequence[Arm], pairs: Sequence[Pair]) -> list[str]:
     return clauses
 
 
-def smaller_lr(tied: Sequence[Arm]) -> tuple[Arm, str]:
+def smaller_lr(tied: Sequence[Arm]) -> str:
     """Which of several tied arms to take, and why: the smaller peak LR, then the smaller LR over the run."""
     lowest = min(arm.peak_lr for arm in tied)
     low = [arm for arm in tied if arm.peak_lr == lowest]
     least = min(arm.lr_budget for arm in low)  # of equal peaks: how far the weights may have moved
     little = [arm for arm in low if arm.lr_budget <= least * (1 + _SAME_BUDGET)]
-    why = "their LRs are equal too, so take either"
     if len(low) < len(tied):
-        why = f"the tie goes to the smaller LR, {_listed(low, 'or')} ({lowest:.3g})"
-    elif len(little) < len(low):
+        return f"the tie goes to the smaller LR, {_listed(low, 'or')} ({lowest:.3g})"
+    if len(little) < len(low):
         budget = f"budget {little[0].lr_budget:.2f}"
-        why = f"the tie goes to the smaller LR over the run, {_listed(little, 'or')} ({budget})"
-    return little[0], why
+        return f"the tie goes to the smaller LR over the run, {_listed(little, 'or')} ({budget})"
+    return "their LRs are equal too, so take either"
 
 
 def _evidence(verdict: Verdict) -> str:

@@ -55,10 +55,6 @@ class PreparedFinder:
     def folder(self) -> Path:
         return self.prepared.run_dir
 
-    def lr(self, k: int) -> float:
-        """The learning rate of the ramp's update k."""
-        return self.prepared.param_groups()[0].lr(k)
-
     def ramp_group(self) -> TrialGroup:
         """The ramp as a group of one."""
         return replace(solo_group(self.prepared), max_skips=1, log_only=True)

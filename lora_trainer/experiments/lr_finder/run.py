@@ -100,7 +100,8 @@ class RampObserver:
     def _add(self, step: int, relative_NS: np.ndarray | None) -> None:
         gain, se = (np.nan, np.nan) if relative_NS is None else paired_gain(relative_NS, self.start_NS)
         kept_NS = relative_NS if np.isfinite(gain) else None
-        self.points[step] = point = Point(self.finder.lr(step - 1), gain, se, relative_NS=kept_NS)
+        lr = self.finder.prepared.param_groups()[0].lr(step - 1)
+        self.points[step] = point = Point(lr, gain, se, relative_NS=kept_NS)
         if step % max(1, self.finder.options.num_steps // 10) == 0:
             self.console.print(f"  lr {point.lr:.2e}  gain {point.gain:+.4%} +- {point.se:.4%}")
 

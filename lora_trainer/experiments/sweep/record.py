@@ -114,10 +114,8 @@ def check_continues(before: Json, prepared: Mapping[str, Prepared], sweep_dir: P
         return
     problems = []
     if changes := difference(before["shared"], _contents(next(iter(prepared.values())))):
-        what, fix = (
-            "this sweep's trials had other data or another base",
-            "restore them, or give the new sweep another `name`",
-        )
+        what = "this sweep's trials had other data or another base"
+        fix = "restore them, or give the new sweep another `name`"
         problems.append(Problem(what, str(sweep_dir), "; ".join(changes), fix))
     refusals = []
     for name, trial in prepared.items():
