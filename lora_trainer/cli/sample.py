@@ -59,6 +59,9 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     if request.size_px is not None and request.size_px % family.latent_factor:
         what = f"--size {request.size_px} is no multiple of {family.latent_factor}"
         raise ConfigError(Problem(what, fix=f"write {request.size_px // family.latent_factor * family.latent_factor}"))
+    if request.num_inference_steps > base.most_inference_steps:
+        what = f"the base's scheduler has no more than {base.most_inference_steps} steps"
+        raise ConfigError(Problem(what, fix=f"write --steps {base.most_inference_steps} or fewer"))
     console.aside(f"loading {base.path} and {lora}")
     pipeline = family.load_pipeline()
     if (recipe := read_recipe(metadata)) is not None:

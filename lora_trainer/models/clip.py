@@ -59,8 +59,8 @@ def _token_faults(tokenizer: Any, encoder: Mapping[str, Any]) -> Iterator[tuple[
         yield f"the ids of the tokenizer's {known} tokens are not 0 to {known - 1}, each once", why
         return
     for name, unset in (("bos_token_id", 0), ("eos_token_id", 2)):  # which the configs of OpenAI's CLIP have
-        own, said = getattr(tokenizer, name), encoder.get(name)
-        if said not in (None, unset, own):
+        own = getattr(tokenizer, name)
+        if (said := encoder.get(name, own)) not in (unset, own):
             yield f"`{name}` is {own} in the tokenizer, {said} in the text encoder", why
     length = tokenizer.model_max_length
     ids = tokenizer(["a"], padding="max_length", max_length=length, truncation=True).input_ids[0]

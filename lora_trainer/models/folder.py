@@ -107,6 +107,12 @@ class BaseFolder:
             raise ModelError(Problem(what, str(self.path / "scheduler"), fix="write model.prediction_type: auto"))
         return "flow"
 
+    @property
+    def most_inference_steps(self) -> int:
+        """The most steps that a sample can take along the scheduler's betas."""
+        settings = self.component_config("scheduler")
+        return int(settings.get("num_train_timesteps", 1000)) - int(settings.get("steps_offset", 0))
+
     def tensor_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of a component, by its name."""
         shapes: dict[str, tuple[int, ...]] = {}
@@ -292,6 +298,7 @@ def schedule_problems(base: BaseFolder, prediction_types: Sequence[str]) -> Iter
         ("num_train_timesteps", "2 to 100,000", type(num) is int and 1 < num <= 100_000),
         ("rescale_betas_zero_snr", "true or false", settings.get("rescale_betas_zero_snr") in (None, False, True)),
         ("timestep_spacing", ", ".join(_SPACINGS), settings.get("timestep_spacing", "leading") in _SPACINGS),
+        ("steps_offset", "0 or 1", settings.get("steps_offset", 0) in (0, 1)),
         ("trained_betas", "a number in 0..1 for each timestep", trained is None or is_listed),
         ("beta_schedule", ", ".join(_BETA_SCHEDULES), trained is not None or kind in _BETA_SCHEDULES),
         ("beta_start", "a number in 0..1", not has_ends or _is_beta(start)),

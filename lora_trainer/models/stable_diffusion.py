@@ -26,9 +26,18 @@ _WANTED: dict[str, dict[str, Any]] = {
     "unet": {
         **dict.fromkeys(("addition_embed_type", "class_embed_type", "encoder_hid_dim", "num_class_embeds")),
         **dict.fromkeys(("in_channels", "out_channels"), 4),
+        **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), 3),
+        **dict.fromkeys(("class_embeddings_concat", "dual_cross_attention", "only_cross_attention"), False),
+        "act_fn": "silu",
         "_class_name": "UNet2DConditionModel",
     },
-    "vae": {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4},
+    "vae": {
+        **dict.fromkeys(("in_channels", "out_channels"), 3),
+        "_class_name": "AutoencoderKL",
+        "latent_channels": 4,
+        "shift_factor": None,
+        "act_fn": "silu",
+    },
 }
 """What is the same in all bases of this family; where a config does not say it, it is so."""
 _SIZES = {
@@ -83,9 +92,14 @@ class StableDiffusion(DiffusersFamily):
             parts = value if isinstance(value, list) and key in _LISTS else [value]
             if not parts or not all(type(part) is int and part > 0 for part in parts):
                 yield f"{component}/config.json", f"`{key}` is {value}, which is no size"
-        factor = configs["vae"].get("scaling_factor", 1)
-        if not isinstance(factor, float | int) or not 0 < factor < math.inf:
-            yield "vae/config.json", f"`scaling_factor` is {factor}, which is no factor"
+        for component, key in ((part, f"{way}_block_types") for part in ("unet", "vae") for way in ("down", "up")):
+            types, widths = (configs[component].get(name) for name in (key, "block_out_channels"))
+            if not isinstance(types, list) or not isinstance(widths, list) or len(types) != len(widths):
+                yield f"{component}/config.json", f"`{key}` is {types}, not as long as `block_out_channels`"
+        for component, key in ("vae", "scaling_factor"), ("vae", "norm_num_groups"), ("unet", "norm_num_groups"):
+            value = configs[component].get(key, 1)
+            if not isinstance(value, float | int) or not 0 < value < math.inf:
+                yield f"{component}/config.json", f"`{key}` is {value}, which is no number above 0"
         width = configs["text_encoder"].get("hidden_size")
         for component, wanted in {**_WANTED, "unet": {**_WANTED["unet"], "cross_attention_dim": width}}.items():
             for key, usual in wanted.items():

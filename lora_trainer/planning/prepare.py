@@ -93,6 +93,10 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     family = open_family(base)
     predicts = _prediction_type(config, base, family)
     _check_resolution(config, family)
+    if config.sample.prompts and predicts != "flow" and config.sample.num_inference_steps > base.most_inference_steps:
+        what = f"the base's scheduler has no more than {base.most_inference_steps} steps"
+        fix = f"write sample.num_inference_steps={base.most_inference_steps} or fewer"
+        raise ConfigError(Problem(what, "sample.num_inference_steps", fix=fix))
     _check_places(config)
     fixed = _fixed_before(config, continues)
     split, prior = _split(config, checked_images_file(config), progress, fixed.held_out)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from toys import build_toy_base, tiny_unet
 
 from lora_trainer.cli.plan import check
+from lora_trainer.cli.sample import SampleRequest, sample
 from lora_trainer.cli.train import train
 from lora_trainer.diffusion.noise_paths import BetaPath
-from lora_trainer.errors import ExitCode, ModelError
+from lora_trainer.errors import ConfigError, ExitCode, ModelError
 from lora_trainer.models.folder import BETA_SCHEDULERS
 from lora_trainer.models.registry import open_base, open_family
 
@@ -141,6 +143,8 @@ BASES: dict[str, tuple[Edit, str | None]] = {
     "more layers than there are": (settings("unet/config.json", layers_per_block=2), "is missing"),
     "a text encoder of more layers": (settings("text_encoder/config.json", num_hidden_layers=3), "is missing"),
     "the last layer of the text encoder skipped": (settings("text_encoder/config.json", num_hidden_layers=1), None),
+    "no last token": (settings("text_encoder/config.json", eos_token_id=None), "`eos_token_id`"),
+    "a VAE of fewer blocks": (settings("vae/config.json", down_block_types=["DownEncoderBlock2D"]), "not as long as"),
     "a VAE of other widths": (settings("vae/config.json", block_out_channels=[8, 16, 8, 16]), "weights do not fit"),
     "a VAE without sizes": (settings("vae/config.json", block_out_channels="absent"), "`block_out_channels` is None"),
     "a scale of nothing": (settings("vae/config.json", scaling_factor=None), "`scaling_factor` is None"),
@@ -166,6 +170,19 @@ def test_check_and_train_agree(name: str, small_base: Path, toy_config: Path, tm
     assert checked[0] == (ExitCode.DONE if said is None else ExitCode.MODEL)
     assert (said or "") in checked[1]
     assert (tmp_path / "runs" / "toy" / "toy.safetensors").is_file() == (said is None)
+
+
+def test_samples_take_no_more_steps_than_the_scheduler_has(small_base: Path, toy_config: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(small_base, tmp_path / "base"))
+    settings(SCHEDULER, num_train_timesteps=10)(base)
+    asked = [*SHORT[:-2], SHORT[-1], f"model.path={base}", "sample={prompts: [x], num_inference_steps: 10}"]
+    with pytest.raises(ConfigError, match=r"write (sample\.num_inference_steps=9) or fewer") as caught:
+        check(toy_config, asked)
+    train(toy_config, [*asked, str(caught.value).partition("write ")[2].removesuffix(" or fewer")])
+    lora = tmp_path / "runs" / "toy" / "toy.safetensors"
+    for steps, refused in ((10, pytest.raises(ConfigError, match="--steps 9")), (9, nullcontext())):
+        with refused:
+            sample(lora, None, None, SampleRequest(("x",), "", 0, 1, steps, 1.0, 1.0, 32), tmp_path / "drawn")
 
 
 @pytest.mark.parametrize("change", [lambda tensors, key: tensors.pop(key), lambda tensors, key: twice(key)(tensors)])
