@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lora_trainer.cli.program import app
@@ -17,6 +19,7 @@ from lora_trainer.config.structure import all_keys
 from lora_trainer.errors import ConfigError, Problem, remedy_of_absence
 from lora_trainer.schedules import registry
 from lora_trainer.schedules.registry import SCHEDULES
+from lora_trainer.tracking.console import MainConsole
 
 GOOD = "name: run\nmodel: {path: base}\ndata: {dir: images}\ntrain: {max_steps: 100}\n"
 
@@ -165,3 +168,16 @@ def test_a_schedule_where_one_stands_is_found_once_allowed(good: Path, monkeypat
     assert CliRunner().invoke(app, words).exit_code != 0
     assert CliRunner().invoke(app, [*words, "--allow-plugins"]).exit_code == 0
     registry.allow_plugins(False)
+
+
+def test_rows_of_a_plan_fit_a_terminal_and_stay_whole_elsewhere() -> None:
+    rows = [("a" * 50, "word " * 40), ("short", "/a/path/" + "x" * 90), ("", "note")]
+    shown: dict[bool, list[str]] = {}
+    for is_terminal in (True, False):
+        screen, console = io.StringIO(), MainConsole()
+        console.rich = Console(file=screen, width=80, force_terminal=is_terminal, soft_wrap=True, highlight=False)
+        console.table("Title", rows)
+        shown[is_terminal] = screen.getvalue().splitlines()
+    assert all(len(line) <= 80 or "x" * 90 in line for line in shown[True])
+    assert " ".join(shown[True]).count("word") == 40
+    assert len(shown[False]) == 2 + len(rows)
