@@ -17,35 +17,63 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source, set_value
+from lora_trainer.config.trials import TrialConfig, load_sweep
 from lora_trainer.data.records import long_captions, survey
 from lora_trainer.errors import ConfigError, DataError, Problem
+from lora_trainer.experiments.sweep.derived import plan_short_runs
+from lora_trainer.experiments.sweep.prepare import PreparedSweep, prepare_sweep, sweep_rows
 from lora_trainer.models.registry import open_base, open_family
-from lora_trainer.planning.prepare import Prepared, checked_images_file, plan_rows, prepare
-from lora_trainer.runtime.launch import read_launch
+from lora_trainer.planning.prepare import Prepared, check_resume, checked_images_file, plan_rows, prepare
+from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.tracking.console import MainConsole
 
 
 def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepared:
     """Check base and data and work out the plan, as for this many processes."""
+    return prepare(config, _launch(config, num_processes), MainConsole().track)
+
+
+def _launch(config: RunConfig, num_processes: int | None = None) -> Launch:
     launch = read_launch(config)
-    if num_processes is not None:
-        launch = replace(launch, num_processes=num_processes, num_local_processes=num_processes)
-    return prepare(config, launch, MainConsole().track)
+    if num_processes is None:
+        return launch
+    return replace(launch, num_processes=num_processes, num_local_processes=num_processes)
 
 
 def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = False) -> None:
     """Say that the configuration, and unless `config_only` the base and every image and caption, can be used.
 
     Raises:
-        TrainerError: they cannot; with all problems of the first kind that has any.
+        TrainerError: they cannot; with all problems of the first kind that has any, as `train` would.
     """
     check_platform()
     config = load_config(config_file, overrides)
+    sweeps = _sweeps(config_file, overrides) if config.sweep is not None else []
     console = MainConsole()
     console.print(f"configuration  {config_file} can be used")
-    if not config_only:
-        for name, finding in _findings(prepare_plan(config)):
-            console.print(f"{name:<15}{finding}")
+    if config_only:
+        return
+    if not sweeps:
+        prepared = prepare_plan(config)
+        check_resume(prepared)
+        runs = [prepared]
+    for sweep in sweeps:
+        runs = _runs_of(prepare_sweep(*sweep, _launch(config), console.track))
+        console.print(f"trials         {len(runs)} to train")
+    for name, finding in _findings(runs):
+        console.print(f"{name:<15}{finding}")
+
+
+def _runs_of(sweep: PreparedSweep) -> list[Prepared]:
+    return [member.prepared for group in sweep.groups for member in group.members]
+
+
+def _sweeps(config_file: Path, overrides: Sequence[str]) -> list[tuple[RunConfig, list[TrialConfig]]]:
+    """What `train` would start one after the other: the short runs that choose the rates, and the sweep itself."""
+    config, trials = load_sweep(config_file, overrides)
+    short = plan_short_runs(config, trials)
+    first = [] if short is None else [load_sweep(config_file, [*overrides, *short.overrides])]
+    return [*first, (config, trials)]
 
 
 def check_files(config_file: Path, overrides: Sequence[str]) -> None:
@@ -71,21 +99,32 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
         raise DataError(f"{len(problems)} files are refused; the list says why")
 
 
-def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    plan, base = prepared.plan, prepared.base
-    yield "base", f"{base.path} is a whole {base.family} folder, {prepared.prediction_type} prediction"
-    yield "images", f"{plan.num_images} can be read and have their captions"
-    yield from (("", note) for note in prepared.dataset.notes)
-    yield "targets", f"{plan.num_modules} layers get an adapter"
-    yield from (("warning", warning) for group in plan.param_groups for warning in group.warnings)
+def _findings(runs: Sequence[Prepared]) -> Iterator[tuple[str, str]]:
+    """What was found of runs that share base and images."""
+    for prepared in runs[:1]:
+        base = prepared.base
+        yield "base", f"{base.path} is a whole {base.family} folder, {prepared.prediction_type} prediction"
+        yield "images", f"{prepared.plan.num_images} can be read and have their captions"
+        yield from (("", note) for note in prepared.dataset.notes)
+        yield "targets", f"{prepared.plan.num_modules} layers get an adapter"
+    warnings = (warning for prepared in runs for group in prepared.plan.param_groups for warning in group.warnings)
+    yield from (("warning", warning) for warning in dict.fromkeys(warnings))
 
 
 def plan(config_file: Path, overrides: Sequence[str], num_processes: int | None) -> None:
-    """Print the plan of a run and how its numbers come about."""
-    prepared = prepare_plan(load_config(config_file, overrides), num_processes)
-    console = MainConsole()
-    console.table(f"Plan of {prepared.config.name}", plan_rows(prepared))
-    console.table("How the numbers come about", explanation(prepared))
+    """Print the plan of a run, or of a sweep, and how its numbers come about."""
+    config, console = load_config(config_file, overrides), MainConsole()
+    if config.sweep is None:
+        prepared = prepare_plan(config, num_processes)
+        check_resume(prepared)
+        runs = [prepared]
+        console.table(f"Plan of {config.name}", plan_rows(prepared))
+    for sweep in _sweeps(config_file, overrides) if config.sweep is not None else ():
+        planned = prepare_sweep(*sweep, _launch(config, num_processes), console.track)
+        runs = _runs_of(planned)
+        console.table(f"Plan of {planned.config.name}", sweep_rows(planned))
+    for run in runs[:1]:
+        console.table("How the numbers come about", explanation(run))
 
 
 def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:

@@ -40,7 +40,8 @@ from lora_trainer.experiments.sweep.prepare import (
     without,
 )
 from lora_trainer.experiments.sweep.record import Json, unfinished_trials
-from lora_trainer.planning.prepare import Prepared, files_to_come, plan_rows, prepare
+from lora_trainer.planning.preflight import check_places
+from lora_trainer.planning.prepare import Prepared, check_resume, files_to_come, plan_rows, prepare
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import MainConsole, needless
@@ -68,6 +69,8 @@ def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False,
         return
     with starting(config, dry_run=dry_run, fresh=fresh) as start, start.writing(config):
         prepared = prepare(config, start.launch, start.console.track)
+        if dry_run and not fresh:
+            check_resume(prepared)
         start.console.table(f"Plan of {config.name}", plan_rows(prepared))
         if not dry_run:
             start.train_run(prepared)
@@ -163,6 +166,7 @@ class Start:
         """Be the only writer of a directory, where this process writes at all."""
         if self.dry_run or not self.launch.is_main:
             return nullcontext()
+        check_places(config)
         return writing(run_directory(config), self.console, fresh=self.fresh)
 
     def train_run(self, prepared: Prepared) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, SerializeAsAny, Tag, WrapValidator
 
+from lora_trainer.errors import Problem
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.schedules.schedule import Duration, Horizon, to_steps
 from lora_trainer.strict_model import NotBool, NotNegative, Positive, Ratio, StrictModel, matching
@@ -256,6 +257,13 @@ def optimizer_row(name: str) -> OptimizerRow:
             raise ValueError(f"`{entry.value}` is no OptimizerRow whose options have the type `{name}`")
         return row
     raise ValueError(f"`{name}` is no optimizer")
+
+
+def cannot_build(row: OptimizerRow, why: str) -> Problem:
+    """That the package of an optimizer is missing or broken."""
+    what = f"optimizer.type: {row.name} needs `{row.build}`, which cannot be imported"
+    package = f"install or mend the package `{row.build.partition(':')[0].partition('.')[0]}`"
+    return Problem(what, why=why, fix=f"pip install 'lora_trainer[{row.extra}]'" if row.extra else package)
 
 
 def _tag(value: Any) -> str | None:

@@ -7,7 +7,6 @@ weights. Each image is encoded alone, so an entry never depends on its neighbour
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +15,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from lora_trainer.config.places import cache_folder
 from lora_trainer.config.schema import DataConfig, RunConfig
 from lora_trainer.data.batches import LatentStore, PromptStore
+from lora_trainer.data.entries import Framed, entries_of, num_crops
 from lora_trainer.data.holdout import Split
-from lora_trainer.data.images import apply_frame, decode, frame
-from lora_trainer.data.records import Progress, Record
-from lora_trainer.diffusion import random_streams
+from lora_trainer.data.images import apply_frame, decode
+from lora_trainer.data.records import Progress
 from lora_trainer.diffusion.batch import ProbeItems
 from lora_trainer.errors import DataError, Problem
-from lora_trainer.models.family import Family, View
+from lora_trainer.models.family import Family
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.storage import safetensors_io
-
-LAYOUT = "1"  # part of every entry's name: raise it when the way of encoding changes
-DEFAULT_CROPS = 4
 
 
 @dataclass(frozen=True)
@@ -42,21 +37,6 @@ class Cache:
     probes: Mapping[str, ProbeItems]
     num_encoded: int
     """Entries that were not there before."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Framed:
-    """One image as it is shown: its part, and whether it is mirrored."""
-
-    record: Record
-    view: View
-    mirrored: bool = False
-
-    def file(self, folder: Path, encoder: str) -> Path:
-        """Where its latents are kept."""
-        view = self.view
-        place = (view.scaled_size, view.left, view.top, view.resolution)
-        return _entry_file(folder / "latents", "latent", encoder, self.record.sha256, place, self.mirrored)
 
 
 def build_cache(
@@ -76,54 +56,21 @@ def build_cache(
     Raises:
         DataError: an image has no finite latents.
     """
-    folder, resolution = cache_folder(config), config.data.resolution
-    records = [*split.training.records, *(record for watched in split.probes.values() for record in watched)]
-    texts = _texts(config, records)
-    encoders = "".join(base_digests[component] for component in family.prompt_components)
-    text_files = {text: _entry_file(folder / "prompts", "prompt tensors", encoders, text) for text in texts}
-    training = _training_images(config, split.training.records)
-    probes = {name: [_Framed(r, frame(r.size, resolution)) for r in watched] for name, watched in split.probes.items()}
-    images = dict.fromkeys([*training.values(), *(image for row in probes.values() for image in row)])
-    image_files = {image: image.file(folder, base_digests["vae"]) for image in images}
-    missing_texts, missing_images = _missing(text_files, runtime), _missing(image_files, runtime)
+    entries = entries_of(config, family, split, base_digests)
+    texts, images = entries.texts, entries.images
+    missing_texts, missing_images = _missing(texts, runtime), _missing(images, runtime)
     if missing_texts:
-        _encode_texts(family, runtime, missing_texts, text_files, progress)
+        _encode_texts(family, runtime, missing_texts, texts, progress)
     if missing_images:
-        _encode_views(family, runtime, missing_images, image_files, progress)
+        _encode_views(family, runtime, missing_images, images, progress)
     runtime.state.wait_for_everyone()
-    prompts = {name: runtime.place(values) for name, values in _stacked(text_files.values()).items()}
+    prompts = {name: runtime.place(values) for name, values in _stacked(texts.values()).items()}
     return Cache(
-        latents=_read_latents(training, image_files, config.data, family, runtime),
+        latents=_read_latents(entries.training, images, config.data, family, runtime),
         prompts=PromptStore(prompts, {text: row for row, text in enumerate(texts)}),
-        probes={name: _read_probe(row, image_files, family, runtime) for name, row in probes.items()},
+        probes={name: _read_probe(row, images, family, runtime) for name, row in entries.probes.items()},
         num_encoded=len(missing_texts) + len(missing_images),
     )
-
-
-def _texts(config: RunConfig, records: Sequence[Record]) -> list[str]:
-    """Every prompt that a run may ask for: captions, the empty one, samples."""
-    captions = (caption for record in records for caption in record.captions)
-    samples = (text for p in config.sample.prompts for text in (p.prompt, p.negative_prompt))
-    return list(dict.fromkeys(["", *captions, *samples]))
-
-
-def _training_images(config: RunConfig, records: Sequence[Record]) -> dict[tuple[int, int, bool], _Framed]:
-    """Every way in which a sample may be shown, by (record, crop, mirrored)."""
-    data, images = config.data, {}
-    for index, record in enumerate(records):
-        for crop in range(_num_crops(data)):
-            place = (0.5, 0.5)
-            if data.crop == "random":
-                x, y = random_streams.stream(config.seed, "crop place", record.sha256, crop).random(2)
-                place = (float(x), float(y))
-            for mirrored in (False, True) if data.flip else (False,):
-                images[index, crop, mirrored] = _Framed(record, frame(record.size, data.resolution, place), mirrored)
-    return images
-
-
-def _num_crops(data: DataConfig) -> int:
-    """Cached places per image."""
-    return 1 if data.crop == "center" else data.crops_per_image or DEFAULT_CROPS
 
 
 def _missing(files: Mapping[Any, Path], runtime: Runtime) -> list[Any]:
@@ -134,7 +81,7 @@ def _missing(files: Mapping[Any, Path], runtime: Runtime) -> list[Any]:
 
 @torch.no_grad()
 def _encode_texts(
-    family: Family, runtime: Runtime, texts: Sequence[str], files: dict[str, Path], progress: Progress
+    family: Family, runtime: Runtime, texts: Sequence[str], files: Mapping[str, Path], progress: Progress
 ) -> None:
     encoders = family.load_text_encoders(runtime.device)
     for text in progress(texts, "encoding prompts", len(texts)):
@@ -147,7 +94,7 @@ def _encode_texts(
 
 @torch.no_grad()
 def _encode_views(
-    family: Family, runtime: Runtime, images: Sequence[_Framed], files: dict[_Framed, Path], progress: Progress
+    family: Family, runtime: Runtime, images: Sequence[Framed], files: Mapping[Framed, Path], progress: Progress
 ) -> None:
     vae = family.load_vae(runtime.device)
     for image in progress(images, "encoding images", len(images)):
@@ -187,8 +134,8 @@ def _stacked(files: Iterable[Path]) -> dict[str, torch.Tensor]:
 
 
 def _read_latents(
-    images: Mapping[tuple[int, int, bool], _Framed],
-    files: Mapping[_Framed, Path],
+    images: Mapping[tuple[int, int, bool], Framed],
+    files: Mapping[Framed, Path],
     data: DataConfig,
     family: Family,
     runtime: Runtime,
@@ -201,14 +148,12 @@ def _read_latents(
         std_NChw=std_NChw,
         view_tensors=_view_tensors(rows, family, mean_NChw.device),
         rows={key: rows[image] for key, image in images.items()},
-        num_crops=_num_crops(data),
+        num_crops=num_crops(data),
         flips=data.flip,
     )
 
 
-def _read_probe(
-    images: Sequence[_Framed], files: Mapping[_Framed, Path], family: Family, runtime: Runtime
-) -> ProbeItems:
+def _read_probe(images: Sequence[Framed], files: Mapping[Framed, Path], family: Family, runtime: Runtime) -> ProbeItems:
     return ProbeItems(
         keys=tuple(image.record.sha256 for image in images),
         latents_NChw=_stacked(files[image] for image in images)["mean"].to(runtime.device),
@@ -217,12 +162,7 @@ def _read_probe(
     )
 
 
-def _view_tensors(images: Iterable[_Framed], family: Family, device: torch.device) -> dict[str, torch.Tensor]:
+def _view_tensors(images: Iterable[Framed], family: Family, device: torch.device) -> dict[str, torch.Tensor]:
     """What the denoiser is told of N views: [N, ...] by name."""
     values = [family.view_conditioning(image.view) for image in images]
     return {name: torch.tensor([row[name] for row in values], device=device) for name in values[0]}
-
-
-def _entry_file(folder: Path, *content: Any) -> Path:
-    """The entry of this content."""
-    return folder / f"{hashlib.sha256(json.dumps([LAYOUT, *content]).encode()).hexdigest()}.safetensors"

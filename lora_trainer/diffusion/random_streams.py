@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def stream(seed: int, purpose: str, *counters: int | str) -> np.random.Generator:
@@ -21,6 +24,8 @@ def stream(seed: int, purpose: str, *counters: int | str) -> np.random.Generator
 
 def normal(shape: Sequence[int], seed: int, purpose: str, *counters: int | str) -> torch.Tensor:
     """Standard normal float32 tensor on the CPU."""
+    import torch
+
     return torch.from_numpy(stream(seed, purpose, *counters).standard_normal(tuple(shape), dtype=np.float32))
 
 
@@ -28,6 +33,8 @@ def uniform(
     low: float, high: float, shape: Sequence[int], seed: int, purpose: str, *counters: int | str
 ) -> torch.Tensor:
     """Uniform float32 tensor in [low, high) on the CPU."""
+    import torch
+
     unit = stream(seed, purpose, *counters).random(tuple(shape), dtype=np.float32)
     return torch.from_numpy(unit * np.float32(high - low) + np.float32(low))
 

@@ -121,6 +121,10 @@ class Family(Protocol):
     def view_conditioning(self, view: View) -> dict[str, tuple[float, ...]]:
         """What the denoiser is told of a view, by name; nothing in most families."""
 
+    def entry_bytes(self, resolution: int) -> tuple[int, int]:
+        """About what one image's latents and one prompt's embeddings take in the cache; 0 where it is not known."""
+        return 0, 0
+
     def load_text_encoders(self, device: torch.device) -> Any:
         """All that `encode_prompt` needs, frozen, in fp32."""
 

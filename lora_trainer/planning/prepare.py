@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config.identity import identity_fields
+from lora_trainer.config.identity import compare, identity_fields, refusal
 from lora_trainer.config.learning_rates import unusual_rates
 from lora_trainer.config.places import (
     CHECKPOINTS,
@@ -24,18 +24,28 @@ from lora_trainer.config.places import (
     report_file,
     run_directory,
 )
-from lora_trainer.config.schema import CURVE_LENGTH, RunConfig
-from lora_trainer.data.folders import few_of_a_kind, some
+from lora_trainer.config.schema import CURVE_LENGTH, FACTS, RunConfig
+from lora_trainer.data.entries import entries_of
 from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
-from lora_trainer.data.records import Dataset, Progress, content_digest, discover, long_captions, order_digest
-from lora_trainer.errors import ConfigError, DataError, ModelError, Problem, SystemSetupError
+from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
+from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.models.adapters.targets import assign_param_groups, select_targets
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
+from lora_trainer.planning.preflight import (
+    check_packages,
+    check_places,
+    check_prompts,
+    check_resolution,
+    check_room,
+    prediction_type,
+    with_cut_texts,
+)
 from lora_trainer.planning.run_plan import ParamGroup, RunPlan, plan_run, resolve_param_groups
+from lora_trainer.runtime.device import Device, Precision, find_devices, precision_on
 from lora_trainer.runtime.launch import Launch, default_threads
-from lora_trainer.storage import disk_space
+from lora_trainer.storage.atomic_files import read_json
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,11 @@ class Prepared:
     target_shapes: dict[str, tuple[int, ...]]
     plan: RunPlan
     threads: int
+    devices: tuple[Device, ...]
+    """What it would compute on, then a GPU that it could not use."""
+    precision: Precision
+    num_entries: tuple[int, int]
+    """Latents and prompts in the cache."""
 
     @property
     def run_dir(self) -> Path:
@@ -88,22 +103,29 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     Raises:
         ConfigError, DataError, ModelError, SystemSetupError: each with all problems of its kind.
     """
+    check_places(config)
+    check_packages(config)
+    check_prompts(config)
+    devices = find_devices()
+    precision = precision_on(config.train.precision, devices[0])
     base = open_base(config.model.path, config.model.revision, config.model.family)
     family = open_family(base)
-    predicts = _prediction_type(config, base, family)
-    _check_resolution(config, family)
-    _check_places(config)
+    predicts = prediction_type(config, base, family)
+    check_resolution(config, family)
     fixed = _fixed_before(config, continues)
     split, prior = _split(config, checked_images_file(config), progress, fixed.held_out)
-    split = _with_cut_captions(config, family, split, prior)
+    split = with_cut_texts(config, family, split, prior)
     targets = _targets(config, base, family)
     num_probes = 2 + (prior is not None)
     plan = _plan(config, base, split, targets, launch.num_processes, num_probes=num_probes, fixed=fixed)
-    _check_room(config, plan)
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
+    digests = base.digests()
+    entries = entries_of(config, family, split, digests)
+    check_room(config, plan, entries.missing_bytes(family, config.data.resolution))
     threads = _threads(config, fixed, default_threads(launch))
-    return Prepared(config, base, base.digests(), predicts, split, targets, plan, threads)
+    num_entries = len(entries.images), len(entries.texts)
+    return Prepared(config, base, digests, predicts, split, targets, plan, threads, devices, precision, num_entries)
 
 
 def checked_images_file(config: RunConfig) -> Path:
@@ -120,6 +142,7 @@ def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | Non
     Raises:
         ConfigError: targets, groups or schedules do not fit.
     """
+    check_packages(config)
     base, split = prepared.base, prepared.split
     targets = _targets(config, base, open_family(base))
     fixed = _fixed_before(config, continues)
@@ -199,13 +222,44 @@ def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
         return _Fixed(held_out=held_out)
 
 
-def _check_room(config: RunConfig, plan: RunPlan) -> None:
-    """The checkpoints kept, one more while it is written, and what is reserved for the LoRA files must fit."""
-    run_dir, kept = run_directory(config), config.checkpoint.keep_last
-    one = plan.checkpoint_bytes(with_average=config.train.ema_decay is not None)
-    there = disk_space.size_of(run_dir / CHECKPOINTS)
-    purpose = f"{kept + 1} checkpoints of about {disk_space.mib(one)} and the LoRA files"
-    disk_space.check_room(run_dir, max(one, (kept + 1) * one - there) + plan.export_bytes(config.export.dtype), purpose)
+def check_resume(prepared: Prepared) -> None:
+    """What a start would refuse to continue, as far as the newest checkpoint's settings can be read.
+
+    Raises:
+        ConfigError: the run began with others, or its LR curve is over.
+    """
+    run_dir, config = prepared.run_dir, prepared.config
+    try:
+        newest = max((run_dir / CHECKPOINTS).glob("step-????????"))
+        state = read_json(newest / "state.json")
+        (stored,) = (trial["identity"] for trial in state["trials"].values())
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # none, damaged, or of the earlier format: the start itself tells
+        return
+    now = {key: stored[key] for key in FACTS if key in stored} | prepared.identity()
+    now |= {"train.precision": prepared.precision}
+    if refused := compare(stored, now, config.resume, str(run_dir)).refused:
+        raise ConfigError(refusal(config.name, stored, now, refused, str(run_dir)))
+    check_kept_curve(prepared)
+
+
+def check_kept_curve(prepared: Prepared) -> None:
+    """Refuse to go on along a curve that ended at 0.
+
+    Raises:
+        ConfigError: the updates after its end would do nothing.
+    """
+    length = prepared.plan.lr_horizon.num_steps
+    num_more = prepared.plan.num_steps - length
+    if num_more > 0 and all(group.lr(length) == 0 for group in prepared.param_groups()):
+        what = f"the LR curve of this run ends at 0 after {length} updates: {num_more} more would learn nothing"
+        where, why = f"{prepared.config.name}, resume.schedule", "`keep` holds the curve's last value"
+        fix = "write resume.schedule: stretch, which lays the curve over the new length"
+        raise ConfigError(Problem(what, where, why, fix))
 
 
 def _split(
@@ -227,58 +281,12 @@ def _split(
     return split, others.get("prior_dir")
 
 
-def _with_cut_captions(config: RunConfig, family: Family, split: Split, prior: Dataset | None) -> Split:
-    """The split, with a note where captions are cut; an error where the policy says so."""
-    long = long_captions(family, [*split.training.records, *split.held_out, *(prior.records if prior else ())])
-    if not long:
-        return split
-    if config.data.captions.too_long == "error":
-        raise DataError(*few_of_a_kind(long))
-    names = some([Path(problem.where or "").name for problem in long])
-    note = f"{len(long)} captions are longer than the text encoder reads and are cut: {names}"
-    return replace(split, training=replace(split.training, notes=(*split.training.notes, note)))
-
-
 def _chosen_before(file: Path) -> tuple[str, ...] | None:
     """Content hashes of the images that an earlier start of this run held out."""
     try:
         return tuple(json.loads(file.read_text())["images_held_out"])
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str:
-    """What the denoiser predicts.
-
-    Raises:
-        ModelError: the family cannot be trained on it.
-        ConfigError: a loss weighting has no meaning on it.
-    """
-    chosen = base.prediction_type(config.model.prediction_type)
-    if chosen not in family.prediction_types:
-        what = f"prediction type `{chosen}` is not supported with the family {family.name}"
-        fix = f"set model.prediction_type to one of {', '.join(family.prediction_types)}, if the base was trained so"
-        raise ModelError(Problem(what, str(base.path / "scheduler"), fix=fix))
-    if chosen == "epsilon" and base.component_config("scheduler").get("rescale_betas_zero_snr"):
-        what, where = (
-            "at zero terminal SNR there is no signal left, of which epsilon could tell",
-            base.path / "scheduler",
-        )
-        fix = "write model.prediction_type: v_prediction, if it was trained so"
-        raise ModelError(Problem(what, str(where), fix=fix))
-    for name in config.objective.model_dump(exclude_none=True) if chosen == "flow" else ():
-        what, why = f"`objective.{name}` weights the timesteps of a noise schedule of betas", "the base has none"
-        raise ConfigError(Problem(what, str(base.path / "scheduler"), why, f"write objective.{name}: null"))
-    return chosen
-
-
-def _check_resolution(config: RunConfig, family: Family) -> None:
-    """Pixels must fill whole latents."""
-    side, factor = config.data.resolution, family.latent_factor
-    if side % factor:
-        what = f"`data.resolution` {side} is no multiple of {factor}, the factor of the base's autoencoder"
-        fix = f"write {side // factor * factor} or {side // factor * factor + factor}"
-        raise ConfigError(Problem(what, "data.resolution", fix=fix))
 
 
 def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
@@ -336,23 +344,3 @@ def _saves(plan: RunPlan) -> str:
     periods = {"checkpoint": plan.periods.checkpoint, "sample": plan.periods.sample, "export": plan.periods.export}
     listed = [f"{name} every {period}" for name, period in periods.items() if period]
     return ", ".join([*listed, "all at the end"])
-
-
-def _check_places(config: RunConfig) -> None:
-    """The output must be writable and must not lie among the images."""
-    run_dir = run_directory(config).resolve()
-    folders = [config.data.dir] if config.data.dir else [source.dir for source in config.data.sources or ()]
-    for folder in folders:
-        if folder and run_dir.is_relative_to(Path(folder).expanduser().resolve()):
-            raise ConfigError(
-                Problem(
-                    "the run directory would lie inside the image folder", str(run_dir), fix="set another output_dir"
-                )
-            )
-    place = run_dir
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise SystemSetupError(
-            Problem("a file is in the way of the run directory", str(place), fix="set another output_dir")
-        )
