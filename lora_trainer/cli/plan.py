@@ -12,7 +12,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from lora_trainer.cli.session import check_platform
-from lora_trainer.config.learning_rates import PRESETS, small_set_note
+from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
@@ -23,7 +23,9 @@ from lora_trainer.errors import ConfigError, DataError, Problem
 from lora_trainer.experiments.sweep.derived import plan_short_runs
 from lora_trainer.experiments.sweep.prepare import PreparedSweep, prepare_sweep, sweep_rows
 from lora_trainer.models.registry import open_base, open_family
-from lora_trainer.planning.prepare import Prepared, check_resume, checked_images_file, plan_rows, prepare
+from lora_trainer.planning.memory import memory_rows
+from lora_trainer.planning.prepare import Prepared, check_resume, checked_images_file, prepare
+from lora_trainer.planning.rows import notes, plan_rows
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.tracking.console import MainConsole
 
@@ -109,6 +111,9 @@ def _findings(runs: Sequence[Prepared]) -> Iterator[tuple[str, str]]:
         yield "targets", f"{prepared.plan.num_modules} layers get an adapter"
     warnings = (warning for prepared in runs for group in prepared.plan.param_groups for warning in group.warnings)
     yield from (("warning", warning) for warning in dict.fromkeys(warnings))
+    yield from (("note", note) for note in dict.fromkeys(note for prepared in runs for note in notes(prepared)))
+    for prepared in runs[:1]:
+        yield from memory_rows(prepared)
 
 
 def plan(config_file: Path, overrides: Sequence[str], num_processes: int | None) -> None:
@@ -153,8 +158,6 @@ def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "", f"weight decay {config.optimizer.weight_decay:g} alone shrinks a weight by {shrink:.2%} over the run"
     scale = config.adapter.alpha / (config.adapter.rank**0.5 if config.adapter.use_rslora else config.adapter.rank)
     yield "", f"the adapter's output is scaled by {scale:g}, and with it the effect of the learning rate"
-    if note := small_set_note(config, p.num_images):
-        yield "note", note
 
 
 def list_presets() -> Iterator[tuple[str, str]]:

@@ -41,7 +41,8 @@ from lora_trainer.experiments.sweep.prepare import (
 )
 from lora_trainer.experiments.sweep.record import Json, unfinished_trials
 from lora_trainer.planning.preflight import check_places
-from lora_trainer.planning.prepare import Prepared, check_resume, files_to_come, plan_rows, prepare
+from lora_trainer.planning.prepare import Prepared, check_resume, prepare
+from lora_trainer.planning.rows import files_to_come, plan_rows
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import MainConsole, needless

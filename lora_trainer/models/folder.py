@@ -7,6 +7,7 @@ to do about it.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,6 +88,14 @@ class BaseFolder:
                     if key.endswith(".weight") and len(shape) >= 2:
                         shapes[key.removesuffix(".weight")] = shape
         return shapes
+
+    def num_weights(self, component: str) -> int:
+        """Numbers in all tensors of a component."""
+        total = 0
+        for file in self.weights(component):
+            with safe_open(file, framework="np") as opened:
+                total += sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())
+        return total
 
     def digests(self) -> dict[str, str]:
         """Identity of each component's content, wherever the folder lies."""

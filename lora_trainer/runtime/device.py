@@ -48,11 +48,11 @@ class Device:
 
 
 def find_devices() -> tuple[Device, ...]:
-    """The device of this process, and after the host a GPU that this torch cannot use."""
-    card = _visible_card()
+    """The device of this process first; the host and the GPU, where there is one."""
+    card, host = _visible_card(), _host()
     if card is None:
-        return (_host(),)
-    return (card,) if card.why_unused is None else (_host(), card)
+        return (host,)
+    return (card, host) if card.why_unused is None else (host, card)
 
 
 def precision_on(asked: str, device: Device) -> Precision:

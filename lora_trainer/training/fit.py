@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from accelerate import PartialState
 
 from lora_trainer.errors import Problem, StoppedBySignal
-from lora_trainer.planning.prepare import results_to_come
+from lora_trainer.planning.rows import results_to_come
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.runtime.runtime import start_runtime
 from lora_trainer.tracking.console import MainConsole
