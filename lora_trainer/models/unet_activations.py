@@ -36,8 +36,8 @@ class ForwardShape:
     num_tokens: int
     element_bytes: int
     """Of the base and of what goes through it."""
-    norms_in_fp32: bool
-    """Whether autocast runs norms in fp32, as on GPUs."""
+    on_gpu: bool
+    """Whether autocast runs norms in fp32, and the mask of a dropout takes a byte."""
     num_trials: int = 1
     checkpointing: bool = False
     use_dora: bool = False
@@ -119,12 +119,12 @@ class _Walk:
         inside = self.num_kept
         if self.shape.checkpointing:
             self.recomputed = max(self.recomputed, inside)
-            self.kept = dict.fromkeys(inputs)
+            self.kept = dict.fromkeys(inputs) if inside else {}
         self.kept = outside | self.kept
 
     def norm(self, x: _Tensor, num_groups: int) -> _Tensor:
         """`num_groups` means and deviations."""
-        size = 4 if self.shape.norms_in_fp32 else x.element_bytes
+        size = 4 if self.shape.on_gpu else x.element_bytes
         if x.has_grad:
             cast = x if size == x.element_bytes else self.tensor(x.numbers, element_bytes=size)
             self.keep(cast, self.tensor(2 * num_groups, element_bytes=size))
@@ -148,8 +148,8 @@ class _Walk:
         self.keep(read, self.tensor(numbers // out_channels * adapted.rank))
         if is_cast or is_packed:
             self.keep(self.tensor(adapted.num_weights * shape.num_trials))
-        if shape.dropout:
-            self.keep(self.tensor(x.numbers, element_bytes=1))
+        if shape.dropout and x.has_grad:
+            self.keep(self.tensor(x.numbers, element_bytes=1 if shape.on_gpu else 4))
         if shape.use_dora:
             self.keep(self.tensor(numbers), self.tensor(numbers))
         return out

@@ -66,7 +66,7 @@ def estimate_memory(
             latent_side=side // family.latent_factor,
             num_tokens=family.max_tokens,
             element_bytes=size,
-            norms_in_fp32=device.gpu is not None and size < 4,
+            on_gpu=device.gpu is not None,
             num_trials=trials_per_pass,
             checkpointing=config.train.gradient_checkpointing,
             use_dora=adapter.use_dora,
@@ -76,7 +76,10 @@ def estimate_memory(
     if kept is None:
         return None
     weights = 4 * num_trials * plan.num_parameters
-    of_layers = [((rank, *rest), (out, rank), *([(out,)] * adapter.use_dora)) for out, *rest in targets.values()]
+    of_layers = [
+        ((rank, *rest), (out, rank, *(1 for _ in rest[1:])), *([(out,)] * adapter.use_dora))
+        for out, *rest in targets.values()
+    ]
     state = sum(config.optimizer.state_values(shape) for shapes in of_layers for shape in shapes)
     lines = {
         "frozen base": size * base.num_weights(base.denoiser),
