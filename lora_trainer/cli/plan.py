@@ -28,6 +28,7 @@ from lora_trainer.planning.prepare import Prepared, check_resume, checked_images
 from lora_trainer.planning.rows import notes, plan_rows
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.tracking.console import MainConsole
+from lora_trainer.training.group import TrialGroup, solo_group
 
 
 def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepared:
@@ -116,20 +117,22 @@ def _findings(runs: Sequence[Prepared]) -> Iterator[tuple[str, str]]:
         yield from memory_rows(prepared)
 
 
-def plan(config_file: Path, overrides: Sequence[str], num_processes: int | None) -> None:
-    """Print the plan of a run, or of a sweep, and how its numbers come about."""
+def plan(config_file: Path, overrides: Sequence[str], num_processes: int | None) -> Sequence[TrialGroup]:
+    """Print the plan of a run, or of a sweep, and how its numbers come about; what would be trained."""
     config, console = load_config(config_file, overrides), MainConsole()
+    groups: Sequence[TrialGroup] = ()
     if config.sweep is None:
         prepared = prepare_plan(config, num_processes)
         check_resume(prepared)
-        runs = [prepared]
+        groups = [solo_group(prepared)]
         console.table(f"Plan of {config.name}", plan_rows(prepared))
     for sweep in _sweeps(config_file, overrides) if config.sweep is not None else ():
         planned = prepare_sweep(*sweep, _launch(config, num_processes), console.track)
-        runs = _runs_of(planned)
+        groups = planned.groups
         console.table(f"Plan of {planned.config.name}", sweep_rows(planned))
-    for run in runs[:1]:
-        console.table("How the numbers come about", explanation(run))
+    for group in groups[:1]:
+        console.table("How the numbers come about", explanation(group.shared))
+    return groups
 
 
 def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:

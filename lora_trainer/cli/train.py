@@ -40,6 +40,7 @@ from lora_trainer.experiments.sweep.prepare import (
     without,
 )
 from lora_trainer.experiments.sweep.record import Json, unfinished_trials
+from lora_trainer.planning.memory import planned_peak_gib
 from lora_trainer.planning.preflight import check_places
 from lora_trainer.planning.prepare import Prepared, check_resume, prepare
 from lora_trainer.planning.rows import files_to_come, plan_rows
@@ -57,8 +58,13 @@ LR_CURVES = "lr-curves.png"
 LOADING = "loading torch and diffusers"
 
 
-def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False) -> None:
+def train(
+    config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False, measure: bool = False
+) -> None:
     """Run one training, or the sweep that the config describes, to its end, or print its plan.
+
+    Args:
+        measure: add to a printed plan what a few updates took.
 
     Raises:
         TrainerError: whatever went wrong, with its exit code; also recorded in the run directory's exit.json.
@@ -66,13 +72,14 @@ def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False,
     check_platform()
     config = load_config(config_file, overrides)
     if config.sweep is not None:
-        sweep(config_file, overrides, dry_run=dry_run, fresh=fresh)
+        sweep(config_file, overrides, dry_run=dry_run, fresh=fresh, measure=measure)
         return
-    with starting(config, dry_run=dry_run, fresh=fresh) as start, start.writing(config):
+    with starting(config, dry_run=dry_run, fresh=fresh, measure=measure) as start, start.writing(config):
         prepared = prepare(config, start.launch, start.console.track)
         if dry_run and not fresh:
             check_resume(prepared)
         start.console.table(f"Plan of {config.name}", plan_rows(prepared))
+        start.show_measured([solo_group(prepared)])
         if not dry_run:
             start.train_run(prepared)
 
@@ -230,23 +237,27 @@ class Start:
 
             width = min(100, shutil.get_terminal_size().columns)
             self.console.drawing("\n" + terminal_plot(curves, title=prepared.config.name, width=width))
-        if self.measure:
-            self.console.table("Measured on this machine", list(self._measured_rows(prepared)))
+        self.show_measured(prepared.groups)
 
-    def _measured_rows(self, prepared: PreparedSweep) -> Iterator[tuple[str, str]]:
+    def show_measured(self, groups: Sequence[TrialGroup]) -> None:
+        """What a few updates took, where that was asked for."""
+        if self.measure and self.dry_run:
+            self.console.table("Measured on this machine", list(self._measured_rows(groups)))
+
+    def _measured_rows(self, groups: Sequence[TrialGroup]) -> Iterator[tuple[str, str]]:
         """Time and memory of each group, by a few updates of it."""
         from lora_trainer.training.fit import estimate
 
         joined, seconds = self.joined, 0.0
-        for group in prepared.groups:
+        for group in groups:
             cost = estimate(group, console=self.console, joined=joined)
             seconds += cost.seconds
+            packed = f"{cost.trials_per_pass} trials per pass, " if len(group.members) > 1 else ""
             activations = f"activations of {disk_space.mib(cost.activation_bytes)} per trial"
-            peak = f"peak memory {cost.peak_memory_gib:.1f} GiB"
-            yield (
-                group.name,
-                f"{cost.trials_per_pass} trials per pass, {activations}, {peak}, {_duration(cost.seconds)}",
-            )
+            planned = planned_peak_gib(group.shared, len(group.members), cost.trials_per_pass)
+            peak = f"peak memory {cost.peak_memory_gib:.1f} GiB (estimated: {planned:.1f})"
+            took = f"{cost.seconds_per_step:.2f} s per update, {_duration(cost.seconds)}"
+            yield group.name, f"{packed}{activations}, {peak}, {took}"
         yield "in all", f"{_duration(seconds)}, without exports and samples"
 
     def _train_groups(self, prepared: PreparedSweep, content: Json) -> None:
@@ -307,6 +318,13 @@ def starting(config: RunConfig, *, dry_run: bool, fresh: bool, measure: bool = F
         stack.enter_context(disk_space.faults_in_words())
         stop = stack.enter_context(StopRequest().listening())
         yield Start(launch, MainConsole(silent=not launch.is_main), stop, stack, dry_run, fresh, measure)
+
+
+def measure_groups(groups: Sequence[TrialGroup]) -> None:
+    """Print what a few updates of each group take."""
+    if groups:
+        with starting(groups[0].shared.config, dry_run=True, fresh=False, measure=True) as start:
+            start.show_measured(groups)
 
 
 def _duration(seconds: float) -> str:

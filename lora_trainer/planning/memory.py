@@ -22,8 +22,8 @@ from lora_trainer.planning.saving import saving_keys
 from lora_trainer.runtime.device import Device, Precision, precision_on
 
 BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-GPU_SHARE, HOST_SHARE = 768 * 2**20, 2**30
-"""Allowances: the GPU's context, kernels and the allocator's gaps; Python with torch and diffusers on the host."""
+GPU_SHARE, HOST_SHARE, HOST_SHARE_OF_GPU = 768 * 2**20, 512 * 2**20, 2 * 2**30
+"""Allowances: a GPU's context, kernels and the allocator's gaps; Python with torch on the host, and more for a GPU."""
 WORKING_COPIES = 4
 """Of the largest tensor: gradients that a backward holds, or the widest layers of a VAE."""
 
@@ -99,7 +99,17 @@ def estimate_memory(
     cache = sum(number * each for number, each in zip(prepared.num_entries, of_entry, strict=True))
     loading = sum(file.stat().st_size for file in base.weights(base.denoiser)) + lines["frozen base"]
     training = sum(lines.values()) if device.gpu is None else vae if config.sample.prompts else 0
-    return MemoryEstimate({k: v for k, v in lines.items() if v}, HOST_SHARE + cache + max(cache, loading, training))
+    host = HOST_SHARE + (HOST_SHARE_OF_GPU if device.gpu else 0) + cache + max(cache, loading, training)
+    return MemoryEstimate({name: number for name, number in lines.items() if number}, host)
+
+
+def planned_peak_gib(prepared: Prepared, num_trials: int, trials_per_pass: int) -> float:
+    """On its device; NaN for a family that cannot tell."""
+    device = prepared.devices[0]
+    estimate = estimate_memory(
+        prepared, prepared.config, device, num_trials=num_trials, trials_per_pass=trials_per_pass
+    )
+    return math.nan if estimate is None else estimate.on(device) / 2**30
 
 
 def memory_rows(prepared: Prepared, num_trials: int = 1, trials_per_pass: int = 1) -> Iterator[tuple[str, str]]:

@@ -137,6 +137,7 @@ class Estimate:
     activation_bytes: int
     """Kept by the forward of one trial and one micro-batch."""
     peak_memory_gib: float
+    seconds_per_step: float
     seconds: float
     """For the whole group: its updates, and its probes by their share of the cost."""
 
@@ -162,5 +163,6 @@ def estimate(group: TrialGroup, *, console: MainConsole, joined: PartialState | 
             setup.trials_per_pass,
             setup.optimizer_step.activation_bytes(),
             runtime.peak_memory_gib(),
+            min(seconds),
             min(seconds) * updates * (1 + probes),
         )

@@ -259,3 +259,14 @@ def test_an_optimizers_state_is_what_is_counted(written: str, toy_config: Path) 
     assert estimate is not None
     assert estimate.lines["adapters"] == sum(p.nbytes for p in trial.parameters.values())
     assert estimate.lines.get("optimizer state", 0) == pytest.approx(held, rel=0.1, abs=2000)
+
+
+def test_measured_beside_estimated(toy_config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for start in (["plan"], ["train", "--dry-run"]):
+        with pytest.raises(SystemExit) as exit_info:
+            main([*start, "--measure", "-c", str(toy_config)])
+        assert not exit_info.value.code
+        said = capsys.readouterr().out
+        assert "s per update" in said
+        assert "(estimated: " in said
+    assert not (tmp_path / "runs" / "toy").exists()

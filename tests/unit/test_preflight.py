@@ -91,3 +91,24 @@ def test_a_changed_setting_of_a_run_is_refused_before_it_is_started(
     assert "optimizer.lr: 0.001 -> 0.002" in words
     for allowed in (["--fresh"], ["resume.allow_changes=optimizer.lr"]):
         assert told(["train", "--dry-run", *changed, *allowed], capsys)[0] == 0
+
+
+NOTED = {
+    "train.batch_size=16": "more than the set of 6 samples",
+    "train.max_steps=700": "each sample is seen 233 times",
+    "train.max_steps=5": "5 updates are few",
+    "train.precision=fp16": "fp16 on a CPU",
+    "lr_scheduler={type: piecewise_constant, boundaries: [3], values: [1, 30]}": "peaks at 0.03, above the usual range",
+    "optimizer.lr=0.02": "optimizer.lr 0.02 is above the usual range",
+}
+
+
+@pytest.mark.parametrize("override", NOTED)
+def test_what_is_seldom_meant_is_noted_by_all_and_refused_by_none(
+    override: str, toy_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for start in (["check"], ["plan"], ["train", "--dry-run"]):
+        with pytest.raises(SystemExit) as exit_info:
+            main([*start, "-c", str(toy_config), override])
+        assert not exit_info.value.code
+        assert NOTED[override] in capsys.readouterr().out
