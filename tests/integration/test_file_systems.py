@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,41 @@ Train = Callable[..., Path]
 NO_LOCK = "cannot be locked on this file system"
 
 
-@pytest.fixture
-def ext2(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 24 MiB without fallocate."""
-    make, image = shutil.which("mkfs.ext2", path=f"{os.environ['PATH']}:/usr/sbin"), tmp_path / "disk"
-    if make is None:
-        pytest.skip("no mkfs.ext2 here")
+FORMATS = {"ext2": ["mkfs.ext2", "-q", "-m", "0"], "exfat": ["mkfs.exfat"]}
+MOUNTS = {"ext2": ["mount"], "exfat": ["mount.exfat-fuse"]}
+
+
+@contextmanager
+def mounted(kind: str, folder: Path) -> Iterator[Path]:
+    """A real file system of 24 MiB: ext2 has no fallocate, exFAT in user space keeps no modes and no links."""
+    image, place = folder / "disk", folder / kind
     with image.open("wb") as file:
         file.truncate(24 * 2**20)
-    subprocess.run([make, "-q", "-m", "0", str(image)], check=True)
-    mount = tmp_path / "ext2"
-    mount.mkdir()
-    if subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=False, capture_output=True).returncode:
-        pytest.skip("no loop mounts here")
-    try:
-        yield mount
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
+    place.mkdir()
+    _system([*FORMATS[kind], str(image)])
+    with ExitStack() as stack:
+        device = _system(["losetup", "--find", "--show", str(image)]).strip()
+        stack.callback(_system, ["losetup", "--detach", device])
+        _system([*MOUNTS[kind], device, str(place)])
+        stack.callback(_system, ["umount", str(place)])
+        yield place
+
+
+def _system(command: list[str]) -> str:
+    """What a command of the system says; the test is skipped where there is none, or it is refused."""
+    found = shutil.which(command[0], path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if found is None:
+        pytest.skip(f"no {command[0]} here")
+    done = subprocess.run([found, *command[1:]], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{command[0]} is refused here: {done.stderr.strip()[:200]}")
+    return done.stdout
+
+
+@pytest.fixture
+def ext2(tmp_path: Path) -> Iterator[Path]:
+    with mounted("ext2", tmp_path) as place:
+        yield place
 
 
 @pytest.fixture
@@ -71,10 +90,12 @@ def refuse_folder_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]
 
 
 @pytest.mark.process
-def test_a_run_on_ext2_is_the_run_elsewhere(train_toy: Train, ext2: Path) -> None:
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_run_on_another_file_system_is_the_run_elsewhere(train_toy: Train, tmp_path: Path, kind: str) -> None:
     straight = train_toy("checkpoint.every_steps=2")
-    train_toy(f"output_dir={ext2}", "checkpoint.every_steps=2")
-    assert (ext2 / "toy" / "toy.safetensors").read_bytes() == (straight / "toy.safetensors").read_bytes()
+    with mounted(kind, tmp_path) as place:
+        train_toy(f"output_dir={place}", "checkpoint.every_steps=2")
+        assert (place / "toy" / "toy.safetensors").read_bytes() == (straight / "toy.safetensors").read_bytes()
 
 
 @pytest.mark.process

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ def chosen_trials(world: World, seed: int, families: list[str], *, short: bool) 
         yield from kills.at_every_operation(world, stride=17 if short else 1)
     if "random" in families:
         yield from kills.at_random(world, seed, 6 if short else 200)
-    if "power" in families:
+    if "power" in families:  # on a model of the disk, so no file system's own matter
         yield from power_loss.replayed(world, seed, 600, stride=31 if short else 1)
     if "sigterm" in families:
         yield from kills.terminated(world, seed, 4 if short else 100)
@@ -49,20 +50,21 @@ def main() -> int:
     """Run what has not been run yet; 0 if nothing was lost."""
     said = _arguments()
     record = Record(said.record)
-    folder = Path(tempfile.mkdtemp(prefix="torture-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None))
+    families = said.only or [name for name in FAMILIES if name != "power" or said.folder is None]
+    place = said.folder or (MEMORY if os.access(MEMORY, os.W_OK) else None)
+    folder = Path(tempfile.mkdtemp(prefix="torture-", dir=place))
+    file_system = file_system_of(folder)
     started = time.monotonic()
     try:
         world = World.build(folder)
-        complete = record.run(
-            chosen_trials(world, said.seed, said.only or list(FAMILIES), short=said.short), said.minutes * 60
-        )
+        complete = record.run(chosen_trials(world, said.seed, families, short=said.short), said.minutes * 60)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     show(record)
     if not complete:
         print(f"time is up after {time.monotonic() - started:.0f} s; the same command goes on")
     if said.output is not None:
-        content = results(record, said.seed) | {"complete": complete}
+        content = results(record, said.seed) | {"complete": complete, "file_system": file_system}
         said.output.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     return 1 if record.failures() else 0
 
@@ -90,6 +92,12 @@ def results(record: Record, seed: int) -> dict[str, object]:
     }
 
 
+def file_system_of(folder: Path) -> str:
+    """The kind of file system that a folder lies on, as the kernel calls it; `fuseblk` is one in user space."""
+    asked = ["findmnt", "--noheadings", "--output=FSTYPE", "--target", str(folder)]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/torture",
@@ -101,6 +109,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=FAMILIES, help="these families only")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after this long; the same command goes on")
     parser.add_argument("--record", type=Path, default=Path("torture.jsonl"), help="outcomes so far, one trial a line")
+    parser.add_argument(
+        "--folder", type=Path, help="where the runs lie: on the file system to be tried; default memory"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     return parser.parse_args()
 
