@@ -15,8 +15,7 @@ from PIL import Image
 from lora_trainer.cli.schedules import Preview, example_horizon, fact_rows, named_previews
 from lora_trainer.config.structure import option_rows
 from lora_trainer.report.pictures import Curve, draw_schedules
-from lora_trainer.schedules.external import TorchSchedule
-from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
+from lora_trainer.schedules.registry import CLASSIC, SCHEDULES, TorchSchedule
 from lora_trainer.schedules.schedule import DecayOptions, ScheduleOptions
 from lora_trainer.strict_model import StrictModel
 

@@ -7,7 +7,6 @@ exception that reaches the top is a bug of ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
@@ -62,10 +61,6 @@ class TrainerError(Exception):
     def __init__(self, *problems: Problem | str) -> None:
         self.problems = tuple(Problem(p) if isinstance(p, str) else p for p in problems)
         super().__init__("\n".join(str(p) for p in self.problems))
-
-    @classmethod
-    def of(cls, problems: Iterable[Problem]) -> TrainerError:
-        return cls(*problems)
 
 
 class ConfigError(TrainerError):

@@ -37,6 +37,18 @@ def matching(pattern: str, words: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def gathering(rest: str, *fixed: str) -> BeforeValidator:
+    """`{<fixed key>: ..., <any other>: ...}` as written, with the others in a section `rest` of their own."""
+
+    def gather(value: Any) -> Any:
+        if not isinstance(value, dict) or rest in value:
+            return value
+        kept = {key: value[key] for key in fixed if key in value}
+        return {**kept, rest: {key: entry for key, entry in value.items() if key not in kept}}
+
+    return BeforeValidator(gather)
+
+
 NotBool = BeforeValidator(_no_bool)
 Count = Annotated[int, Field(ge=1, le=1_000_000), NotBool]
 """Bounded, as what is counted out is also listed: no typing error costs minutes or all memory."""

@@ -21,7 +21,7 @@ from lora_trainer.config.load import check_source, to_yaml
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source
-from lora_trainer.schedules.external import allow_plugins
+from lora_trainer.schedules.registry import allow_plugins
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError
 from lora_trainer.training.optimizers import build_optimizer, evaluated_weights
 

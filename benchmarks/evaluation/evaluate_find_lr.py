@@ -145,7 +145,7 @@ def evaluate_unlearnable(seed: int, store: Store) -> None:
             with closing(GroupWriter(group, setup, SILENT, lambda: None)) as writer:
                 writer.open(None)
                 train_loop(0, setup, writer, console=SILENT, should_stop=lambda: False, on_measure=ramp.observe)
-        return _reading(ramp.points)
+        return _reading([*ramp.points.values()])
 
     store.get("unlearnable", str(seed), measure=verdict)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +9,7 @@ from lora_trainer.cli.sample import find_base
 from lora_trainer.cli.session import check_output
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import CHECKPOINTS, CONFIG_FILE, PLAN_FILE
-from lora_trainer.errors import ConfigError, ModelError, Problem
+from lora_trainer.errors import ConfigError, ModelError, Problem, SystemSetupError
 from lora_trainer.lora_files.files import (
     OWN_KEY,
     Layout,
@@ -25,7 +24,9 @@ from lora_trainer.lora_files.files import (
 from lora_trainer.models.family import joined_layers
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.planning.run_plan import RunPlan
+from lora_trainer.storage.atomic_files import read_json
 from lora_trainer.storage.checkpoint import open_checkpoint
+from lora_trainer.tracking.console import MainConsole
 from lora_trainer.training.resume import stored_trial
 from lora_trainer.training.run_files import recipe_of
 
@@ -52,15 +53,23 @@ def export_run(run_dir: Path, step: int | None, layout: Layout, dtype: str, weig
             "name a file there: trials/<trial>/<trial>.safetensors",
         )
         raise ConfigError(Problem(what, str(run_dir), fix=fix))
-    plan = RunPlan.from_json(json.loads((run_dir / PLAN_FILE).read_text()))
+    if not any((run_dir / CHECKPOINTS).glob("step-*")) and (files := sorted(run_dir.glob("*.safetensors"))):
+        what, why = "the folder holds no checkpoints", "those of a sweep's trials are kept by group"
+        raise ConfigError(Problem(what, str(run_dir), why, f"name a LoRA file there, as {files[0]}"))
+    try:
+        plan = RunPlan.from_json(read_json(run_dir / PLAN_FILE))
+    except (OSError, ValueError, RecursionError) as error:
+        what, fix = "the run's plan cannot be read", "export from its LoRA file"
+        raise SystemSetupError(Problem(what, str(run_dir / PLAN_FILE), str(error), fix)) from error
     checkpoint = open_checkpoint(run_dir / CHECKPOINTS, step)
-    base = open_base(config.model.path, config.model.revision, config.model.family)
+    base = open_base(**config.model.model_dump())
     family = open_family(base)
     step, parts = stored_trial(checkpoint)
     adapter = parts.get("average", parts["adapter"]) if weights == "exported" else parts["adapter"]
-    facts = base_facts(family, base.prediction_type(config.model.prediction_type))
+    facts = base_facts(family, base.prediction_type())
     recipe = recipe_of(config, plan, facts, step)
-    write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype)
+    check_fit(adapter, checkpoint.folder, family, recipe)
+    _say(write_lora(output, adapter, recipe, family, layout=layout, dtype=dtype))
 
 
 def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, output: Path) -> None:
@@ -83,11 +92,16 @@ def convert_file(lora: Path, layout: Layout, dtype: str, model: str | None, outp
         raise ModelError(Problem(what, str(lora), fix=fix))
     base = find_base(lora, model, None)
     family = open_family(base)
-    check_fit(tensors, lora, base, family)
+    check_fit(tensors, lora, family, recipe)
     if is_kohya(tensors):
         num_outputs = {f"{base.denoiser}.{layer}": shape[0] for layer, shape in base.denoiser_shapes().items()}
         tensors = from_kohya(tensors, joined_layers(family.kohya_names(num_outputs)), num_outputs)
-    write_lora(output, tensors, recipe, family, layout=layout, dtype=dtype)
+    _say(write_lora(output, tensors, recipe, family, layout=layout, dtype=dtype))
+
+
+def _say(lost: str | None) -> None:
+    if lost:
+        MainConsole().print(lost)
 
 
 def _is_ours(file: Path) -> bool:

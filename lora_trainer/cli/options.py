@@ -43,7 +43,7 @@ Epoch = Annotated[
 
 
 def _allow_plugins(allowed: bool) -> bool:
-    from lora_trainer.schedules.external import allow_plugins
+    from lora_trainer.schedules.registry import allow_plugins
 
     allow_plugins(allowed)
     return allowed

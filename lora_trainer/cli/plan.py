@@ -88,7 +88,7 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
     config = load_config(config_file, overrides)
     dataset, problems = survey(config.data, checked_images_file(config), lambda items, *_: items)
     if config.data.captions.too_long == "error":
-        family = open_family(open_base(config.model.path, config.model.revision, config.model.family))
+        family = open_family(open_base(**config.model.model_dump()))
         problems += long_captions(family, dataset.records)
     refused = {problem.where for problem in problems}
     content = {

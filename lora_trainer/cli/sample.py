@@ -53,7 +53,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
         fix = "sample from diffusers/pytorch_lora_weights.safetensors beside it"
         raise ModelError(Problem(what, str(lora), fix=fix))
     family = open_family(base)
-    check_fit(tensors, lora, base, family)
+    check_fit(tensors, lora, family)
     if request.size_px is not None and request.size_px % family.latent_factor:
         what = f"--size {request.size_px} is no multiple of {family.latent_factor}"
         raise ConfigError(Problem(what, fix=f"write {request.size_px // family.latent_factor * family.latent_factor}"))
@@ -94,8 +94,7 @@ def find_base(lora: Path, model: str | None, revision: str | None) -> BaseFolder
         return open_base(model, revision)
     for folder in (lora.parent, lora.parent.parent):
         if (folder / CONFIG_FILE).is_file():
-            section = load_config(folder / CONFIG_FILE).model
-            return open_base(section.path, section.revision, section.family)
+            return open_base(**load_config(folder / CONFIG_FILE).model.model_dump())
     what, fix = "which base? The LoRA lies in no run directory", "add --model path/to/diffusers-folder"
     raise ConfigError(Problem(what, str(lora), fix=fix))
 

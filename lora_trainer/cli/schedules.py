@@ -20,10 +20,16 @@ from lora_trainer.config.structure import option_rows
 from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.planning.run_plan import resolve_param_groups
 from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
-from lora_trainer.schedules.external import PluginSchedule, TorchSchedule, plugin_names
-from lora_trainer.schedules.facts import ScheduleFacts, facts_of
-from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
-from lora_trainer.schedules.schedule import DecayOptions, Horizon, LRSchedule, ScheduleError, ScheduleOptions
+from lora_trainer.schedules.registry import CLASSIC, SCHEDULES, PluginSchedule, TorchSchedule, plugin_names
+from lora_trainer.schedules.schedule import (
+    DecayOptions,
+    Horizon,
+    LRSchedule,
+    ScheduleError,
+    ScheduleFacts,
+    ScheduleOptions,
+    facts_of,
+)
 from lora_trainer.tracking.console import MainConsole
 
 WEIGHT_DECAY = 0.01  # AdamW's default, for the shrink that `explain` shows
@@ -92,7 +98,7 @@ def fact_rows(preview: Preview) -> Iterator[tuple[str, str]]:
     options = [f"{key} {json.dumps(value)}" for key, value in _written(preview.options).items() if key != "type"]
     yield "options", ", ".join(options) or "all at their defaults"
     yield "over a run of", f"{num_steps} updates, {preview.schedule.horizon.steps_per_epoch} an epoch"
-    yield "learning rate", f"first {facts.first:.3e}, peak {facts.peak:.3e}, last {facts.last:.3e}"
+    yield "learning rate", f"first {facts.lrs[0]:.3e}, peak {facts.peak:.3e}, last {facts.lrs[-1]:.3e}"
     yield "LR budget", f"{facts.budget:.2f} of constant training at the base LR"
     yield "half-life", "never half" if facts.half_life is None else f"{facts.half_life} updates after the peak"
     marks = preview.schedule.marks

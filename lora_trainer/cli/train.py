@@ -44,6 +44,7 @@ from lora_trainer.planning.memory import planned_peak_gib
 from lora_trainer.planning.preflight import check_places
 from lora_trainer.planning.prepare import Prepared, check_resume, prepare
 from lora_trainer.planning.rows import files_to_come, plan_rows
+from lora_trainer.report.runs import SWEEP_FILE
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
 from lora_trainer.tracking.console import MainConsole, needless
@@ -273,7 +274,7 @@ class Start:
 
         def save() -> None:
             if self.launch.is_main:
-                atomic_files.write_json(sweep_dir / record.FILE, record.refreshed(content, sweep_dir, finished))
+                atomic_files.write_json(sweep_dir / SWEEP_FILE, record.refreshed(content, sweep_dir, finished))
 
         if self.launch.is_main:
             atomic_files.write_file(sweep_dir / CONFIG_FILE, to_yaml(prepared.config).encode())
@@ -300,7 +301,7 @@ class Start:
         now = from_main(self.launch, record.refreshed(content, sweep_dir, finished))
         if self.launch.is_main:
             self.console.table("Done", result_rows(now))
-            self.console.print(f"\nresults: {sweep_dir / record.FILE}")
+            self.console.print(f"\nresults: {sweep_dir / SWEEP_FILE}")
             _report(sweep_dir / REPORT_FILE, self.console)
         statuses = {trial["status"] for trial in now["trials"]}
         if "failed" in statuses and "finished" not in statuses:

@@ -224,7 +224,7 @@ class ExportConfig(StrictModel):
     every_steps: Period = None
     """Period of numbered exports `<name>-step00000500.safetensors`, which are never removed."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp16"
-    """Of the tensors in the files."""
+    """Of the tensors in the files. From 1 % of lost weights on it is said: in fp16 those below about 1e-7."""
 
 
 class TrackingConfig(StrictModel):

@@ -11,8 +11,7 @@ from pydantic import BaseModel
 
 from lora_trainer.config.optimizers import OptimizerOptions, optimizer_row, outside_names
 from lora_trainer.config.schema import RunConfig
-from lora_trainer.schedules.external import PluginSchedule, plugin_names
-from lora_trainer.schedules.registry import HIDDEN
+from lora_trainer.schedules.registry import HIDDEN, PluginSchedule, plugin_names
 
 SectionPath = tuple[str, ...]
 _JSON_TYPES = {

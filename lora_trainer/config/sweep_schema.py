@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from lora_trainer.schedules.schedule import check_period
-from lora_trainer.strict_model import Count, NotBool, StrictModel
+from lora_trainer.strict_model import Count, NotBool, StrictModel, gathering
 
 Seed = Annotated[int, Field(ge=0, lt=2**63), NotBool]
 
@@ -16,14 +16,6 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
         raise ValueError("each seed once")
     return seeds
-
-
-def _gathered(value: Any) -> Any:
-    """`{num, seed, <key path>: <draw>, ...}` as written, with the key paths in a mapping of their own."""
-    if not isinstance(value, dict) or "draws" in value:
-        return value
-    fixed = {key: value[key] for key in ("num", "seed") if key in value}
-    return {**fixed, "draws": {key: entry for key, entry in value.items() if key not in fixed}}
 
 
 def _share(value: str) -> str:
@@ -89,7 +81,7 @@ class SweepConfig(StrictModel):
     """Arms by name: a list of `key.path=value`, or a mapping of key path and value."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     """Values by key path; every combination is an arm."""
-    random: Annotated[RandomConfig | None, BeforeValidator(_gathered)] = None
+    random: Annotated[RandomConfig | None, gathering("draws", "num", "seed")] = None
     seeds: Seeds | None = None
     """Training seeds, each with all arms; default the config's own `seed`."""
     confirm: ConfirmConfig = ConfirmConfig()

@@ -50,7 +50,7 @@ class ArmConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrialConfig:
-    """One arm with one seed."""
+    """One arm with one seed; its setting is named after all that was overridden but the learning rate."""
 
     arm: str
     setting: str
@@ -81,7 +81,8 @@ def load_sweep(file: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, li
     for seed, arm in itertools.product(seeds, arms):
         try:
             trial = check_source(_source_of(arm, seed, config, source))
-            trials.append(TrialConfig(arm.name, setting_name(arm.overrides), arm.overrides, trial))
+            setting = arm_name({key: value for key, value in arm.overrides.items() if key != LR_KEY})
+            trials.append(TrialConfig(arm.name, setting, arm.overrides, trial))
         except ConfigError as error:
             problems += [replace(p, what=f"trial `{arm.name}`: {p.what}") for p in error.problems]
     problems += _twins(trials)
@@ -93,11 +94,10 @@ def load_sweep(file: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, li
 def _arms(config: RunConfig, source: Source) -> tuple[list[ArmConfig], list[Problem]]:
     """The arms of `trials`, `grid` and `random`; the config alone where there is none of them."""
     assert config.sweep is not None
-    entries = [*_named(config.sweep.trials, source), *_grid(config.sweep.grid, source)]
+    problems: list[Problem] = []
+    arms = [*_named(config.sweep.trials, source, problems), *_grid(config.sweep.grid, source)]
     if config.sweep.random is not None:
-        entries += _random(config.sweep.random, source)
-    arms = [entry for entry in entries if isinstance(entry, ArmConfig)]
-    problems = [entry for entry in entries if isinstance(entry, Problem)]
+        arms += _random(config.sweep.random, source, problems)
     problems += [
         Problem(f"trial `{arm.name}` cannot override `{key}`", arm.places[key], why, "remove it")
         for arm, (reserved, why) in itertools.product(arms, RESERVED.items())
@@ -113,12 +113,15 @@ def _arms(config: RunConfig, source: Source) -> tuple[list[ArmConfig], list[Prob
     return arms or ([] if problems else [ArmConfig(arm_name({}), {}, {})]), problems
 
 
-def _named(trials: Mapping[str, list[str] | dict[str, Any]], source: Source) -> Iterator[ArmConfig | Problem]:
+def _named(
+    trials: Mapping[str, list[str] | dict[str, Any]], source: Source, problems: list[Problem]
+) -> Iterator[ArmConfig]:
     for name, written in trials.items():
         path: KeyPath = ("sweep", "trials", name)
         if not is_path_safe(name):
             rule = f"letters, digits, `_`, `-`, `.`, `+`, at most {LONGEST_NAME}"
-            yield Problem(f"`{name}` becomes a folder's name: {rule}", source.place(path), fix="rename the trial")
+            what = f"`{name}` becomes a folder's name: {rule}"
+            problems.append(Problem(what, source.place(path), fix="rename the trial"))
             continue
         if isinstance(written, dict):
             yield ArmConfig(name, written, {key: source.place((*path, key)) for key in written})
@@ -130,7 +133,7 @@ def _named(trials: Mapping[str, list[str] | dict[str, Any]], source: Source) -> 
                 key, value = split_override(text, place)
                 overrides[key], places[key] = value, place
             except ConfigError as error:
-                yield from error.problems
+                problems += error.problems
         yield ArmConfig(name, overrides, places)
 
 
@@ -142,39 +145,30 @@ def _grid(grid: Mapping[str, Sequence[Any]], source: Source) -> Iterator[ArmConf
         yield ArmConfig(arm_name(overrides), overrides, places)
 
 
-def _random(config: RandomConfig, source: Source) -> Iterator[ArmConfig | Problem]:
+def _random(config: RandomConfig, source: Source, problems: list[Problem]) -> list[ArmConfig]:
     """Arm i depends on (seed, i, key) and on the arms drawn before it, each of which differs from the others."""
     places = {key: source.place(("sweep", "random", key)) for key in config.draws}
     for key, spec in config.draws.items():
         if (fault := _draw_fault(spec)) is not None:
-            yield Problem(f"`{key}`: {fault}", places[key], fix="as in {log_uniform: [1e-5, 1e-3]}")
-            return
+            problems.append(Problem(f"`{key}`: {fault}", places[key], fix="as in {log_uniform: [1e-5, 1e-3]}"))
+            return []
     drawn: dict[str, dict[str, Any]] = {}
-    for index in range(1, config.num + 1):
-        if (new := _new_draw(config, index, drawn)) is None:
+    for index in range(1, config.num + 1):  # of n + 1 arms drawn alike, 100 (n + 1) draws miss one once in e^100 times
+        attempts = (_draws(config, index, attempt) for attempt in range(100 * (len(drawn) + 1)))
+        new = next((draws for draws in attempts if repr(draws) not in drawn), None)
+        if new is None:
             what = f"`sweep.random` asks for {config.num} arms, and its draws allow {len(drawn)}"
             fix = f"write num: {len(drawn)}, or widen the draws"
-            yield Problem(what, source.place(("sweep", "random", "num")), fix=fix)
-            return
-        drawn |= new
-    for index, overrides in enumerate(drawn.values(), start=1):
-        yield ArmConfig(f"random{index}", overrides, places)
+            problems.append(Problem(what, source.place(("sweep", "random", "num")), fix=fix))
+            return []
+        drawn[repr(new)] = new
+    return [ArmConfig(f"random{index}", overrides, places) for index, overrides in enumerate(drawn.values(), start=1)]
 
 
-def _new_draw(config: RandomConfig, index: int, drawn: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
-    """The first draw that is none of those drawn, under its text; None where there is none.
-
-    Of n + 1 arms drawn alike, each would be missed in 100 (n + 1) draws once in e^100 times.
-    """
-    for attempt in range(100 * (len(drawn) + 1)):
-        again = f"|{attempt}" if attempt else ""
-        overrides = {
-            key: _draw(spec, random.Random(f"{config.seed}|{index}|{key}{again}")) for key, spec in config.draws.items()
-        }
-        text = json.dumps(overrides, sort_keys=True, default=str)
-        if text not in drawn:
-            return {text: overrides}
-    return None
+def _draws(config: RandomConfig, index: int, attempt: int) -> dict[str, Any]:
+    again = f"|{attempt}" if attempt else ""
+    streams = {key: random.Random(f"{config.seed}|{index}|{key}{again}") for key in config.draws}
+    return {key: _draw(spec, streams[key]) for key, spec in config.draws.items()}
 
 
 def _draw_fault(spec: Mapping[str, Sequence[Any]]) -> str | None:
@@ -240,11 +234,6 @@ def arm_name(overrides: Mapping[str, Any]) -> str:
     return f"{safe[: LONGEST_NAME - 7].rstrip('_.-')}-{digest}"
 
 
-def setting_name(overrides: Mapping[str, Any]) -> str:
-    """The name of all that was overridden but the learning rate."""
-    return arm_name({key: value for key, value in overrides.items() if key != LR_KEY})
-
-
 def is_path_safe(name: str) -> bool:
     return _SAFE.fullmatch(name) is not None and len(name) <= LONGEST_NAME
 
@@ -256,14 +245,8 @@ def _entry(key: str, value: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return _number(value)
+    """The shortest text that is this value; of numbers 3e-4, 0.05, 16."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        exact = Decimal(repr(value)).normalize()
+        return f"{exact:f}" if value == 0 or Decimal("0.01") <= abs(exact) < 10**6 else f"{exact:e}"
     return value.replace("%", "pct") if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-def _number(value: float) -> str:
-    """The shortest text that is this number: 3e-4, 0.05, 16."""
-    exact = Decimal(repr(value)).normalize()
-    return f"{exact:f}" if value == 0 or Decimal("0.01") <= abs(exact) < 10**6 else f"{exact:e}"

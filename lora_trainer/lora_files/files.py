@@ -22,8 +22,8 @@ from lora_trainer.config.optimizers import AnyOptimizerOptions
 from lora_trainer.config.schema import LoraConfig, ObjectiveConfig
 from lora_trainer.errors import ModelError, NumericStop, Problem, SystemSetupError
 from lora_trainer.models.adapters.bank import peft_config, plain_number
+from lora_trainer.models.adapters.targets import select_targets
 from lora_trainer.models.family import Family, joined_layers
-from lora_trainer.models.folder import BaseFolder
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.storage import safetensors_io
 from lora_trainer.storage.safetensors_io import Tensors
@@ -34,6 +34,8 @@ MAX_FILE_BYTES = 8 * 2**30
 Layout = Literal["kohya", "diffusers"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER_KEY = "lora_adapter_metadata"  # where diffusers looks for alpha and rank stabilisation
+LOSS_SAID, LOST_CHANGE = 0.01, 0.1
+"""Share of weights lost to the export's dtype from which on it is said; one that changes by more of itself is lost."""
 _PREDICTION_TYPES = {"v_prediction": "v", "flow": "flow_matching"}  # in ModelSpec's words
 
 
@@ -104,8 +106,8 @@ def read_recipe(metadata: Mapping[str, Any]) -> Recipe | None:
 
 def write_lora(
     file: Path, adapter: Mapping[str, torch.Tensor], recipe: Recipe, family: Family, *, layout: Layout, dtype: str
-) -> None:
-    """Write a LoRA file in one of the two layouts, read it back and compare.
+) -> str | None:
+    """Write a LoRA file in one of the two layouts, read it back and compare; what the dtype loses, if much.
 
     Args:
         adapter: tensors by `<component>.<layer>.lora_A.weight`.
@@ -130,6 +132,29 @@ def write_lora(
         raise SystemSetupError(
             Problem("the LoRA file could not be read back as written", str(file), fix="check the disk")
         )
+    return lost_to_dtype(adapter, dtype)
+
+
+def lost_to_dtype(adapter: Mapping[str, torch.Tensor], dtype: str) -> str | None:
+    """Which share of the weights a dtype cannot hold, and one that can; None where it is small.
+
+    Lost are those other than 0 that become 0 or change by more than a tenth.
+    """
+    counts: dict[str, torch.Tensor] = {}
+    for name, tensor in adapter.items():
+        kind = name.partition(".lora_")[2].removesuffix(".weight")
+        lost = (tensor - tensor.to(DTYPES[dtype]).to(tensor.dtype)).abs() > LOST_CHANGE * tensor.abs()
+        counts[kind] = counts.get(kind, 0) + torch.stack([lost.sum(), tensor.count_nonzero()])
+    share, kind = max((int(lost) / max(1, int(num)), kind) for kind, (lost, num) in counts.items())
+    if share < LOSS_SAID:
+        return None
+    return f"{share:.1%} of the weights in lora_{kind} are too small for {dtype} and are lost: {_wider(dtype)}"
+
+
+def _wider(dtype: str) -> str:
+    """How to write a dtype of more range."""
+    dtype = "bf16" if dtype == "fp16" else "fp32"
+    return f"write export.dtype={dtype}, or use `lora-trainer export --dtype {dtype}` on the run"
 
 
 def base_facts(family: Family, prediction_type: str) -> BaseFacts:
@@ -163,33 +188,53 @@ def read_lora(file: Path) -> tuple[Tensors, dict[str, str]]:
     return tensors, metadata
 
 
-def check_fit(tensors: Tensors, file: Path, base: BaseFolder, family: Family) -> None:
+def check_fit(tensors: Tensors, file: Path, family: Family, recipe: Recipe | None = None) -> None:
     """Whether each adapter of the base's denoiser is whole and has its layer's shape; text encoders' are not looked at.
+
+    Args:
+        recipe: the layers must be its targets, with its rank, alpha and kind, and no others.
 
     Raises:
         ModelError: it names the first that does not, and how many there are.
     """
+    base, kohya = family.base, is_kohya(tensors)
     shapes = {f"{base.denoiser}.{layer}": shape for layer, shape in base.denoiser_shapes().items()}
-    kohya = is_kohya(tensors)
     names = joined_layers(family.kohya_names(shapes)) if kohya else {layer: [layer] for layer in shapes}
     halves = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
     own = {key.partition(".")[0] if kohya else key.rpartition(".lora_")[0] for key in tensors}
     faults = []
-    for name in sorted(name for name in own if not name.startswith("lora_te" if kohya else "text_")):
+    for name in sorted(name for name in own if recipe or not name.startswith("lora_te" if kohya else "text_")):
         down, up = (tensors.get(f"{name}.{half}.weight") for half in halves)
         alpha, layers = tensors.get(f"{name}.alpha"), names.get(name)
+        magnitude = tensors.get(f"{name}.{'dora_scale' if kohya else 'lora_magnitude_vector'}")
         if layers is None or down is None or up is None:
             faults.append(f"`{name}` is no layer of the base" if layers is None else f"`{name}` lacks a half")
             continue
         outputs, inputs = sum(shapes[layer][0] for layer in layers), shapes[layers[0]][1:]
-        wanted = (down.shape[0], *inputs), (outputs, down.shape[0])
-        if any(_bare(list(half.shape)) != _bare(list(shape)) for half, shape in zip((down, up), wanted, strict=True)):
+        rank = down.shape[0] if down.dim() else 0
+        wanted = (rank, *inputs), (outputs, rank)
+        if not rank or any(
+            _bare(list(half.shape)) != _bare(list(shape)) for half, shape in zip((down, up), wanted, strict=True)
+        ):
             faults.append(f"`{name}` has the shapes {tuple(down.shape)} and {tuple(up.shape)}, not {wanted}")
         elif alpha is not None and alpha.numel() != 1:
             faults.append(f"`{name}.alpha` is not one number")
+        elif magnitude is not None and magnitude.numel() != outputs:
+            faults.append(f"`{name}` has {magnitude.numel()} magnitudes for {outputs} outputs")
+        elif recipe is not None:
+            options, scale = recipe.adapter, _kohya_alpha(recipe.adapter, len(layers)) if kohya else None
+            if (rank, alpha, magnitude is not None) != (options.rank * len(layers), scale, options.use_dora):
+                faults.append(f"`{name}` has another rank, alpha or kind than its recipe says")
+    if recipe is not None:
+        targets = select_targets(base.denoiser_shapes(), recipe.adapter.targets, family.target_presets)
+        adapted = {layer for name in own & names.keys() for layer in names[name]}
+        odd = sorted(adapted ^ {f"{base.denoiser}.{layer}" for layer in targets})
+        faults += [f"`{name}` is {'not ' * (name in adapted)}in its recipe's targets" for name in odd]
     if faults:
-        what = f"the LoRA does not fit the base {base.path}: {len(faults)} of its layers"
-        raise ModelError(Problem(what, str(file), faults[0], "give the base that it was made for, with --model"))
+        what = (
+            f"the LoRA does not fit the base {base.path}{' or its recipe' * bool(recipe)}: {len(faults)} of its layers"
+        )
+        raise ModelError(Problem(what, str(file), faults[0], "use it as it was written, with --model for its own base"))
 
 
 def _bare(shape: list[int]) -> list[int]:
@@ -208,8 +253,9 @@ def _converted(tensors: Mapping[str, torch.Tensor], dtype: str, file: Path) -> T
         kept = tensor.float() if name.endswith(".alpha") else tensor.to(DTYPES[dtype])
         if not torch.isfinite(kept).all():
             was_finite = torch.isfinite(tensor).all()
-            why = "it left fp16's range: write export.dtype=bf16" if was_finite else "training diverged"
-            raise NumericStop(Problem(f"`{name}` is not finite and is never saved", str(file.name), why))
+            why = f"it is outside of {dtype}'s range" if was_finite else "training diverged"
+            fix = _wider(dtype) if was_finite else None
+            raise NumericStop(Problem(f"`{name}` is not finite and is never saved", str(file.name), why, fix))
         converted[name] = kept.cpu().contiguous()
     return converted
 
@@ -226,15 +272,18 @@ def to_kohya(adapter: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[s
     tensors: Tensors = {}
     for name, layers in names.items():
         downs, ups = ([adapter[f"{layer}.lora_{kind}.weight"] for layer in layers] for kind in "AB")
-        rank = downs[0].shape[0]
-        alpha = options.alpha * math.sqrt(rank) if options.use_rslora else options.alpha
         tensors[f"{name}.lora_down.weight"] = torch.cat(downs)
         tensors[f"{name}.lora_up.weight"] = ups[0] if len(ups) == 1 else torch.block_diag(*ups)
-        tensors[f"{name}.alpha"] = torch.tensor(alpha * len(layers), dtype=torch.float32)
+        tensors[f"{name}.alpha"] = _kohya_alpha(options, len(layers))
         if f"{layers[0]}.lora_magnitude_vector" in adapter:  # one number per output, shaped to multiply the weight
             magnitudes = torch.cat([adapter[f"{layer}.lora_magnitude_vector"].flatten() for layer in layers])
             tensors[f"{name}.dora_scale"] = magnitudes.reshape((-1, 1, 1, 1) if downs[0].dim() == 4 else (-1, 1))
     return tensors
+
+
+def _kohya_alpha(options: LoraConfig, num_layers: int) -> torch.Tensor:
+    alpha = options.alpha * math.sqrt(options.rank) if options.use_rslora else options.alpha
+    return torch.tensor(alpha * num_layers, dtype=torch.float32)
 
 
 def from_kohya(

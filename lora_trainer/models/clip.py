@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.errors import Problem
-from lora_trainer.models.folder import incomplete
+from lora_trainer.errors import Problem, TrainerError
+from lora_trainer.models.folder import incomplete, read_object
 
 if TYPE_CHECKING:
     import torch
-
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def last_hidden_state(tokenizer: Any, encoder: Any, text: str) -> torch.Tensor:
@@ -25,46 +22,47 @@ def last_hidden_state(tokenizer: Any, encoder: Any, text: str) -> torch.Tensor:
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0][0]
 
 
-def check_vocabulary(folder: Path, tokenizer: str = "tokenizer", encoder: str = "text_encoder") -> list[Problem]:
-    """What is wrong where the tokenizer lacks its vocabulary, or the text encoder has other tokens.
+def check_vocabulary(folder: Path, load: Callable[[], Any]) -> list[Problem]:
+    """What is wrong where the tokenizer cannot be used, or the text encoder has other tokens.
 
     transformers makes an empty vocabulary where the files are missing, and every caption means the same.
+
+    Args:
+        load: the tokenizer, as it is used.
     """
-    place, config = folder / tokenizer, folder / encoder / "config.json"
+    place = folder / "tokenizer"
     if not (place / "tokenizer.json").is_file():
         missing = [name for name in ("vocab.json", "merges.txt") if not (place / name).is_file()]
         if missing:
             file = "tokenizer.json" if len(missing) == 2 else missing[0]
-            return [incomplete(folder, f"{tokenizer} vocabulary", f"{tokenizer}/{file}")]
+            return [incomplete(folder, "tokenizer vocabulary", f"tokenizer/{file}")]
+    fix = "fetch tokenizer and text_encoder of one base again"
     try:
-        known = len(_tokens(place))
-        embedded = _read_json(config).get("vocab_size", known)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"the {tokenizer} cannot be compared with the {encoder}'s config.json"
-        return [Problem(what, str(place), f"{type(error).__name__}: {error}", "fetch both folders again")]
-    if known == embedded:
-        return []
-    what = f"the {tokenizer.replace('_', ' ')} has {known} tokens, the {encoder.replace('_', ' ')} {embedded}"
-    why = "they do not belong together: captions would be read as other words"
-    return [Problem(what, str(place), why, f"fetch {tokenizer} and {encoder} of one base again")]
+        tokenizer, encoder = load(), read_object(folder / "text_encoder" / "config.json")
+        faults = [*_token_faults(tokenizer, encoder)]
+    except TrainerError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the tokenizers package raises nothing narrower
+        what, why = "the tokenizer cannot be used", f"{type(error).__name__}: {error}".partition("\n")[0]
+        return [Problem(what, str(place), why, fix)]
+    return [Problem(what, str(place), why, fix) for what, why in faults]
 
 
-def _tokens(place: Path) -> set[str]:
-    """Every token of a CLIP tokenizer's folder, with those added to the vocabulary."""
-    whole, config = _read_json(place / "tokenizer.json"), _read_json(place / "tokenizer_config.json")
-    special = _read_json(place / "special_tokens_map.json")
-    vocabulary = whole["model"]["vocab"] if whole else _read_json(place / "vocab.json")
-    added = [
-        *("<|startoftext|>", "<|endoftext|>"),
-        *whole.get("added_tokens", ()),
-        *_read_json(place / "added_tokens.json"),
-        *config.get("added_tokens_decoder", {}).values(),
-        *(names[key] for names in (config, special) for key in _NAMED_TOKENS if names.get(key) is not None),
-        *(token for names in (config, special) for key in _MORE_TOKENS for token in names.get(key) or ()),
-    ]
-    return {*vocabulary, *(token if isinstance(token, str) else token["content"] for token in added)}
-
-
-def _read_json(file: Path) -> Any:
-    """The file's content; an empty object where there is none."""
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+def _token_faults(tokenizer: Any, encoder: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What captions would become that the encoder was not trained on."""
+    why, known, embedded = "captions would be read as other words", len(tokenizer), encoder.get("vocab_size", 49408)
+    if known != embedded:
+        yield f"the tokenizer has {known} tokens, the text encoder {embedded}", f"they do not belong together: {why}"
+        return
+    words = tokenizer.get_vocab()
+    if sorted(words.values()) != [*range(known)]:
+        yield f"the ids of the tokenizer's {known} tokens are not 0 to {known - 1}, each once", why
+        return
+    for name, unset in (("bos_token_id", 0), ("eos_token_id", 2)):  # which the configs of OpenAI's CLIP have
+        own, said = getattr(tokenizer, name), encoder.get(name)
+        if said not in (None, unset, own):
+            yield f"`{name}` is {own} in the tokenizer, {said} in the text encoder", why
+    length = tokenizer.model_max_length
+    ids = tokenizer(["a"], padding="max_length", max_length=length, truncation=True).input_ids[0]
+    if len(ids) != length or ids[0] != tokenizer.bos_token_id or tokenizer.eos_token_id not in ids[1:]:
+        yield "the tokenizer does not put captions between its first and last token", why

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_trainer.errors import ModelError, Problem
+from lora_trainer.errors import ModelError, Problem, TrainerError
+from lora_trainer.models.clip import check_vocabulary
 from lora_trainer.models.family import Family, FileName, View
 from lora_trainer.models.folder import BaseFolder
 
@@ -24,7 +25,7 @@ class DiffusersFamily(Family):
         self.base = base
 
     def problems(self) -> list[Problem]:
-        return []
+        return check_vocabulary(self.base.path, lambda: self.tokenizer)
 
     @property
     def latent_factor(self) -> int:
@@ -84,16 +85,24 @@ class DiffusersFamily(Family):
         """A component's frozen model.
 
         Raises:
-            ModelError: a weight is not finite.
+            ModelError: it cannot be made of these files, lacks a weight, or a weight is not finite.
         """
         import torch
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        variant = self.base.variant(component)
-        loaded = model.from_pretrained(
-            self.base.path / component, dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
-        )
+        place, variant = self.base.path / component, self.base.variant(component)
+        options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True, "variant": variant}
+        try:
+            loaded, told = model.from_pretrained(place, output_loading_info=True, **options)
+        except Exception as error:  # whatever the libraries make of a config
+            if isinstance(error, TrainerError | MemoryError) or "memory" in str(error):  # a request to stop is one
+                raise
+            what, why = f"the {component} cannot be made of its config and weights", str(error).partition("\n")[0]
+            raise ModelError(Problem(what, str(place), why, "fetch the base again")) from error
+        if lacking := sorted(told["missing_keys"]):
+            what = f"{len(lacking)} weights of the {component} are missing, as `{lacking[0]}`"
+            raise ModelError(Problem(what, str(place), fix="fetch the base again"))
         for name, parameter in loaded.named_parameters():
             if not torch.isfinite(parameter).all():
                 what = f"the {component}'s weight `{name}` holds NaN or infinite values"

@@ -7,17 +7,20 @@ to do about it.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_trainer.errors import ModelError, Problem
-from lora_trainer.storage.atomic_files import read_json
+from lora_trainer.errors import ModelError, Problem, SystemSetupError
+from lora_trainer.storage.atomic_files import read_json, write_json
 
 _CONVERT = (
     'python -c "from diffusers import StableDiffusionPipeline as P; '
@@ -33,6 +36,18 @@ _KINDS = {
 }
 """Parts of tensor names that tell what a single file holds, the first found."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+BETA_SCHEDULERS = (
+    *("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep"),
+    *("DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete"),
+    *("HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD"),
+    "UniPCMultistep",
+)
+"""diffusers' schedulers, without the ending, that make of `beta_*` the betas that its DDPMScheduler makes."""
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_CHUNK_BYTES = 2**24
+_EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what is done, how many) -> the same items
+_SPACINGS = ("leading", "linspace", "trailing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +62,8 @@ class BaseFolder:
     """Components with weights."""
     others: tuple[str, ...]
     """Components that are settings and vocabularies alone."""
+    asked_prediction: str = "auto"
+    """`model.prediction_type`."""
 
     def weights(self, component: str) -> list[Path]:
         """The safetensors files of a component: the whole ones, or its shards."""
@@ -61,53 +78,107 @@ class BaseFolder:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return read_object(self.path / component / name)
 
-    def prediction_type(self, asked: str = "auto") -> str:
+    def prediction_type(self) -> str:
         """What the denoiser predicts: as asked, else as the scheduler says; `flow` under a flow-matching one.
 
         Raises:
-            ModelError: the scheduler has neither betas nor flow matching, or what is asked contradicts it.
+            ModelError: what is asked contradicts the scheduler.
         """
         settings = self.component_config("scheduler")
-        named, where = str(settings.get("_class_name", "")), str(self.path / "scheduler")
-        if named.startswith("FlowMatch"):
-            if asked != "auto":
-                what = f"prediction type `{asked}` does not fit the base's {named}"
-                raise ModelError(Problem(what, where, fix="write model.prediction_type: auto"))
-            return "flow"
-        if "beta_schedule" not in settings and "trained_betas" not in settings:
-            raise ModelError(Problem(f"the scheduler `{named}` has no noise schedule that is known", where))
-        return str(settings.get("prediction_type", "epsilon")) if asked == "auto" else asked
+        named = str(settings.get("_class_name", ""))
+        if not named.startswith("FlowMatch"):
+            said = settings.get("prediction_type", "epsilon")
+            return str(said) if self.asked_prediction == "auto" else self.asked_prediction
+        if self.asked_prediction != "auto":
+            what = f"prediction type `{self.asked_prediction}` does not fit the base's {named}"
+            raise ModelError(Problem(what, str(self.path / "scheduler"), fix="write model.prediction_type: auto"))
+        return "flow"
+
+    def tensor_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of a component, by its name."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in self.weights(component):
+            with safe_open(file, framework="np") as opened:
+                shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+        return shapes
 
     def denoiser_shapes(self) -> dict[str, tuple[int, ...]]:
         """Weight shape of every layer of the denoiser that has a matrix or kernel, by the layer's name."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in self.weights(self.denoiser):
-            with safe_open(file, framework="np") as opened:
-                for key in opened.keys():
-                    shape = tuple(opened.get_slice(key).get_shape())
-                    if key.endswith(".weight") and len(shape) >= 2:
-                        shapes[key.removesuffix(".weight")] = shape
-        return shapes
+        shapes = self.tensor_shapes(self.denoiser).items()
+        return {key.removesuffix(".weight"): shape for key, shape in shapes if key.endswith(".weight") and shape[1:]}
 
     def num_weights(self, component: str) -> int:
         """Numbers in all tensors of a component."""
-        total = 0
-        for file in self.weights(component):
-            with safe_open(file, framework="np") as opened:
-                total += sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())
-        return total
+        return sum(math.prod(shape) for shape in self.tensor_shapes(component).values())
 
-    def digests(self) -> dict[str, str]:
-        """Identity of each component's content, wherever the folder lies."""
-        return {component: self._digest(component) for component in (*self.models, *self.others)}
+    def digests(self, memory: Path | None = None, progress: Progress = lambda items, *_: items) -> dict[str, str]:
+        """Identity of each component's content, wherever the folder lies.
 
-    def _digest(self, component: str) -> str:
-        place, digest = self.path / component, hashlib.sha256()
-        weights = self.weights(component) if component in self.models else []
-        for file in [*sorted(place.glob("*.json")), *sorted(place.glob("*.txt")), *weights]:
-            with file.open("rb") as opened:
-                digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
-        return digest.hexdigest()
+        Args:
+            memory: remembers the digests of weights by path, size, time and inode of their files.
+            progress: shows how far it is, where they are computed.
+        """
+        weights = {component: self.weights(component) for component in self.models}
+        known = _weight_digests([file for files in weights.values() for file in files], memory, progress)
+        digests = {}
+        for component in (*self.models, *self.others):
+            place, digest = self.path / component, hashlib.sha256()
+            for file in [*sorted(place.glob("*.json")), *sorted(place.glob("*.txt")), *weights.get(component, ())]:
+                content = known.get(file) or hashlib.sha256(file.read_bytes()).hexdigest()
+                digest.update(file.name.encode() + bytes.fromhex(content))
+            digests[component] = digest.hexdigest()
+        return digests
+
+
+def _weight_digests(files: Sequence[Path], memory: Path | None, progress: Progress) -> dict[Path, str]:
+    """sha256 of each file: as remembered, where nothing tells that it is another file now, else computed."""
+    try:
+        entries = read_json(memory) if memory is not None else {}
+        remembered = {name: entry for name, entry in entries.items() if re.fullmatch("[0-9a-f]{64}", entry[-1])}
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError):
+        remembered = {}
+    marks = {file: _mark(file) for file in files}
+    anew = [file for file, mark in marks.items() if remembered.get(str(file.resolve()), ())[:-1] != mark]
+    num_bytes, hashes = sum(marks[file][0] for file in anew), {file: hashlib.sha256() for file in anew}
+    if anew:
+        what = f"computing the digest of {num_bytes / 1e9:.2g} GB, once"
+        for file, chunk in progress(_chunks(anew), what, math.ceil(num_bytes / _CHUNK_BYTES)):
+            hashes[file].update(chunk)
+        if faults := [(file, key) for file in anew if (key := _not_finite(file)) is not None]:
+            what = "the weight `{}` holds NaN or infinite values"
+            raise ModelError(*(Problem(what.format(key), str(f), fix="fetch the base again") for f, key in faults))
+        same = {file: digest.hexdigest() for file, digest in hashes.items() if _mark(file) == marks[file]}
+        remembered |= {str(file.resolve()): [*marks[file], digest] for file, digest in same.items()}
+        if memory is not None:
+            with suppress(OSError, SystemSetupError):  # it is computed again next time
+                write_json(memory, remembered)
+    return {file: hashes[file].hexdigest() if file in hashes else remembered[str(file.resolve())][-1] for file in files}
+
+
+def _not_finite(file: Path) -> str | None:
+    """The first tensor of a safetensors file that holds a number with all bits of the exponent set."""
+    content = np.memmap(file, np.uint8, "r")
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    for name, entry in json.loads(content[8:start].tobytes()).items():
+        bits, exponent = _EXPONENTS.get(entry.get("dtype"), (np.uint8, None))
+        first, end = entry.get("data_offsets", (0, 0))
+        numbers = content[start + first : start + end].view(bits)
+        parts = range(0, len(numbers), _CHUNK_BYTES)
+        if exponent and any((numbers[at : at + _CHUNK_BYTES] & exponent == exponent).any() for at in parts):
+            return str(name)
+    return None
+
+
+def _mark(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _chunks(files: Sequence[Path]) -> Iterator[tuple[Path, bytes]]:
+    for file in files:
+        with file.open("rb") as opened:
+            while chunk := opened.read(_CHUNK_BYTES):
+                yield file, chunk
 
 
 def locate_base(path: str, revision: str | None, components: Sequence[str]) -> Path:
@@ -194,41 +265,88 @@ def _single_file(file: Path) -> Problem:
     return Problem(f"a single-file base is not read yet (this one is {kind})", str(file), fix=fix)
 
 
+def schedule_problems(base: BaseFolder, prediction_types: Sequence[str]) -> Iterator[Problem]:
+    """What in the scheduler's settings is no noise schedule that a family trains on and draws samples by."""
+    settings, where = base.component_config("scheduler"), str(base.path / "scheduler" / "scheduler_config.json")
+    named, fix = str(settings.get("_class_name")), "fetch the base's own scheduler folder"
+    if named.startswith("FlowMatch") and "flow" in prediction_types:
+        return
+    if settings.get("use_flow_sigmas") or named.removesuffix("Scheduler") not in BETA_SCHEDULERS:
+        what = f"the scheduler `{named}` has no noise schedule of betas, on which the family {base.family} is trained"
+        yield Problem(what, where, fix=fix)
+        return
+    num, trained = settings.get("num_train_timesteps", 1000), settings.get("trained_betas")
+    start, end, kind = (settings.get(key) for key in ("beta_start", "beta_end", "beta_schedule"))
+    is_listed = isinstance(trained, list) and len(trained) == num and all(map(_is_beta, trained))
+    has_ends = trained is None and kind != "squaredcos_cap_v2"
+    for key, wanted, is_so in (
+        ("num_train_timesteps", "2 to 100,000", type(num) is int and 1 < num <= 100_000),
+        ("rescale_betas_zero_snr", "true or false", settings.get("rescale_betas_zero_snr") in (None, False, True)),
+        ("timestep_spacing", ", ".join(_SPACINGS), settings.get("timestep_spacing", "leading") in _SPACINGS),
+        ("trained_betas", "a number in 0..1 for each timestep", trained is None or is_listed),
+        ("beta_schedule", ", ".join(_BETA_SCHEDULES), trained is not None or kind in _BETA_SCHEDULES),
+        ("beta_start", "a number in 0..1", not has_ends or _is_beta(start)),
+        ("beta_end", "a number from beta_start to 1", not has_ends or (_is_beta(start) and _is_beta(end, start))),
+    ):
+        if not is_so:
+            what = f"`{key}` is {str(settings.get(key, 'missing'))[:60]}; expected: {wanted}"
+            yield Problem(what, where, fix=fix)
+
+
+def _is_beta(value: Any, least: Any = 0) -> bool:
+    return type(value) in (float, int) and 0 < value < 1 and value >= least
+
+
 def _check_component(folder: Path, component: str) -> list[Problem]:
     place = folder / component
     if not (place / "config.json").is_file():
         return [incomplete(folder, component, f"{component}/config.json")]
-    read_object(place / "config.json")
-    _, files = _find_weights(place)
+    _, files, shards = _find_weights(place)
     if not files:
         pickled = sorted([*place.glob("*.bin"), *place.glob("*.ckpt")])
         if pickled:
             what = f"the {component} has only pickled weights, which are never opened"
             fix = "use a base saved with safe_serialization=True (*.safetensors)"
             return [Problem(what, str(pickled[0]), fix=fix)]
-        return [incomplete(folder, component, f"{component}/*.safetensors")]
-    return [
-        Problem(f"the {component}'s weights are damaged", str(file), fault, "fetch the file again")
-        for file in files
-        if (fault := _header_keys(file)[1]) is not None
-    ]
+        problem = incomplete(folder, component, f"{component}/{_stem(place)}.safetensors")
+        strays = ", ".join(sorted(file.name for file in place.glob("*.safetensors*"))[:3])
+        why = f"there are {strays}; shards without their index and variants other than fp16 are not read"
+        return [replace(problem, why=why) if strays else problem]
+    if lacking := [file for file in files if not file.is_file()]:
+        return [incomplete(folder, f"shard of the {component}", f"{component}/{file.name}") for file in lacking]
+    headers = {file: _header_keys(file) for file in files}
+    if faults := [(file, fault) for file, (_, fault) in headers.items() if fault is not None]:
+        what, fix = f"the {component}'s weights are damaged", "fetch the file again"
+        return [Problem(what, str(file), fault, fix) for file, fault in faults]
+    held = {(key, file.name) for file, (keys, _) in headers.items() for key in keys}
+    if absent := sorted(shards.items() - held):
+        what = f"{len(absent)} tensors of the {component} are not in the shards that its index names"
+        return [Problem(what, str(place), f"such as `{absent[0][0]}`", "fetch index and shards again")]
+    return []
 
 
-def _find_weights(place: Path) -> tuple[str | None, list[Path]]:
-    """Full-precision files where there are any, else the fp16 variant's with its name: one, or an index's shards."""
+def _stem(place: Path) -> str:
+    """What the weights' files of a component are called: diffusers' models and transformers' differ."""
+    return "diffusion_pytorch_model" if "_class_name" in read_object(place / "config.json") else "model"
+
+
+def _find_weights(place: Path) -> tuple[str | None, list[Path], dict[str, str]]:
+    """Full-precision files where there are any, else the fp16 variant's with its name: one, or shards by tensor.
+
+    Where there are both the same counts as in the library that loads them: diffusers' shards, transformers' whole file.
+    """
+    stem = _stem(place)
     for variant, ending in ((None, ""), ("fp16", ".fp16")):
-        for stem in ("diffusion_pytorch_model", "model"):
-            whole = place / f"{stem}{ending}.safetensors"
-            if whole.is_file():
-                return variant, [whole]
-            index = place / f"{stem}.safetensors.index{ending}.json"
-            if index.is_file():
-                shards = read_object(index).get("weight_map")
-                if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-                    raise ModelError(Problem("the index of the shards is damaged", str(index), fix="fetch it again"))
-                shards = sorted(set(shards.values()))
-                return variant, [place / Path(shard).name for shard in shards]
-    return None, []
+        whole, index = place / f"{stem}{ending}.safetensors", place / f"{stem}.safetensors.index{ending}.json"
+        if index.is_file() and not (stem == "model" and whole.is_file()):
+            content = read_object(index)
+            shards = content.get("weight_map") if isinstance(content.get("metadata"), dict) else None
+            if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
+                raise ModelError(Problem("the index of the shards is damaged", str(index), fix="fetch it again"))
+            return variant, [place / name for name in sorted(set(shards.values()))], shards
+        if whole.is_file():
+            return variant, [whole], {}
+    return None, [], {}
 
 
 def _header_keys(file: Path) -> tuple[list[str], str | None]:
@@ -256,9 +374,13 @@ def _fetch(repository: str, revision: str, components: Sequence[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     files = [f"{part}/*{ending}" for part in components for ending in (".json", ".txt", ".safetensors")]
-    wanted, unwanted = ["model_index.json", *files], ["*.fp16.*", "*non_ema*"]
+    wanted, unwanted = ["model_index.json", *files], ["*non_ema*", "*.fp16.*"]
     try:
         folder = snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        if any(not [*config.parent.glob("*.safetensors")] for config in Path(folder).glob("*/config.json")):
+            folder = snapshot_download(
+                repository, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted[:1]
+            )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         what, why = f"`{repository}` at `{revision}` cannot be fetched from the Hub", str(error).splitlines()[0]
         fix = "check the name and your network, or download it and give the folder"

@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 
 from lora_trainer.errors import ModelError, Problem
 from lora_trainer.models.family import Family
-from lora_trainer.models.folder import BaseFolder, locate_base, missing_parts, pipeline_name
+from lora_trainer.models.folder import BaseFolder, locate_base, missing_parts, pipeline_name, schedule_problems
 from lora_trainer.models.stable_diffusion import StableDiffusion
 
 ENTRY_POINTS = "lora_trainer.families"
@@ -19,8 +19,13 @@ def families() -> dict[str, type[Family]]:
     return {family.name: family for family in (*outside, *FAMILIES)}
 
 
-def open_base(path: str, revision: str | None = None, family: str = "auto") -> BaseFolder:
+def open_base(
+    path: str, revision: str | None = None, family: str = "auto", prediction_type: str = "auto"
+) -> BaseFolder:
     """Find a base, and check that it is whole and of a known family, and of which.
+
+    Args:
+        prediction_type: as `model.prediction_type` asks for it.
 
     Raises:
         ModelError: it is not there or something else (it says what), or parts are missing or damaged (it names each).
@@ -39,8 +44,9 @@ def open_base(path: str, revision: str | None = None, family: str = "auto") -> B
     if family not in ("auto", matching.name):
         what = f"model.family is {family}, but the base is {matching.name}"
         raise ModelError(Problem(what, str(folder), fix="write auto"))
-    base = BaseFolder(folder, matching.name, matching.denoiser, matching.models, matching.others)
-    if problems := missing_parts(base) or matching(base).problems():
+    base = BaseFolder(folder, matching.name, matching.denoiser, matching.models, matching.others, prediction_type)
+    missing = missing_parts(base)
+    if problems := missing or [*schedule_problems(base, matching.prediction_types), *matching(base).problems()]:
         raise ModelError(*problems)
     return base
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_trainer.errors import Problem
-from lora_trainer.models.clip import check_vocabulary, last_hidden_state
+from lora_trainer.models.clip import last_hidden_state
 from lora_trainer.models.diffusers_family import DiffusersFamily
 from lora_trainer.models.family import SampleSettings
 from lora_trainer.models.folder import read_object
@@ -21,6 +23,23 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEEDFORWARD = ("ff.net.0.proj", "ff.net.2")
 PROJECTIONS = ("proj_in", "proj_out")
 RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.*.conv", "upsamplers.*.conv")
+_WANTED: dict[str, dict[str, Any]] = {
+    "unet": {
+        **dict.fromkeys(("addition_embed_type", "class_embed_type", "encoder_hid_dim", "num_class_embeds")),
+        **dict.fromkeys(("in_channels", "out_channels"), 4),
+        "_class_name": "UNet2DConditionModel",
+    },
+    "vae": {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4},
+}
+"""What is the same in all bases of this family; where a config does not say it, it is so."""
+_SIZES = {
+    "unet": ("block_out_channels", "layers_per_block", "cross_attention_dim"),
+    "vae": ("block_out_channels", "layers_per_block"),
+    "text_encoder": ("hidden_size", "num_hidden_layers", "max_position_embeddings"),
+}
+_LISTS = ("block_out_channels", "layers_per_block")
+_COUNTED = re.compile(r"_blocks\.\d+\.resnets\.\d+\.conv1\.weight$")
+"""A weight of each resnet, of which there are no more than the config says."""
 _ARCHITECTURES = {
     "sd_v1": "stable-diffusion-v1",
     "sd_v2": "stable-diffusion-v2-512",
@@ -51,28 +70,62 @@ class StableDiffusion(DiffusersFamily):
     }
 
     def problems(self) -> list[Problem]:
-        return [*check_vocabulary(self.base.path), *self._misfits()]
+        fix, found = "use the base's own folder", [*self._misfits()] or [*self._misshapen()]
+        return [*super().problems(), *(Problem(what, str(self.base.path / where), fix=fix) for where, what in found)]
 
-    def _misfits(self) -> Iterator[Problem]:
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        return {component: self.base.component_config(component) for component in self.models}
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
         """What makes the components another model than their index says: inpainting, SDXL, a foreign text encoder."""
-        unet, vae, encoder = (self.base.component_config(component) for component in self.models)
-        for where, config, key, wanted in (
-            ("unet", unet, "in_channels", 4),
-            ("unet", unet, "out_channels", 4),
-            ("unet", unet, "addition_embed_type", None),
-            ("unet", unet, "class_embed_type", None),
-            ("unet", unet, "encoder_hid_dim", None),
-            ("unet", unet, "cross_attention_dim", encoder.get("hidden_size")),
-            ("vae", vae, "latent_channels", 4),
-        ):
-            if (value := config.get(key, wanted)) != wanted:
-                what = f"`{key}` is {value}, where Stable Diffusion 1.x and 2.x with these parts have {wanted}"
-                yield Problem(what, str(self.base.path / where / "config.json"), fix="use the base's own folder")
+        configs = self._configs()
+        for component, key in ((component, key) for component, keys in _SIZES.items() for key in keys):
+            value = configs[component].get(key)
+            parts = value if isinstance(value, list) and key in _LISTS else [value]
+            if not parts or not all(type(part) is int and part > 0 for part in parts):
+                yield f"{component}/config.json", f"`{key}` is {value}, which is no size"
+        factor = configs["vae"].get("scaling_factor", 1)
+        if not isinstance(factor, float | int) or not 0 < factor < math.inf:
+            yield "vae/config.json", f"`scaling_factor` is {factor}, which is no factor"
+        width = configs["text_encoder"].get("hidden_size")
+        for component, wanted in {**_WANTED, "unet": {**_WANTED["unet"], "cross_attention_dim": width}}.items():
+            for key, usual in wanted.items():
+                if (value := configs[component].get(key, usual)) != usual:
+                    what = f"`{key}` is {value}, where Stable Diffusion 1.x and 2.x with these parts have {usual}"
+                    yield f"{component}/config.json", what
         settings = read_object(self.base.path / "tokenizer" / "tokenizer_config.json")
-        length = encoder.get("max_position_embeddings")
+        length = configs["text_encoder"].get("max_position_embeddings")
         if (said := settings.get("model_max_length", length)) != length:
-            what = f"`model_max_length` is {said}, but the text encoder has {length} positions"
-            yield Problem(what, str(self.base.path / "tokenizer"), fix="fetch tokenizer and text_encoder of one base")
+            yield "tokenizer", f"`model_max_length` is {said}, but the text encoder has {length} positions"
+
+    def _misshapen(self) -> Iterator[tuple[str, str]]:
+        """Components whose weights are of another model than their configs, by its ends and biases."""
+        unet, vae, encoder = self._configs().values()
+        outer, width, widths = unet["block_out_channels"][0], encoder["hidden_size"], vae["block_out_channels"]
+        ends: dict[str, dict[str, tuple[int, ...]]] = {
+            "unet": {"conv_in": (outer, 4), "conv_out": (4, outer)} | _resnets(unet),
+            "vae": {"encoder.conv_in": (widths[0], 3), "encoder.conv_out": (8, widths[-1])}
+            | {"decoder.conv_in": (widths[-1], 4), "decoder.conv_out": (3, widths[0])}
+            | _resnets(vae),
+            "text_encoder": {
+                "embeddings.token_embedding": (encoder.get("vocab_size"), width),
+                "embeddings.position_embedding": (encoder["max_position_embeddings"], width),
+            }
+            | {f"layers.{layer}.mlp.fc1": () for layer in range(encoder["num_hidden_layers"])},
+        }
+        for component, wanted in ends.items():
+            shapes = self.base.tensor_shapes(component)
+            faults = [f"`{name}` is missing" for name in wanted if not any(_is(key, name) for key in shapes)]
+            for key, shape in shapes.items():
+                layer = key.removesuffix(".weight")
+                fits = [shape[: len(start)] == start for name, start in wanted.items() if _is(key, name)]
+                fits.append(bool(fits) or _COUNTED.search(key) is None)
+                fits.append(key == layer or shapes.get(f"{layer}.bias", shape[:1]) == shape[:1])
+                fits.append(not _is(key, "attn2.to_k") or shape[1] == width)
+                if not all(fits):
+                    faults.append(f"`{layer}` is {' x '.join(map(str, shape))}")
+            if faults:
+                yield component, f"{len(faults)} of its weights do not fit its config: {', '.join(faults[:3])}"
 
     @property
     def kohya_version(self) -> str:
@@ -147,3 +200,21 @@ class StableDiffusion(DiffusersFamily):
             safety_checker=None,
             requires_safety_checker=False,
         )
+
+
+def _is(key: str, layer: str) -> bool:
+    """Whether a tensor is the weight of a layer, whatever stands before its name."""
+    return f".{key}".endswith(f".{layer}.weight")
+
+
+def _resnets(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Outputs of the first convolution of each resnet; on the way up a block has one more."""
+    widths, layers = config["block_out_channels"], config["layers_per_block"]
+    blocks = [*zip(widths, layers if isinstance(layers, list) else [layers] * len(widths), strict=False)]
+    ways = ("down", blocks), ("up", [(width, num + 1) for width, num in reversed(blocks)])
+    return {
+        f"{way}_blocks.{index}.resnets.{layer}.conv1": (width,)
+        for way, sized in ways
+        for index, (width, num) in enumerate(sized)
+        for layer in range(num)
+    }

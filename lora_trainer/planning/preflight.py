@@ -158,7 +158,7 @@ def prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str:
         ModelError: the family cannot be trained on it.
         ConfigError: a loss weighting has no meaning on it.
     """
-    chosen = base.prediction_type(config.model.prediction_type)
+    chosen = base.prediction_type()
     if chosen not in family.prediction_types:
         what = f"prediction type `{chosen}` is not supported with the family {family.name}"
         fix = f"set model.prediction_type to one of {', '.join(family.prediction_types)}, if the base was trained so"

@@ -100,7 +100,7 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     check_prompts(config)
     devices = find_devices()
     precision = precision_on(config.train.precision, devices[0])
-    base = open_base(config.model.path, config.model.revision, config.model.family)
+    base = open_base(**config.model.model_dump())
     family = open_family(base)
     predicts = prediction_type(config, base, family)
     check_resolution(config, family)
@@ -112,7 +112,7 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     plan = _plan(config, base, split, targets, launch.num_processes, num_probes=num_probes, fixed=fixed)
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
-    digests = base.digests()
+    digests = base.digests(cache_folder(config) / "base-digests.json", progress)
     entries = entries_of(config, family, split, digests)
     check_room(config, plan, entries.missing_bytes(family, config.data.resolution))
     threads = _threads(config, fixed, default_threads(launch))

@@ -18,6 +18,8 @@ from lora_trainer.config.places import (
     run_directory,
 )
 from lora_trainer.config.schema import RunConfig
+from lora_trainer.models.adapters.targets import kohya_notes
+from lora_trainer.models.registry import open_family
 from lora_trainer.planning.memory import memory_rows
 from lora_trainer.planning.prepare import Prepared
 from lora_trainer.planning.run_plan import RunPlan
@@ -63,6 +65,8 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from (("note", note) for note in notes(prepared))
     yield "saves", _saves(plan)
     yield "files to come", ", ".join(str(file) for file in files_to_come(config))
+    presets = open_family(prepared.base).target_presets
+    yield from (("", f"note: {note}") for note in kohya_notes(config.adapter, prepared.target_shapes, presets))
 
 
 def notes(prepared: Prepared) -> Iterator[str]:

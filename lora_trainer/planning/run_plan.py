@@ -15,8 +15,7 @@ from pydantic import Field, TypeAdapter
 
 from lora_trainer.config.schema import LoraConfig, RunConfig, ValidationConfig
 from lora_trainer.errors import ConfigError, Problem
-from lora_trainer.schedules.facts import facts_of
-from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, ScheduleOptions, to_steps
+from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, ScheduleOptions, facts_of, to_steps
 
 TRAINING_FORWARDS = 2.2  # backward through a frozen UNet costs about 1.2 forwards (counted at SD 1.5's shape)
 MAX_STEPS = 1_000_000
@@ -289,9 +288,9 @@ def _param_group_plan(group: ParamGroup) -> ParamGroupPlan:
         name=group.name,
         schedule=group.options.type,
         num_warmup_steps=group.schedule.warmup.num_steps,
-        lr_start=facts.first,
+        lr_start=facts.lrs[0],
         lr_peak=facts.peak,
-        lr_end=facts.last,
+        lr_end=facts.lrs[-1],
         lr_budget=facts.budget,
         warnings=facts.warnings,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,49 +14,14 @@ from lora_trainer import __version__
 from lora_trainer.evidence.statistics.paired import ROUNDING
 from lora_trainer.evidence.statistics.verdict import Rules, Verdict, confirming, judge, questions
 from lora_trainer.report import runs, tables
-from lora_trainer.report.plots import Plot, band_plot, curve_plots, difference_plot
+from lora_trainer.report.plots import band_plot, curve_plots, difference_plot
 from lora_trainer.report.runs import ArmRuns, RunRecord, named_runs, not_begun, read_runs
-from lora_trainer.report.tables import NOT_MEASURED, Table, without_paths
+from lora_trainer.report.tables import NOT_MEASURED, without_paths
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import damage_note
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATOR = "lora_trainer report"  # said in the page's head, so that a page of ours can be told from another file
-
-
-@dataclass(frozen=True, slots=True)
-class VerdictView:
-    """One question and its answer."""
-
-    label: str
-    sentence: str
-    notes: tuple[str, ...]
-    arms: Table
-    pairs: Table | None
-    plot: Plot | None
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Everything that stands on the page, in its order."""
-
-    title: str
-    headline: str
-    notes: tuple[str, ...]
-    legend: tuple[ArmRuns, ...]
-    verdicts: tuple[VerdictView, ...]
-    runs: Table
-    items: Table | None
-    curves: tuple[Plot, ...]
-    bands: Plot | None
-    samples: Table | None
-    diagnosis: Table | None
-    differences: Table | None
-    settings: tuple[Table, ...]
-    cost: Table
-    environment: Table
-    commands: tuple[str, ...]
-    version: str = __version__
 
 
 def write_report(
@@ -76,8 +41,8 @@ def write_report(
     return page.headline
 
 
-def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] = ()) -> Page:
-    """Lay out the page of some runs, with further notes at its head."""
+def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] = ()) -> SimpleNamespace:
+    """Everything that stands on the page of some runs, by its name in the template; with further notes at its head."""
     runs.check_fresh(records)
     sources = list(dict.fromkeys(record.source for record in records if record.purpose == "selection"))
     arms, against = runs.arms(records), runs.incompatibilities(records)
@@ -88,7 +53,7 @@ def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] 
     else:
         headline = verdicts[0].sentence if verdicts else f"Not compared: {'; '.join(against)}."
     started = [arm for arm in arms if arm.runs[0].updates]
-    return Page(
+    return SimpleNamespace(
         title=f"{len(records)} runs compared" if len(sources) > 1 else sources[0],
         headline=headline,
         notes=(*runs.pairing_notes(arms), *_run_notes(records, arms), *notes),
@@ -105,10 +70,11 @@ def build_page(records: Sequence[RunRecord], rules: Rules, notes: Sequence[str] 
         cost=tables.cost_table(arms),
         environment=tables.environment_table(records),
         commands=_commands(records),
+        version=__version__,
     )
 
 
-def render(page: Page) -> str:
+def render(page: SimpleNamespace) -> str:
     """The page as HTML, everything escaped that is not drawn by us."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
@@ -117,7 +83,7 @@ def render(page: Page) -> str:
     return template.render(page=page, style=style, generator=GENERATOR, not_measured=NOT_MEASURED)
 
 
-def _verdict_views(arms: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
+def _verdict_views(arms: Sequence[ArmRuns], rules: Rules) -> list[SimpleNamespace]:
     """The answer to every question that these arms allow; what fresh seeds say comes first."""
     confirmed = [judged for arm in arms if (judged := arm.as_arm("confirmation")) is not None]
     selected = [judged for arm in arms if (judged := arm.as_arm("selection")) is not None]
@@ -126,11 +92,17 @@ def _verdict_views(arms: Sequence[ArmRuns], rules: Rules) -> list[VerdictView]:
     return [_view(verdict, number) for number, verdict in enumerate(verdicts, start=1)]
 
 
-def _view(verdict: Verdict, number: int) -> VerdictView:
+def _view(verdict: Verdict, number: int) -> SimpleNamespace:
+    """One question and its answer."""
     fresh = "Confirmation on fresh seeds: " if verdict.purpose == "confirmation" else ""
-    words = fresh + verdict.question.label, verdict.sentence, verdict.question.notes
-    pairs = tables.pairs_table(verdict) if verdict.pairs else None
-    return VerdictView(*words, tables.arms_table(verdict), pairs, difference_plot(verdict, number))
+    return SimpleNamespace(
+        label=fresh + verdict.question.label,
+        sentence=verdict.sentence,
+        notes=verdict.question.notes,
+        arms=tables.arms_table(verdict),
+        pairs=tables.pairs_table(verdict) if verdict.pairs else None,
+        plot=difference_plot(verdict, number),
+    )
 
 
 def _run_notes(records: Sequence[RunRecord], arms: Sequence[ArmRuns]) -> list[str]:

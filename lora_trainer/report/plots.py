@@ -150,8 +150,7 @@ def line_plot(
                 axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(steps, np.asarray(line.values)[kept], color=colour, linestyle=dashes)
         axes.set(xlabel="Steps", ylabel=ylabel)
-        if _spans_a_decade(lines):
-            _scale_by_decades(axes)
+        _scale_by_decades(axes, lines)
 
     shown = spread(sorted({step for line in lines for step in line.steps}), MOST_ROWS)
     by_step = [dict(zip(line.steps, line.values, strict=True)) for line in lines]
@@ -160,14 +159,14 @@ def line_plot(
     return Plot(title, summary, _draw(name, summary, paint), numbers)
 
 
-def _spans_a_decade(lines: Sequence[Line]) -> bool:
-    """Clearly: a schedule that ends at a tenth of its peak may reach it from either side by rounding."""
+def _scale_by_decades(axes: Axes, lines: Sequence[Line]) -> None:
+    """A log axis for what clearly spans a decade: a fall to a tenth may reach it from either side by rounding.
+
+    It has plain numbers: matplotlib's own labels are TeX, which the page's texts are not read as.
+    """
     lowest = min(min(line.values) for line in lines)
-    return lowest > 0 and max(max(line.values) for line in lines) > 10.001 * lowest
-
-
-def _scale_by_decades(axes: Axes) -> None:
-    """A log axis with plain numbers: matplotlib's own labels are TeX, which the page's texts are not read as."""
+    if not 0 < 10.001 * lowest < max(max(line.values) for line in lines):
+        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))

@@ -153,7 +153,7 @@ def read_run(folder: Path) -> RunRecord:
             updates=tuple(row for row in rows if "event" not in row),
             events=tuple(row for row in rows if "event" in row),
             num_damaged=len(lines) - len(rows),
-            prompts=_prompts(folder / CONFIG_FILE),
+            prompts=tuple(each["prompt"] for each in _settings(folder).get("sample", {}).get("prompts", ())),
             samples=sample_files(folder / SAMPLES),
         )
     except (ValueError, OSError) as error:
@@ -168,7 +168,7 @@ def _read_sweep(folder: Path) -> list[RunRecord]:
     """
     try:
         trials = _read_json(folder / SWEEP_FILE)["trials"]
-        left_out = sorted({(trial["setting"], trial["peak_lr"]) for trial in _not_begun(trials)})
+        left_out = sorted({(trial["setting"], trial["peak_lr"]) for trial in trials if is_left_out(trial)})
         records = []
         for trial in trials:
             if (folder / trial["folder"] / METRICS_FILE).is_file():
@@ -185,12 +185,13 @@ def _read_sweep(folder: Path) -> list[RunRecord]:
 def not_begun(folders: Sequence[Path]) -> list[str]:
     """The trials of sweeps that were decided not to be begun, with the reason; from what `read_runs` could read."""
     sweeps = [_read_json(folder / SWEEP_FILE) for folder in folders]
-    idle = [trial for sweep in sweeps for trial in _not_begun(sweep.get("trials", ()))]
+    idle = [trial for sweep in sweeps for trial in sweep.get("trials", ()) if is_left_out(trial)]
     return [f"{trial['name']} was not trained: {trial['reason']}" for trial in idle]
 
 
-def _not_begun(trials: Sequence[Row]) -> list[Row]:
-    return [trial for trial in trials if trial["status"] == "stopped" and not trial["step"]]
+def is_left_out(trial: Row) -> bool:
+    """Whether a rule of its sweep decided not to begin this trial."""
+    return trial["status"] == "stopped" and not trial["step"]
 
 
 def read_runs(folders: Sequence[Path], purpose: Purpose = "selection") -> list[RunRecord]:
@@ -218,15 +219,13 @@ def _read_json(file: Path) -> Row:
 
 def _place(folder: Path) -> str:
     """Where a run or sweep lies seen from where it was started; its name alone where its place is absolute."""
-    config = folder / CONFIG_FILE
-    settings = YAML(typ="safe").load(config) if config.is_file() else {}
-    output_dir = str(settings.get("output_dir", ""))
+    output_dir = str(_settings(folder).get("output_dir", ""))
     return folder.name if Path(output_dir).expanduser().is_absolute() else str(Path(output_dir) / folder.name)
 
 
-def _prompts(config: Path) -> tuple[str, ...]:
-    settings = YAML(typ="safe").load(config) if config.is_file() else {"sample": {"prompts": ()}}
-    return tuple(prompt["prompt"] for prompt in settings["sample"]["prompts"])
+def _settings(folder: Path) -> Row:
+    config = folder / CONFIG_FILE
+    return YAML(typ="safe").load(config) if config.is_file() else {}
 
 
 def sample_files(folder: Path) -> dict[tuple[int, int], Path]:

@@ -1,4 +1,4 @@
-"""Schedules that hold or fall: the six of the Stable Diffusion trainers, and other decays.
+"""Schedules that hold or fall: the six of the Stable Diffusion trainers, other decays, and one that waits for the loss.
 
 The six equal diffusers.optimization.get_scheduler at every update; p is the share of the fall that is done. Elsewhere
 lengths (step size, half-life) count from the end of the warm-up, so that the curve has no jump there; milestones and
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -21,7 +22,9 @@ from lora_trainer.schedules.schedule import (
     Duration,
     FlooredDecayOptions,
     Horizon,
+    LRSchedule,
     Mark,
+    PlateauFeedback,
     ScheduleError,
     ScheduleOptions,
     WarmupOptions,
@@ -40,9 +43,6 @@ class Constant(ScheduleOptions):
     summary: ClassVar[str] = "the same learning rate from the first update to the last"
     limits: ClassVar[str] = "never settles: late updates are as large as early ones, and small sets overfit easily"
 
-    def core(self, horizon: Horizon, warmup: int) -> Core:
-        return lambda k, _: 1.0
-
 
 class ConstantWithWarmup(WarmupOptions):
     """m = k / W in the warm-up, then 1."""
@@ -53,9 +53,6 @@ class ConstantWithWarmup(WarmupOptions):
     example: ClassVar[dict[str, Any]] = {"warmup_steps": "10%"}
     summary: ClassVar[str] = "a rise from zero, then the same learning rate to the end"
     limits: ClassVar[str] = "protects the start, but never settles at the end"
-
-    def core(self, horizon: Horizon, warmup: int) -> Core:
-        return lambda k, _: 1.0
 
 
 class Linear(FlooredDecayOptions):
@@ -79,8 +76,9 @@ class Cosine(FlooredDecayOptions):
     limits: ClassVar[str] = "the length of the run must be right from the start: the curve is laid over it"
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        cycles = self.num_cycles
-        return self.floored(lambda p: max(0.0, 0.5 * (1 + math.cos(math.pi * cycles * 2 * p))), horizon, warmup)
+        return self.floored(
+            lambda p: max(0.0, 0.5 * (1 + math.cos(math.pi * self.num_cycles * 2 * p))), horizon, warmup
+        )
 
 
 class CosineWithRestarts(FlooredDecayOptions):
@@ -93,10 +91,8 @@ class CosineWithRestarts(FlooredDecayOptions):
     limits: ClassVar[str] = "for long runs on varied data; each restart undoes some of the settling before it"
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        cycles = self.num_cycles
-
         def fall(p: float) -> float:
-            return 0.0 if p >= 1 else max(0.0, 0.5 * (1 + math.cos(math.pi * ((cycles * p) % 1.0))))
+            return 0.0 if p >= 1 else max(0.0, 0.5 * (1 + math.cos(math.pi * ((self.num_cycles * p) % 1.0))))
 
         return self.floored(fall, horizon, warmup)
 
@@ -172,22 +168,22 @@ class Exponential(WarmupOptions):
 
     def _decay(self, horizon: Horizon, warmup: int) -> float:
         """The rate per unit."""
-        given = [name for name in ("gamma", "rate", "final_ratio", "half_life") if getattr(self, name) is not None]
+        length = horizon.num_steps - warmup
+        units = length if self.unit == "step" else math.ceil(length / horizon.steps_per_epoch)
+        rates: dict[str, Callable[[float], float]] = {
+            "gamma": lambda gamma: -math.log(gamma),
+            "rate": lambda rate: rate,
+            "final_ratio": lambda ratio: -math.log(ratio) / max(1, units),
+            "half_life": lambda half_life: math.log(2) / half_life,
+        }
+        given = {name: value for name in rates if (value := getattr(self, name)) is not None}
         if len(given) != 1:
             raise ScheduleError(
                 "exponential takes exactly one of gamma, rate, final_ratio and half_life; "
                 f"here: {', '.join(given) or 'none'}"
             )
-        if self.gamma is not None:
-            return -math.log(self.gamma)
-        if self.rate is not None:
-            return self.rate
-        if self.half_life is not None:
-            return math.log(2) / self.half_life
-        assert self.final_ratio is not None
-        length = horizon.num_steps - warmup
-        units = length if self.unit == "step" else math.ceil(length / horizon.steps_per_epoch)
-        return -math.log(self.final_ratio) / max(1, units)
+        ((name, value),) = given.items()
+        return rates[name](value)
 
 
 class Step(WarmupOptions):
@@ -305,8 +301,27 @@ class Rex(FlooredDecayOptions):
     limits: ClassVar[str] = "spends little time at small learning rates"
 
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        d = self.d
-        return self.floored(lambda p: (1 - p) / ((1 - d) + d * (1 - p)), horizon, warmup)
+        return self.floored(lambda p: (1 - p) / ((1 - self.d) + self.d * (1 - p)), horizon, warmup)
+
+
+class Plateau(WarmupOptions):
+    """m = factor ** (reductions so far); one reduction after `patience` probes without a clear improvement."""
+
+    type: Literal["plateau"] = "plateau"
+    factor: Annotated[float, Field(gt=0, lt=1), NotBool] = 0.5
+    """Factor of each reduction."""
+    patience: Count = 3
+    """Probes without improvement before a reduction."""
+    threshold_se: NotNegative = 2.0
+    """Standard errors (paired over the probe's images) by which a probe must be better to count."""
+    min_ratio: Ratio = 0.0
+    """Floor as a share of the base LR."""
+    summary: ClassVar[str] = "constant until the validation loss stops falling, then lower"
+    limits: ClassVar[str] = "needs a validation section; on a short run it may never act"
+
+    def resolve(self, horizon: Horizon) -> LRSchedule:
+        feedback = PlateauFeedback(self.factor, self.patience, self.threshold_se, self.min_ratio)
+        return replace(super().resolve(horizon), core=feedback.multiplier, feedback=feedback)
 
 
 _FALLS: dict[str, Callable[[float], float]] = {

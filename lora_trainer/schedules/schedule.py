@@ -2,23 +2,25 @@
 
 Update k (0-based, completed updates only) uses `base_lr * multiplier(k, base_lr)`. Nothing else moves the learning
 rate: no wrapper steps it, so process count, accumulation, skipped updates and resumes cannot bend the curve. Lengths
-are written in the units people think in: updates (100), epochs ("2ep") or a share of the run ("5%").
+are written in the units people think in: updates (100), epochs ("2ep") or a share of the run ("5%"). At the foot: what
+a schedule amounts to over one run, in numbers and in warnings.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from lora_trainer.strict_model import NotBool, Ratio, StrictModel
 
 Core = Callable[[int, float], float]  # (update index, base LR) -> multiplier
+NEGLIGIBLE = 1e-3  # a multiplier under which an update trains next to nothing
+NEGLIGIBLE_SHARE = 0.1
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>ep|%)")
 
 
@@ -121,25 +123,45 @@ PairedRise = Callable[[Sequence[float], Sequence[float]], float]
 """From (before, now), a value per image each: by how many standard errors their mean rose."""
 
 
-class Feedback(Protocol):
-    """A schedule's ear to the probe, and its memory of what it did."""
+@dataclass
+class PlateauFeedback:
+    """What a plateau schedule has seen and done so far.
+
+    Its recorded reductions are its whole state, so the LR of any update is still a function of the update's index, and
+    a resume repeats it. What it is fed is the low-noise probe, never the training loss.
+    """
+
+    factor: float
+    patience: int
+    threshold_se: float
+    min_ratio: float
+    reductions: list[int] = field(default_factory=list)
+    """Updates from which one more factor holds."""
+    best: list[float] | None = None
+    """The probe's value of each image when it was last clearly better."""
+    bad: int = 0
+
+    def multiplier(self, k: int, _: float) -> float:
+        """The factor on the base LR at update k."""
+        return max(self.min_ratio, self.factor ** sum(update <= k for update in self.reductions))
 
     def observe(self, step: int, items: Sequence[float], rise: PairedRise) -> bool:
-        """Look at a probe after `step` completed updates; whether the LR changes from the next update on.
-
-        Args:
-            items: one value per image.
-            rise: compares two probes.
-        """
-        ...
+        """Look at a probe after `step` completed updates; whether the LR falls from the next update on."""
+        if all(map(math.isfinite, items)) and (self.best is None or rise(self.best, items) < -self.threshold_se):
+            self.best, self.bad = list(items), 0
+            return False
+        self.bad += 1
+        if self.bad < self.patience:
+            return False
+        self.reductions.append(step)
+        self.bad = 0
+        return True
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, as JSON values."""
-        ...
+        return {"reductions": self.reductions, "best": self.best, "bad": self.bad}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        ...
+        self.reductions, self.best, self.bad = list(state["reductions"]), state["best"], state["bad"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +174,7 @@ class LRSchedule:
     warmup: Warmup
     num_cooldown_steps: int = 0
     marks: tuple[Mark, ...] = ()
-    feedback: Feedback | None = None
+    feedback: PlateauFeedback | None = None
     """Set where the schedule waits for the validation loss."""
 
     def multiplier(self, k: int, base_lr: float) -> float:
@@ -181,9 +203,9 @@ class ScheduleOptions(StrictModel):
     example: ClassVar[dict[str, Any]] = {}
     """Options that show the schedule off: all that it requires, for previews."""
 
-    @abstractmethod
     def core(self, horizon: Horizon, warmup: int) -> Core:
-        """The multiplier after the warm-up, as a function of (update index, base LR)."""
+        """The multiplier after the warm-up, as a function of (update index, base LR); always 1 by itself."""
+        return lambda k, _: 1.0
 
     def marks(self, horizon: Horizon, warmup: int) -> tuple[Mark, ...]:
         """What a plot shows beside the end of the warm-up."""
@@ -263,3 +285,59 @@ class FlooredDecayOptions(DecayOptions):
         """A core given as a function of the progress p, lifted onto the floor."""
         progress, floor = self.progress(horizon, warmup), self.min_ratio
         return lambda k, _: floor + (1 - floor) * core(progress(k))
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleFacts:
+    """Numbers of one schedule laid over one run; `warnings` is empty where nothing looks like a mistake."""
+
+    lrs: tuple[float, ...]
+    """LR of each update."""
+    budget: float
+    """Mean multiplier: the share of constant training at the base LR that the run amounts to."""
+    half_life: int | None
+    """Updates after the peak until the LR is at most half of it; None if it never is."""
+    warnings: tuple[str, ...]
+
+    @property
+    def peak(self) -> float:
+        return max(self.lrs)
+
+    def shrink(self, weight_decay: float) -> float:
+        """Share by which decoupled weight decay alone shrinks a weight over the run: 1 - exp(-wd x sum of LRs)."""
+        return 1 - math.exp(-weight_decay * math.fsum(self.lrs))
+
+
+def facts_of(options: ScheduleOptions, schedule: LRSchedule, base_lr: float) -> ScheduleFacts:
+    """Tabulate a schedule and look at it.
+
+    Raises:
+        ScheduleError: an absolute end does not fit the base LR.
+    """
+    lrs = tuple(schedule.lr(k, base_lr) for k in range(schedule.horizon.num_steps))
+    top = lrs.index(max(lrs))
+    return ScheduleFacts(
+        lrs=lrs,
+        budget=math.fsum(lrs) / (base_lr * len(lrs)),
+        half_life=next((k for k, lr in enumerate(lrs[top:]) if lr <= lrs[top] / 2), None),
+        warnings=tuple(_warnings(options, schedule, [lr / base_lr for lr in lrs])),
+    )
+
+
+def _warnings(options: ScheduleOptions, schedule: LRSchedule, multipliers: Sequence[float]) -> Iterator[str]:
+    """What is allowed but probably not meant."""
+    num_steps, warmup = len(multipliers), schedule.warmup
+    if warmup.num_steps > num_steps / 2:
+        yield f"the warm-up takes {warmup.num_steps} of {num_steps} updates, more than half of the run"
+    if warmup.num_steps == 1 and multipliers[0] == 0:
+        yield "a warm-up of one update only loses it: its LR is 0 (warmup_start: one would use it)"
+    if num_steps > 1 and multipliers[-1] > multipliers[-2] and num_steps - 1 > warmup.num_steps:
+        yield "the LR is rising when training ends"
+    negligible = sum(m < NEGLIGIBLE for m in multipliers[warmup.num_steps :])
+    if negligible > NEGLIGIBLE_SHARE * num_steps:
+        start = next(k for k in range(warmup.num_steps, num_steps) if multipliers[k] < NEGLIGIBLE)
+        yield (
+            f"{negligible} of {num_steps} updates (from {start} on) have less than a thousandth of the base LR: "
+            f"they train next to nothing"
+        )
+    yield from options.warnings(schedule.horizon)

@@ -22,6 +22,8 @@ MEAN_OVER = 100
 """Updates behind the loss that a person sees: that of one update says little."""
 PERIOD_S = 30.0
 """Between two lines where there is no terminal."""
+SAID_AFTER_S = 2.0
+"""What takes longer is said, where no bar shows it."""
 ALWAYS_SHOWN = 3
 """First lines of a start, shown whatever the period."""
 
@@ -60,12 +62,16 @@ class MainConsole:
             self.print(f"  {name:<{width}}  {value}")
 
     def track(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-        """Pass the items through while a bar shows how many are done and the time left."""
+        """Pass the items through while a bar shows how many are done and the time left; a line where there is none."""
+        started, is_said = time.monotonic(), False
         with self._bar() as bar:
             task = bar.add_task(what, total=total, numbers="")
             for item in items:
                 yield item
                 bar.advance(task)
+                if bar.disable and not is_said and time.monotonic() - started > SAID_AFTER_S:
+                    self.print(what)
+                    is_said = True
 
     @contextmanager
     def training(self, num_steps: int, start: int) -> Iterator[TrainingLine]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -24,8 +25,7 @@ class TensorBoardLog:
         self._emit, self._refused = emit, False
         self._writer = EventFileWriter(str(folder))
         if start_step:
-            event = Event(session_log=SessionLog(status=SessionLog.START), step=start_step, wall_time=time.time())
-            self._add(event)
+            self._add(start_step, session_log=SessionLog(status=SessionLog.START))
 
     def step(self, row: StepRow) -> None:
         values = {
@@ -39,25 +39,24 @@ class TensorBoardLog:
         self.scalars(row.step, values)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._add(Event(summary=summary, step=step, wall_time=time.time()))
+        tagged = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(step, summary=Summary(value=tagged))
 
     def images(self, step: int, files: Sequence[Path]) -> None:
         """The samples of a step, each prompt under a tag of its own."""
         for number, file in enumerate(files, start=1):
             picture = Summary.Image(encoded_image_string=file.read_bytes(), colorspace=3)
-            summary = Summary(value=[Summary.Value(tag=f"samples/{number:02d}", image=picture)])
-            self._add(Event(summary=summary, step=step, wall_time=time.time()))
+            self._add(step, summary=Summary(value=[Summary.Value(tag=f"samples/{number:02d}", image=picture)]))
 
     def close(self) -> None:
         with suppress(Exception):
             self._writer.close()
 
-    def _add(self, event: Event) -> None:
+    def _add(self, step: int, **content: Any) -> None:
         if self._refused:
             return
         try:
-            self._writer.add_event(event)
+            self._writer.add_event(Event(step=step, wall_time=time.time(), **content))
         except Exception as error:  # noqa: BLE001 - whatever a plot, a font or a log comes up with
             self._refused = True
             self._emit(f"TensorBoard's events end here ({error}); metrics.jsonl has them all")

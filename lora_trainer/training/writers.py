@@ -328,7 +328,9 @@ class TrialWriter:
         """A LoRA file: the average where one is kept, else the adapter itself."""
         family, dtype = self._denoiser.family, self.config.export.dtype
         recipe = recipe_of(self.config, self.prepared.plan, base_facts(family, self.prepared.prediction_type), step)
-        write_lora(file, self.trial.weights(), recipe, family, layout=layout, dtype=dtype)
+        lost = write_lora(file, self.trial.weights(), recipe, family, layout=layout, dtype=dtype)
+        if lost and layout == "kohya":
+            self._emit(f"{file.name}: {lost}")
 
     def rescue(self, step: int) -> str:
         """Write this step's LoRA into the space kept for it, where the disk takes no checkpoint; its name."""

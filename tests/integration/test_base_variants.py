@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from lora_trainer.cli.export import convert_file, export_run
 from lora_trainer.cli.sample import SampleRequest, sample
 from lora_trainer.models.registry import open_base, open_family
 
@@ -40,6 +41,9 @@ def test_an_fp16_variant_trains_and_samples(train_toy: Train, half_base: Path, t
     tensors = [load_file(run / f"{run.name}.safetensors") for run in (halved, full)]
     assert tensors[0].keys() == tensors[1].keys()
     assert sample(halved / "half.safetensors", None, None, REQUEST, tmp_path / "drawn")[0].is_file()
+    convert_file(halved / "half.safetensors", "diffusers", "fp16", None, tmp_path / "other.safetensors")
+    export_run(halved, None, "kohya", "fp16", "exported", tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (halved / "half.safetensors").read_bytes()
 
 
 def test_its_encoders_and_denoiser_are_the_full_ones_rounded(toy_base: Path, half_base: Path) -> None:

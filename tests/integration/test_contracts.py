@@ -12,9 +12,9 @@ pytestmark = pytest.mark.quick
 
 
 class TestOurSchedules(ScheduleContract):
-    @pytest.fixture(autouse=True, params=SCHEDULE_ROWS, ids=lambda row: row.name)
+    @pytest.fixture(autouse=True, params=SCHEDULE_ROWS)
     def _row(self, request: pytest.FixtureRequest) -> None:
-        self.name, self.options = request.param.name, request.param.options.example  # type: ignore[misc]
+        self.name, self.options = request.param, SCHEDULE_ROWS[request.param].example  # type: ignore[misc]
 
 
 class TestOurOptimizers(OptimizerContract):

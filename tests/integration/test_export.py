@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lora_trainer.cli.export import export_run
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import NumericStop
-from lora_trainer.lora_files.files import read_recipe, write_lora
+from lora_trainer.lora_files.files import lost_to_dtype, read_recipe, write_lora
 from lora_trainer.models.adapters.bank import AdapterBank, peft_config
 from lora_trainer.models.registry import open_base, open_family
 from lora_trainer.storage.checkpoint import open_checkpoint
@@ -156,3 +158,34 @@ def test_what_is_not_finite_is_never_saved(toy_base: Path, train_toy: Callable[.
         with pytest.raises(NumericStop, match="never saved"):
             write_lora(tmp_path / "x.safetensors", adapter, recipe, family, layout=layout, dtype="fp32")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_what_the_dtype_loses_is_said_and_its_fix_keeps_it(
+    train_toy: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("optimizer.lr=1e-8", "train.max_steps=2", "lr_scheduler={type: constant}")
+    run_dir = train_toy(*small)
+    said = re.search(r"([\d.]+)% of the weights in lora_B .* write (export\.dtype=\w+)", capsys.readouterr().out)
+    assert said is not None
+    exact, kept = tmp_path / "exact.safetensors", load_file(run_dir / "toy.safetensors")
+    export_run(run_dir, None, "kohya", "fp32", "exported", exact)
+    ups = {key: tensor for key, tensor in load_file(exact).items() if key.endswith("lora_up.weight")}
+    lost = sum(int(((tensor - kept[key]).abs() > 0.1 * tensor.abs()).sum()) for key, tensor in ups.items())
+    share = lost / sum(int(tensor.count_nonzero()) for tensor in ups.values())
+    assert float(said[1]) == pytest.approx(100 * share, abs=0.1)
+    export_run(run_dir, None, "kohya", "fp16", "exported", tmp_path / "again.safetensors")
+    assert "lora_B" in capsys.readouterr().out
+    train_toy(*small, said[2], name="fixed")
+    export_run(run_dir, None, "kohya", said[2].rpartition("=")[2], "exported", tmp_path / "better.safetensors")
+    assert "lost" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "share"), [(1e-3, 0.0), (2e-5, 0.0), (1e-7, 0.639)])
+def test_a_weight_is_lost_that_changes_by_over_a_tenth(size: float, share: float) -> None:
+    """Between fp16's smallest number, 6e-8, and its multiples."""
+    values = torch.linspace(0.5, 1.5, 10_001) * size
+    note = lost_to_dtype({"unet.x.lora_A.weight": values, "unet.x.lora_B.weight": torch.zeros(4)}, "fp16")
+    assert (note is None) == (share == 0)
+    if note:
+        assert float(note.partition("%")[0]) == pytest.approx(100 * share, abs=0.2)
+    assert lost_to_dtype({"unet.x.lora_A.weight": values}, "bf16") is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lora_trainer.cli.find_lr import find_lr as find_lr_command
 from lora_trainer.cli.program import main
 from lora_trainer.config.load import load_config
 from lora_trainer.errors import ConfigError, StoppedBySignal
-from lora_trainer.experiments.lr_finder.analysis import FinderResult, ShortRun
+from lora_trainer.experiments.lr_finder.analysis import FinderResult
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, PreparedFinder, prepare_finder
 from lora_trainer.experiments.lr_finder.run import find_lr, run_short
 from lora_trainer.models.stable_diffusion import StableDiffusion
@@ -50,7 +50,7 @@ def found_by(finder: PreparedFinder) -> FinderResult:
     return find_lr(finder, console=MainConsole(silent=True))
 
 
-def short_runs(group: TrialGroup, console: MainConsole | None = None) -> list[ShortRun]:
+def short_runs(group: TrialGroup, console: MainConsole | None = None) -> dict[float, np.ndarray | None]:
     with joined_processes(Launch()) as joined:
         return run_short(group, console=console or MainConsole(silent=True), should_stop=lambda: False, joined=joined)
 
@@ -64,7 +64,7 @@ def files_digest(folder: Path) -> dict[str, str]:
 
 
 def lrs_of(found: FinderResult) -> list[float]:
-    return [each.point.lr for each in found.measured]
+    return [each.lr for each in found.points]
 
 
 def test_the_ramp_is_a_group_of_one_that_is_validated_at_every_step_and_leaves_its_log_alone(toy_config: Path) -> None:
@@ -78,13 +78,13 @@ def test_the_ramp_is_a_group_of_one_that_is_validated_at_every_step_and_leaves_i
     rows = step_rows(finder.folder / "metrics.jsonl")
     np.testing.assert_allclose([row["lr"] for row in rows], LRS, rtol=1e-12)
     assert lrs_of(found) == [row["lr"] for row in rows]
-    assert [each.grad_norm for each in found.measured] == [row["grad_norm"] for row in rows]
-    assert [each.point.training_loss for each in found.measured] == [row["loss"] for row in rows]
-    for each, probe in zip(found.measured, probes[1:], strict=True):
+    assert [each.grad_norm for each in found.points] == [row["grad_norm"] for row in rows]
+    assert [each.training_loss for each in found.points] == [row["loss"] for row in rows]
+    for each, probe in zip(found.points, probes[1:], strict=True):
         assert each.relative_NS is not None
         assert each.relative_NS.shape == (2, 16)
         np.testing.assert_allclose(each.relative_NS.mean(axis=1), probe["items"], rtol=1e-8)
-        assert each.point.gain == pytest.approx(probe["gain"], abs=1e-9)
+        assert each.gain == pytest.approx(probe["gain"], abs=1e-9)
 
 
 def test_both_groups_are_plain_data(toy_config: Path) -> None:
@@ -129,9 +129,9 @@ def test_a_stop_leaves_no_answer_and_the_next_start_begins_anew(toy_config: Path
         find_lr(finder, console=MainConsole(silent=True), should_stop=stop_at(5))
     assert [row["step"] for row in step_rows(finder.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     again = found_by(finder_of(toy_config))
-    assert len(again.measured) == 30
+    assert len(again.points) == 30
     elsewhere = found_by(finder_of(toy_config, "name=other"))
-    assert [each.point for each in again.measured] == [each.point for each in elsewhere.measured]
+    assert again.points == elsewhere.points
     assert [row["step"] for row in step_rows(finder.folder / "metrics.jsonl")] == list(range(1, 31))
 
 
@@ -146,9 +146,9 @@ def test_numbers_that_are_not_finite_end_the_ramp_as_a_divergence(
     else:
         spoil_losses(monkeypatch, [1 + 2 * 5])  # forwards: the base's probe, then each update and the probe after it
     found = found_by(finder)
-    assert [each.point.is_finite for each in found.measured] == [True] * 5 + [False]
-    assert found.measured[-1].relative_NS is None
-    assert found.measured[-1].point.lr == pytest.approx(LRS[5])
+    assert [each.is_finite for each in found.points] == [True] * 5 + [False]
+    assert found.points[-1].relative_NS is None
+    assert found.points[-1].lr == pytest.approx(LRS[5])
     assert [skip["reason"] for skip in events(finder.folder, "skip")] == [fault]
     assert [failed["step"] for failed in events(finder.folder, "failed")] == [6]
 
@@ -158,11 +158,11 @@ def test_a_ramp_ends_where_the_probe_has_diverged(toy_config: Path) -> None:
     hot = ("adapter.alpha=400", "adapter.targets=transformer+resnet")
     finder = finder_of(toy_config, *hot, options=options)
     found = found_by(finder)
-    assert len(found.measured) < 30
-    assert found.measured[-1].point.is_diverged
-    assert not found.measured[0].point.is_diverged
+    assert len(found.points) < 30
+    assert found.points[-1].is_diverged
+    assert not found.points[0].is_diverged
     rows = list(read_rows(finder.folder / "metrics.jsonl"))
-    assert rows[-1]["step"] == len(found.measured)
+    assert rows[-1]["step"] == len(found.points)
 
 
 def test_an_fp16_overflow_leaves_its_point_out(toy_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,9 +170,9 @@ def test_an_fp16_overflow_leaves_its_point_out(toy_config: Path, monkeypatch: py
     finder = finder_of(toy_config, "train.precision=fp16")
     found = found_by(finder)
     np.testing.assert_allclose(lrs_of(found), np.delete(LRS, [5, 6, 20]), rtol=1e-12)
-    assert all(each.point.is_finite for each in found.measured)
+    assert all(each.is_finite for each in found.points)
     assert [skip["step"] for skip in events(finder.folder, "skip")] == [6, 7, 21]
-    assert found.measured[5].point.lr == pytest.approx(LRS[7])
+    assert found.points[5].lr == pytest.approx(LRS[7])
 
 
 class TestVerification:
@@ -200,15 +200,15 @@ class TestVerification:
     ) -> None:
         packed = short_runs(finder.verification_group(self.LRS), MainConsole())
         assert "trials per forward: 3" in capsys.readouterr().out
-        assert [run.lr for run in packed] == pytest.approx(self.LRS, rel=1e-12)
+        assert [*packed] == pytest.approx(self.LRS, rel=1e-12)
         watched = "validation={fraction: 0.3, every_steps: 5, max_cost: 1.0}"
-        for number, (lr, run) in enumerate(zip(self.LRS, packed, strict=True)):
+        for number, (lr, after_NS) in enumerate(zip(self.LRS, packed.values(), strict=True)):
             constant = ("lr_scheduler={type: constant}", f"optimizer.lr={lr}", "train.max_steps=5")
             alone = train_toy(watched, *constant, name=f"alone{number}")
             reading = [row for row in events(alone, "validation") if row["probe"] == "held_out"][-1]
-            assert run.relative_NS is not None
-            np.testing.assert_allclose(run.relative_NS.mean(axis=1), reading["items"], rtol=1e-5)
-        assert len({run.relative_NS.tobytes() for run in packed if run.relative_NS is not None}) == 3
+            assert after_NS is not None
+            np.testing.assert_allclose(after_NS.mean(axis=1), reading["items"], rtol=1e-5)
+        assert len({after_NS.tobytes() for after_NS in packed.values() if after_NS is not None}) == 3
 
     def test_each_rate_leaves_a_log_and_nothing_else(self, finder: PreparedFinder) -> None:
         short_runs(finder.verification_group(self.LRS))
@@ -225,12 +225,12 @@ class TestVerification:
         self, finder: PreparedFinder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         group = finder.verification_group(self.LRS)
-        healthy = short_runs(group)
+        healthy = [*short_runs(group).values()]
         spoil_gradients(monkeypatch, [3], trial="lr1.0e-03")
-        runs = short_runs(group)
-        assert runs[1].relative_NS is None
+        runs = [*short_runs(group).values()]
+        assert runs[1] is None
         for one, other in ((0, 0), (2, 2)):
-            ours, theirs = runs[one].relative_NS, healthy[other].relative_NS
+            ours, theirs = runs[one], healthy[other]
             assert ours is not None
             assert theirs is not None
             assert np.array_equal(ours, theirs)
@@ -324,8 +324,8 @@ def test_all_that_is_wrong_is_told_at_once(toy_config: Path) -> None:
     assert any("does not rise" in what for what in said)
 
 
-def gains(runs: Iterable[ShortRun], start_NS: np.ndarray) -> Sequence[float]:
-    return [-math.inf if run.relative_NS is None else float((start_NS - run.relative_NS).mean()) for run in runs]
+def gains(runs: Mapping[float, np.ndarray | None], start_NS: np.ndarray) -> Sequence[float]:
+    return [-math.inf if after is None else float((start_NS - after).mean()) for after in runs.values()]
 
 
 def test_the_suggestion_serves_nearly_as_well_as_the_best_of_a_grid(toy_config: Path) -> None:

@@ -18,7 +18,7 @@ from lora_trainer.diffusion.batch import Conditioning, ProbeItems
 from lora_trainer.diffusion.noise_paths import noise_path
 from lora_trainer.evidence.statistics.paired import rise_in_se
 from lora_trainer.runtime.launch import Launch
-from lora_trainer.schedules.plateau import PlateauFeedback
+from lora_trainer.schedules.schedule import PlateauFeedback
 from lora_trainer.tracking.metrics import read_rows, step_rows
 from lora_trainer.training.denoiser import AdaptedDenoiser
 from lora_trainer.training.validation import ProbeReading, Validator

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from lora_trainer.errors import ExitCode, ModelError
 from lora_trainer.models.folder import locate_base
-from lora_trainer.models.registry import open_base
+from lora_trainer.models.registry import open_base, open_family
 
 
 @pytest.fixture
@@ -120,6 +124,28 @@ def test_no_folder_and_no_revision(tmp_path: Path) -> None:
         locate_base(str(tmp_path), "main", ["unet"])
 
 
+def test_a_hub_base_of_the_fp16_variant_alone_is_fetched(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+
+    def download(name: str, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        for file in base.rglob("*.*"):
+            path = file.relative_to(base).as_posix()
+            if any(map(partial(fnmatch, path), allow_patterns)) and not any(
+                map(partial(fnmatch, path), ignore_patterns)
+            ):
+                target = tmp_path / "snapshot" / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    opened = open_base("org/name", "main")
+    assert [opened.variant(component) for component in ("unet", "vae")] == ["fp16", None]
+
+
 def tokenizer_json(base: Path) -> dict[str, Any]:
     return json.loads((base / "tokenizer" / "tokenizer.json").read_bytes())
 
@@ -187,6 +213,11 @@ def test_tokens_are_counted_as_the_tokenizer_counts_them(base: Path, addition: s
     count = len(CLIPTokenizer.from_pretrained(base / "tokenizer"))
     config = base / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": count}))
+    weights = load_file(base / "text_encoder" / "model.safetensors")
+    save_file(
+        weights | {"embeddings.token_embedding.weight": torch.zeros(count, 16)},
+        base / "text_encoder" / "model.safetensors",
+    )
     assert open_base(str(base)).path == base
 
 
@@ -202,6 +233,43 @@ def test_digests_follow_content_component_by_component(base: Path) -> None:
     config.write_text(config.read_text().replace("64", "65"))
     after = open_base(str(moved)).digests()
     assert {name for name in before if before[name] != after[name]} == {"vae"}
+
+
+def test_digests_are_remembered_while_nothing_tells_of_another_file(base: Path, tmp_path: Path) -> None:
+    memory, unet = tmp_path / "memory" / "digests.json", base / "unet" / "diffusion_pytorch_model.safetensors"
+    opened = open_base(str(base))
+
+    def computed() -> set[str]:
+        """Files whose digests are computed anew; the result is right in any case."""
+        files: set[str] = set()
+
+        def watch(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+            assert re.fullmatch(r"computing the digest of [\d.e-]+ GB, once", what)
+            for item in items:
+                files.add(item[0].parent.name)
+                yield item
+
+        assert opened.digests(memory, watch) == opened.digests()
+        return files
+
+    every = {"unet", "vae", "text_encoder"}
+    assert computed() == every
+    assert computed() == set()
+    status = unet.stat()
+    os.utime(unet, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert computed() == {"unet"}
+    other = unet.with_name("other")
+    other.write_bytes(unet.read_bytes()[:-1] + b"?")
+    shutil.copystat(unet, other)
+    other.rename(unet)  # equal in size and time
+    assert computed() == {"unet"}
+    for garbage in ("", "[]", "[" * 10_000, '{"x": 1}', '{"x": []}', json.dumps({str(unet): [1, 2, 3, "f" * 64]})):
+        memory.write_text(garbage)
+        assert computed() == every
+        assert computed() == set()
+    shutil.rmtree(memory.parent)
+    memory.parent.write_text("a file is in the way")
+    assert computed() == every
 
 
 @pytest.mark.parametrize(
@@ -229,3 +297,13 @@ def test_a_single_file_is_named_by_its_family(tmp_path: Path) -> None:
     for key, said in (("conditioner.embedders.1.model.x", "SDXL"), ("double_blocks.0.x", "FLUX")):
         save_file({key: torch.zeros(1)}, tmp_path / "x.safetensors")
         assert said in refusal(tmp_path / "x.safetensors")
+
+
+def test_a_lora_says_the_prediction_type_that_it_was_trained_on(base: Path) -> None:
+    families = [open_family(open_base(str(base), prediction_type=asked)) for asked in ("auto", "v_prediction")]
+    config = base / "unet" / "config.json"  # as wide as the UNet of Stable Diffusion 2
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 1024}))
+    assert [family.kohya_version for family in families] == ["sd_v2", "sd_v2_v"]
+    assert [family.architecture for family in families] == [
+        f"stable-diffusion-v2-{kind}/lora" for kind in ("512", "768-v")
+    ]

@@ -162,7 +162,7 @@ def test_the_recipes_add_a_schedule_an_optimizer_and_a_setting(
     shutil.copytree(ROOT / "lora_trainer", tmp_path / "lora_trainer", ignore=shutil.ignore_patterns("__pycache__"))
     curves, registry = recipe_files("a schedule")
     edited(tmp_path, curves, (r"class Rex\(.*?horizon, warmup\)\n", SQRT))
-    edited(tmp_path, registry, (r"ScheduleRow\(curves\.Rex\),\n", "    ScheduleRow(curves.Sqrt),\n"))
+    edited(tmp_path, registry, (r"curves\.Rex,\n", "        curves.Sqrt,\n"))
     (optimizers,) = recipe_files("an optimizer")
     row = '    OptimizerRow(NAdam, "torch.optim:NAdam", (1e-5, 1e-2), element_wise=True),\n'
     edited(tmp_path, optimizers, (r"Added to the denominator\.\"\"\"\n", NADAM), (r"\nROWS = \(\n", row))

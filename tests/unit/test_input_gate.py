@@ -55,12 +55,12 @@ def config(tmp_path: Path) -> Path:
 )
 def test_a_hostile_file_is_refused_at_once(config: Path, text: str, said: str) -> None:
     config.write_text(text)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ConfigError) as caught:
         load_config(config)
     assert said in str(caught.value)
     assert len(str(caught.value)) < 20_000
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_only_a_regular_file_of_bounded_size_is_read(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from lora_trainer.experiments.lr_finder.analysis import (
     Point,
     RampReading,
-    ShortRun,
     analyse,
     debiased_average,
     has_diverged,
@@ -175,12 +174,12 @@ START = np.ones((4, 16))
 NOISE = np.random.default_rng(0).normal(size=(4, 16))
 
 
-def short_run(lr: float, gain: float, spread: float = 0.01) -> ShortRun:
-    return ShortRun(lr, START - gain + spread * NOISE * (1 + lr))
+def short_run(lr: float, gain: float, spread: float = 0.01) -> tuple[float, np.ndarray]:
+    return lr, START - gain + spread * NOISE * (1 + lr)
 
 
 def test_the_short_run_that_gains_most_is_chosen() -> None:
-    verdict = judge([short_run(1e-4, 0.1), short_run(3e-4, 0.2), short_run(1e-3, 0.3), ShortRun(1e-2, None)], START)
+    verdict = judge(dict([short_run(1e-4, 0.1), short_run(3e-4, 0.2), short_run(1e-3, 0.3), (1e-2, None)]), START)
     assert verdict.choice == 1e-3
     assert verdict.readings[0].behind == pytest.approx(0.2, rel=0.01)
     assert verdict.readings[3].gain is None
@@ -188,8 +187,8 @@ def test_the_short_run_that_gains_most_is_chosen() -> None:
 
 def test_of_two_short_runs_that_overlap_the_smaller_is_chosen() -> None:
     other = np.random.default_rng(1).normal(size=(4, 16))
-    runs = [short_run(1e-4, 0.1), short_run(3e-4, 0.2), ShortRun(1e-3, START - 0.201 + 0.05 * other)]
-    verdict = judge(runs, START)
+    runs = [short_run(1e-4, 0.1), short_run(3e-4, 0.2), (1e-3, START - 0.201 + 0.05 * other)]
+    verdict = judge(dict(runs), START)
     assert verdict.choice == 3e-4
     assert verdict.reason == "3.0e-04 and 1.0e-03 cannot be told apart: the smaller one"
 
@@ -197,14 +196,14 @@ def test_of_two_short_runs_that_overlap_the_smaller_is_chosen() -> None:
 def test_of_two_short_runs_that_rounding_tells_apart_the_smaller_is_named_first() -> None:
     plain = START - 0.2 + 0.01 * NOISE
     for rounding in (-1e-12, 1e-12):
-        verdict = judge([ShortRun(1e-4, plain + rounding * NOISE), ShortRun(3e-4, plain)], START)
+        verdict = judge({1e-4: plain + rounding * NOISE, 3e-4: plain}, START)
         assert verdict.choice == 1e-4
         assert verdict.reason.startswith("1.0e-04 and 3.0e-04 cannot be told apart")
 
 
 def test_short_runs_without_gain_choose_nothing() -> None:
-    assert judge([short_run(1e-4, 0.0001), short_run(1e-3, -0.1)], START).choice is None
-    assert judge([ShortRun(1e-4, None)], START).choice is None
+    assert judge(dict([short_run(1e-4, 0.0001), short_run(1e-3, -0.1)]), START).choice is None
+    assert judge({1e-4: None}, START).choice is None
 
 
 def test_short_runs_are_five_half_a_decade_apart() -> None:

@@ -26,8 +26,7 @@ from lora_trainer.config.load import check_source, load_config
 from lora_trainer.config.source import Source
 from lora_trainer.errors import ConfigError, SystemSetupError
 from lora_trainer.report.pictures import Curve, draw_schedules, terminal_plot
-from lora_trainer.schedules.external import allow_plugins
-from lora_trainer.schedules.registry import CLASSIC, SCHEDULES
+from lora_trainer.schedules.registry import CLASSIC, SCHEDULES, allow_plugins
 from lora_trainer.schedules.schedule import Mark
 
 
@@ -151,7 +150,7 @@ def test_a_preview_is_what_the_plan_of_the_run_says(toy_config: Path) -> None:
     (first, up) = previews(overrides, toy_config, None, None)
     groups = prepare_plan(load_config(toy_config, overrides)).plan.param_groups
     assert [g.lr_peak for g in groups] == [first.facts.peak, up.facts.peak] == [1e-3, 5e-4]
-    assert [g.lr_end for g in groups] == [first.facts.last, up.facts.last]
+    assert [g.lr_end for g in groups] == [first.facts.lrs[-1], up.facts.lrs[-1]]
     assert [g.lr_budget for g in groups] == [first.facts.budget, up.facts.budget]
     assert up.label == "up: cosine"
 

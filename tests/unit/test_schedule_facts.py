@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from test_schedules import EXAMPLES
 
-from lora_trainer.schedules.facts import ScheduleFacts, facts_of
 from lora_trainer.schedules.registry import SCHEDULES
-from lora_trainer.schedules.schedule import Horizon
+from lora_trainer.schedules.schedule import Horizon, ScheduleFacts, facts_of
 
 
 def facts(name: str, num_steps: int = 1000, **options: Any) -> ScheduleFacts:

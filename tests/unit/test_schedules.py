@@ -19,8 +19,7 @@ from lora_trainer.config.load import check_source
 from lora_trainer.config.source import Source
 from lora_trainer.config.structure import all_keys, models_by_type
 from lora_trainer.errors import ConfigError
-from lora_trainer.schedules.external import allow_plugins
-from lora_trainer.schedules.registry import CLASSIC, ROWS, SCHEDULES, LRSchedulerOptions
+from lora_trainer.schedules.registry import CLASSIC, ROWS, SCHEDULES, LRSchedulerOptions, allow_plugins
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError
 
 BASE = {"name": "x", "model": {"path": "b"}, "data": {"dir": "d"}, "train": {"max_steps": 9}}
@@ -28,8 +27,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {name: options.example for name, options i
 
 
 def laid(name: str, num_steps: int, steps_per_epoch: int = 10, **options: Any) -> LRSchedule:
-    kinds = {row.name: row.options for row in ROWS}
-    return kinds[name](**options).resolve(Horizon(num_steps, steps_per_epoch))
+    return ROWS[name](**options).resolve(Horizon(num_steps, steps_per_epoch))
 
 
 def curve(schedule: LRSchedule, num_steps: int, base_lr: float = 1.0) -> list[float]:
@@ -314,12 +312,10 @@ def test_a_hidden_schedule_is_used_by_name_and_stands_in_no_list() -> None:
 
 
 def test_union_names_and_classic_six_follow_from_the_rows() -> None:
-    rows = {row.name: row for row in ROWS}
-    assert len(rows) == len(ROWS)
-    for name, row in rows.items():
-        chosen = TypeAdapter(LRSchedulerOptions).validate_python({"type": name, **row.options.example})
-        assert type(chosen) is row.options
-    assert list(SCHEDULES) == [name for name, row in rows.items() if not row.hidden]
+    for name, kind in ROWS.items():
+        chosen = TypeAdapter(LRSchedulerOptions).validate_python({"type": name, **kind.example})
+        assert type(chosen) is kind
+    assert list(SCHEDULES) == [name for name in ROWS if name != "ramp"]
     assert set(CLASSIC) == {
         "linear",
         "cosine",

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from lora_trainer.config.schema import LoraConfig
 from lora_trainer.errors import ConfigError
-from lora_trainer.models.adapters.targets import select_targets
+from lora_trainer.models.adapters.targets import kohya_notes, select_targets
 from lora_trainer.models.stable_diffusion import StableDiffusion
 
 PRESETS = StableDiffusion.target_presets
@@ -33,6 +34,24 @@ def test_counts_at_sd15_shape(sd15: dict[str, tuple[int, ...]], targets: str, co
 def test_all_linear_takes_every_linear_layer_and_no_other(sd15: dict[str, tuple[int, ...]]) -> None:
     chosen = select_targets(sd15, "all-linear", {})
     assert set(chosen) == {name for name, shape in sd15.items() if len(shape) == 2}
+
+
+@pytest.mark.parametrize(
+    ("targets", "dropped"),
+    [
+        ("transformer+resnet", 0),
+        ("all-linear", 2),
+        (["conv_in", "conv_out", "time_embedding.linear_1", "attn2.to_k"], 3),
+    ],
+)
+def test_layers_that_kohyas_network_drops_are_named(
+    sd15: dict[str, tuple[int, ...]], targets: str | list[str], dropped: int
+) -> None:
+    """As many as its network on this UNet gave back: two and three layers, of three keys each."""
+    notes = [*kohya_notes(LoraConfig(), select_targets(sd15, targets, PRESETS), PRESETS)]
+    assert [f"drops {dropped} layers" in note for note in notes] == [True] * bool(dropped)
+    (said,) = kohya_notes(LoraConfig(use_dora=True), ["mid_block.attentions.0.proj_in"], PRESETS)
+    assert "LyCORIS" in said
 
 
 def test_patterns_match_from_a_dot_to_the_end(sd15: dict[str, tuple[int, ...]]) -> None:

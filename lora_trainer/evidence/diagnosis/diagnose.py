@@ -17,7 +17,6 @@ from lora_trainer.evidence.diagnosis.findings import Advice, Finding, State
 from lora_trainer.evidence.diagnosis.log import RunFacts, TrialLog
 from lora_trainer.evidence.diagnosis.rules import Thresholds
 from lora_trainer.evidence.statistics.paired import ROUNDING, rise_in_se
-from lora_trainer.tracking.metrics import parse_row
 
 CLEAR_SE = 2.0
 SHRINK_THAT_SHOWS = 0.1
@@ -298,12 +297,12 @@ class LiveDiagnosis:
 
     def __init__(self, metrics: Path, run: RunFacts) -> None:
         self.log = TrialLog()
-        self._metrics, self._run, self._read = metrics, run, 0
-        self._catch_up()
+        self._metrics, self._run = metrics, run
+        self.log.catch_up(metrics)
 
     def look(self) -> Iterator[Note]:
         """Read the new rows; what has changed. Each note must be logged before the next look."""
-        self._catch_up()
+        self.log.catch_up(self._metrics)
         log, name = self.log, self._run.config.name
         if not log.early_reported and (early := early_report(log, self._run)) is not None:
             line = f"early report of {name} at step {early.step}: {'; '.join(early.sentences)}"
@@ -313,15 +312,6 @@ class LiveDiagnosis:
             lines = [line for finding in diagnosis.found for line in finding_lines(finding)]
             content = {"findings": [finding.as_json() for finding in diagnosis.found]}
             yield Note("diagnosis", content, (f"diagnosis of {name} at step {diagnosis.step}:", *lines))
-
-    def _catch_up(self) -> None:
-        with self._metrics.open("rb") as file:
-            file.seek(self._read)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.log.add(parse_row(line))
-                self._read += len(line)
 
 
 def finding_lines(finding: Finding) -> Iterator[str]:

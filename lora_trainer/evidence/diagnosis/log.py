@@ -17,7 +17,7 @@ from lora_trainer.config.schema import RunConfig
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.evidence.statistics.paired import PairedMean, paired_rise
 from lora_trainer.planning.run_plan import RunPlan
-from lora_trainer.tracking.metrics import HELD_OUT, PRIOR, TRAIN, read_lines
+from lora_trainer.tracking.metrics import HELD_OUT, PRIOR, TRAIN, parse_row
 
 JUMP_RATIO, JUMP_SHARE, JUMP_SUDDEN = 1.5, 0.05, 3.0
 """A restart lifts the LR by this factor in one update, a milestone drops it by as much; and by this share of the peak,
@@ -165,6 +165,7 @@ class TrialLog:
         self.verdict: tuple[str, ...] = ()  # the states of the last `diagnosis` event
         self.early_reported = False
         self.num_damaged = 0  # lines that hold no row
+        self._num_read = 0  # bytes of the file
 
     @property
     def step(self) -> int:
@@ -178,6 +179,15 @@ class TrialLog:
 
     def lr_history(self) -> LRHistory:
         return LRHistory(np.asarray(self.lrs))
+
+    def catch_up(self, metrics: Path) -> None:
+        """Take in the rows that a file has more than before, but for a last line that is not whole yet."""
+        with metrics.open("rb") as file:
+            file.seek(self._num_read)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self.add(parse_row(line))
+                    self._num_read += len(line)
 
     def add(self, row: Mapping[str, Any] | None) -> None:
         """Take in one row; None is a damaged line. Events that say nothing about health are passed over."""
@@ -233,7 +243,6 @@ def read_run(run_dir: Path) -> tuple[TrialLog, RunFacts]:
         fix = "give the folder that `lora-trainer train` wrote: <output_dir>/<name>"
         raise ConfigError(*(Problem(f"there is no {name}", str(run_dir), fix=fix) for name in missing))
     log = TrialLog()
-    for row in read_lines(run_dir / METRICS_FILE):
-        log.add(row)
+    log.catch_up(run_dir / METRICS_FILE)
     plan = RunPlan.from_json(json.loads((run_dir / PLAN_FILE).read_text(encoding="utf-8")))
     return log, RunFacts.of(plan, load_config(run_dir / CONFIG_FILE))

@@ -53,11 +53,6 @@ class Arm:
         """Which seeds have no loss, in words."""
         return f"failed on seed {', '.join(map(str, sorted(self.failed)))}"
 
-    @property
-    def lr_sum(self) -> float:
-        """Mean LR over the run: how far the weights may have moved."""
-        return self.peak_lr * self.lr_budget
-
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -310,8 +305,8 @@ def smaller_lr(tied: Sequence[Arm]) -> tuple[Arm, str]:
     """Which of several tied arms to take, and why: the smaller peak LR, then the smaller LR over the run."""
     lowest = min(arm.peak_lr for arm in tied)
     low = [arm for arm in tied if arm.peak_lr == lowest]
-    least = min(arm.lr_sum for arm in low)
-    little = [arm for arm in low if arm.lr_sum <= least * (1 + _SAME_BUDGET)]
+    least = min(arm.lr_budget for arm in low)  # of equal peaks: how far the weights may have moved
+    little = [arm for arm in low if arm.lr_budget <= least * (1 + _SAME_BUDGET)]
     why = "their LRs are equal too, so take either"
     if len(low) < len(tied):
         why = f"the tie goes to the smaller LR, {_listed(low, 'or')} ({lowest:.3g})"

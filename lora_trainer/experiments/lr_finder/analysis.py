@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -41,8 +41,11 @@ class Point:
     """Fall of the probe's relative loss since the start; NaN where the loss was not finite."""
     se: float
     """Standard error of the gain, paired over images and timestep strata."""
-    training_loss: float
+    training_loss: float = math.nan
     """Of the update's own batch, before the update: what the classic finders look at."""
+    grad_norm: float | None = None
+    relative_NS: np.ndarray | None = field(default=None, compare=False)
+    """Relative losses of the probe's N images at S strata; None where the update's numbers were not finite."""
 
     @property
     def is_finite(self) -> bool:
@@ -109,13 +112,11 @@ def analyse(points: Sequence[Point], fallback_lr: float) -> RampReading:
     num_points = len(points) if end is None else end
     if num_points < MIN_POINTS:
         return RampReading("too few points", fallback_lr, num_points, onset=onset, crossing=crossing, best=points[best])
-    if crossing is None:  # nothing is known to be too large, so no more than what was seen to be best
-        high = points[best].lr
-        middle = math.sqrt(onset * high)
-    else:
-        high = crossing / START_CORRECTION
-        middle = math.sqrt(onset * crossing)
-    suggestion = round_down(min(middle, high))
+    upper = points[best].lr if crossing is None else crossing
+    high = (
+        upper if crossing is None else upper / START_CORRECTION
+    )  # without a crossing nothing is known to be too large
+    suggestion = round_down(min(math.sqrt(onset * upper), high))
     return RampReading("found", suggestion, num_points, min(onset, high), high, onset, crossing, points[best])
 
 
@@ -194,15 +195,6 @@ def debiased_average(values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True)
-class ShortRun:
-    """A short run and the probe after it."""
-
-    lr: float
-    relative_NS: np.ndarray | None
-    """Relative losses of the probe's N images at S strata; None where the run diverged."""
-
-
-@dataclass(frozen=True, slots=True)
 class RunReading:
     """A short run's gain since the common start, and how far it stays behind the best one; None where it diverged."""
 
@@ -229,22 +221,21 @@ def lrs_around(suggestion: float, highest: float) -> list[float]:
     return sorted({suggestion if factor == 1 else min(round_down(suggestion * factor), highest) for factor in FACTORS})
 
 
-def judge(runs: Sequence[ShortRun], start_NS: np.ndarray) -> Verification:
+def judge(runs: Mapping[float, np.ndarray | None], start_NS: np.ndarray) -> Verification:
     """The run of largest gain, or the smaller one of the two best where their paired difference is within 2 SE.
 
     Args:
-        runs: at different learning rates.
+        runs: relative losses [N, S] of the probe after each short run, by its LR; None where it diverged.
     """
-    finite = {r.lr: r.relative_NS for r in runs if r.relative_NS is not None and np.isfinite(r.relative_NS).all()}
+    finite = {lr: after_NS for lr, after_NS in runs.items() if after_NS is not None and np.isfinite(after_NS).all()}
     gains = {lr: paired_gain(relative_NS, start_NS) for lr, relative_NS in finite.items()}
     if not gains:
-        return Verification(None, "all of them diverged", tuple(RunReading(run.lr) for run in runs))
+        return Verification(None, "all of them diverged", tuple(map(RunReading, runs)))
     best, *others = sorted(gains, key=lambda lr: gains[lr][0], reverse=True)
     behind = {lr: paired_gain(finite[best], relative_NS) for lr, relative_NS in finite.items()}
     items = {lr: tuple(relative_NS.mean(axis=1).tolist()) for lr, relative_NS in finite.items()}
-    lrs = [run.lr for run in runs]
     readings = tuple(
-        RunReading(lr, *gains[lr], items[lr], *behind[lr]) if lr in finite else RunReading(lr) for lr in lrs
+        RunReading(lr, *gains[lr], items[lr], *behind[lr]) if lr in finite else RunReading(lr) for lr in runs
     )
     gain, se = gains[best]
     if gain <= SIGNAL_SE * se:
@@ -256,21 +247,11 @@ def judge(runs: Sequence[ShortRun], start_NS: np.ndarray) -> Verification:
 
 
 @dataclass(frozen=True, slots=True)
-class RampPoint:
-    """One update of the ramp as it was measured."""
-
-    point: Point
-    relative_NS: np.ndarray | None
-    """Relative losses of the probe's N images at S strata; None where the update's numbers were not finite."""
-    grad_norm: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class FinderResult:
     """All that the finder saw and says."""
 
     reading: RampReading
-    measured: tuple[RampPoint, ...]
+    points: tuple[Point, ...]
     start_NS: np.ndarray
     verification: Verification | None
     seconds: float
@@ -280,7 +261,3 @@ class FinderResult:
         """The learning rate to use: the verified one where there is one."""
         verified = None if self.verification is None else self.verification.choice
         return self.reading.suggestion if verified is None else verified
-
-    @property
-    def points(self) -> list[Point]:
-        return [measured.point for measured in self.measured]

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic_core import PydanticUndefined
-
 from lora_trainer.config.optimizers import Prodigy
 from lora_trainer.config.places import cache_folder
 from lora_trainer.config.schema import RunConfig
@@ -96,10 +94,11 @@ def prepare_finder(config: RunConfig, launch: Launch, options: FinderOptions, pr
         ConfigError: there is no validation section, the optimizer finds its own LR, or the ramp is no ramp.
         DataError, ModelError, SystemSetupError: as `prepare`.
     """
-    usual = _usual_lr(config)
+    default = type(config.optimizer).model_fields["lr"]
+    usual = config.optimizer.lr if default.is_required() else float(default.default)
     start = options.start_lr if options.start_lr is not None else usual / BELOW_USUAL
     end = options.end_lr if options.end_lr is not None else min(HIGHEST_LR, usual * ABOVE_USUAL)
-    if problems := [*_config_problems(config), *_ramp_problems(start, end, options)]:
+    if problems := list(_problems(config, start, end, options)):
         raise ConfigError(*problems)
     ramp = Ramp(start_ratio=start / config.optimizer.lr, end_ratio=end / config.optimizer.lr)
     prepared = prepare(_finder_config(config, ramp, options), launch, progress)
@@ -160,13 +159,7 @@ def finder_rows(finder: PreparedFinder) -> Iterator[tuple[str, str]]:
     yield "output", f"{finder.folder}/find_lr.json and find_lr.png; the run's own folder is not touched"
 
 
-def _usual_lr(config: RunConfig) -> float:
-    """The optimizer's default LR; the config's where there is none."""
-    default = type(config.optimizer).model_fields["lr"].default
-    return config.optimizer.lr if default is PydanticUndefined else float(default)
-
-
-def _config_problems(config: RunConfig) -> Iterator[Problem]:
+def _problems(config: RunConfig, start: float, end: float, options: FinderOptions) -> Iterator[Problem]:
     if config.validation is None:
         yield Problem(
             "find-lr measures held-out images, and there is no `validation` section",
@@ -179,9 +172,6 @@ def _config_problems(config: RunConfig) -> Iterator[Problem]:
             "optimizer.type",
             fix="keep optimizer.lr: 1.0, or choose another optimizer",
         )
-
-
-def _ramp_problems(start: float, end: float, options: FinderOptions) -> Iterator[Problem]:
     if options.num_steps < MIN_POINTS:
         yield Problem(f"a ramp of {options.num_steps} updates is too coarse", "--steps", fix=f"{MIN_POINTS} or more")
     if not 0 < start < end <= HIGHEST_LR:

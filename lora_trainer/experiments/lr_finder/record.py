@@ -6,7 +6,6 @@ Never imports torch.
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +15,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from pydantic_core import to_jsonable_python
 
 from lora_trainer.experiments.lr_finder.analysis import (
     MIN_POINTS,
     FinderResult,
     Point,
-    RampPoint,
     RampReading,
     RunReading,
     Verification,
@@ -50,17 +49,19 @@ def write_result(finder: PreparedFinder, result: FinderResult, tell: Callable[[s
 def _as_json(finder: PreparedFinder, result: FinderResult) -> dict[str, Any]:
     """Equal for equal configs, but for `time`. Losses are relative to the base's mean of their timestep stratum."""
     prepared = finder.prepared
-    records = prepared.split.probes[HELD_OUT]
-    return {
-        "config": finder.config.model_dump(mode="json"),
+    content = {
+        "config": finder.config,
         "identity": prepared.identity(),
         "ramp": {"start_lr": finder.start_lr, "end_lr": finder.end_lr, "num_updates": finder.options.num_steps},
         "probe": {
-            "images": {record.name: record.sha256 for record in records},
-            "start": _rounded(result.start_NS),
+            "images": {record.name: record.sha256 for record in prepared.split.probes[HELD_OUT]},
+            "start": result.start_NS,
         },
-        "points": [_point(number, measured) for number, measured in enumerate(result.measured, start=1)],
-        "finding": _plain(asdict(result.reading)),
+        "points": [
+            asdict(point) | {"update": number, "probe": point.relative_NS}
+            for number, point in enumerate(result.points, start=1)
+        ],
+        "finding": result.reading,
         "usual_rules": usual_rules(result.points),
         "forks": None if result.verification is None else _verification(finder, result.verification),
         "lr": result.lr,
@@ -69,11 +70,10 @@ def _as_json(finder: PreparedFinder, result: FinderResult) -> dict[str, Any]:
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
     }
-
-
-def _point(number: int, measured: RampPoint) -> dict[str, Any]:
-    probe = None if measured.relative_NS is None else _rounded(measured.relative_NS)
-    return _plain(asdict(measured.point)) | {"update": number, "grad_norm": measured.grad_norm, "probe": probe}
+    told_once: Any = {"points": {"__all__": {"relative_NS"}}, "finding": {"best": {"relative_NS", "grad_norm"}}}
+    return to_jsonable_python(
+        content, exclude=told_once, inf_nan_mode="null", fallback=lambda values: np.round(values, DIGITS).tolist()
+    )
 
 
 def _verification(finder: PreparedFinder, verification: Verification) -> dict[str, Any]:
@@ -84,17 +84,6 @@ def _verification(finder: PreparedFinder, verification: Verification) -> dict[st
         for reading in verification.readings
     ]
     return {"choice": verification.choice, "reason": verification.reason, "events": events}
-
-
-def _plain(value: Any) -> Any:
-    """With null in place of what JSON cannot say."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _rounded(values_NS: np.ndarray) -> list[list[float]]:
-    return np.round(values_NS, DIGITS).tolist()
 
 
 def _ramp_figure(result: FinderResult, title: str) -> Figure:
@@ -150,19 +139,13 @@ def answer_rows(finder: PreparedFinder, result: FinderResult) -> Iterator[tuple[
         yield "", f"ramp {decades} again with --steps {steps}, or a smaller --start-lr"
     else:
         yield from _reading_rows(finder, result)
-    yield from _lines_to_paste(finder, result.lr)
-
-
-def _lines_to_paste(finder: PreparedFinder, lr: float) -> Iterator[tuple[str, str]]:
-    optimizer = finder.prepared.config.optimizer
+    optimizer, lr = finder.prepared.config.optimizer, result.lr
     yield "in the config", f"lr: {lr:.1e}     (under optimizer)"
     yield "on the command line", f"optimizer.lr={lr:.1e}"
     for group in optimizer.groups:
         if group.lr is not None:
-            yield (
-                f"group {group.name}",
-                f"lr: {group.lr / optimizer.lr * lr:.1e}     (it kept its ratio to the base LR)",
-            )
+            own = f"lr: {group.lr / optimizer.lr * lr:.1e}"
+            yield f"group {group.name}", f"{own}     (it kept its ratio to the base LR)"
 
 
 def _reading_rows(finder: PreparedFinder, result: FinderResult) -> Iterator[tuple[str, str]]:

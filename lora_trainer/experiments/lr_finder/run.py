@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -15,8 +14,6 @@ from lora_trainer.errors import Problem, StoppedBySignal
 from lora_trainer.experiments.lr_finder.analysis import (
     FinderResult,
     Point,
-    RampPoint,
-    ShortRun,
     analyse,
     has_diverged,
     judge,
@@ -51,20 +48,20 @@ def find_lr(
     try:
         with joined_processes(read_launch(finder.prepared.config)) as joined:
             fit(finder.ramp_group(), console=console, should_stop=should_stop, on_measure=ramp.observe, joined=joined)
-            measured = ramp.with_log()
-            reading = analyse([update.point for update in measured], finder.fallback_lr)
+            points = ramp.with_log()
+            reading = analyse(points, finder.fallback_lr)
             if finder.options.verify and reading.verdict == "found":
                 group = finder.verification_group(lrs_around(reading.suggestion, HIGHEST_LR))
                 runs = run_short(group, console=console, should_stop=should_stop, joined=joined)
                 verification = judge(runs, ramp.start_NS)
     except StoppedBySignal as error:
         raise StoppedBySignal(Problem("stopped as asked; there is no answer yet", fix="start it again")) from error
-    return FinderResult(reading, measured, ramp.start_NS, verification, time.perf_counter() - started)
+    return FinderResult(reading, points, ramp.start_NS, verification, time.perf_counter() - started)
 
 
 def run_short(
     group: TrialGroup, *, console: MainConsole, should_stop: Callable[[], bool], joined: PartialState
-) -> list[ShortRun]:
+) -> dict[float, np.ndarray | None]:
     """Train a verification group, all its learning rates in one forward, and measure each at its end."""
     relative: dict[str, np.ndarray] = {}
 
@@ -74,7 +71,7 @@ def run_short(
 
     fit(group, console=console, should_stop=should_stop, on_measure=observe, joined=joined)
     lrs = {member.name: member.prepared.param_groups()[0].lr(0) for member in group.members}
-    return [ShortRun(lr, relative.get(name)) for name, lr in lrs.items()]
+    return {lr: relative.get(name) for name, lr in lrs.items()}
 
 
 @dataclass
@@ -83,14 +80,10 @@ class RampObserver:
 
     finder: PreparedFinder
     console: MainConsole
-    measured: dict[int, RampPoint] = field(default_factory=dict)
+    points: dict[int, Point] = field(default_factory=dict)
     """By step."""
     start_NS: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     num_skipped: int = 0
-
-    @property
-    def points(self) -> list[Point]:
-        return [measured.point for measured in self.measured.values()]
 
     def observe(self, step: int, measurements: Sequence[Measurement]) -> None:
         if step == 0:
@@ -101,25 +94,24 @@ class RampObserver:
             self.num_skipped = measurements[0].trial.skips.total
         else:
             self._add(step, _relative(measurements[0]))
-            if has_diverged(self.points):
+            if has_diverged([*self.points.values()]):
                 measurements[0].trial.ending = Ending(step, "stopped", "the held-out loss has diverged")
 
     def _add(self, step: int, relative_NS: np.ndarray | None) -> None:
         gain, se = (np.nan, np.nan) if relative_NS is None else paired_gain(relative_NS, self.start_NS)
-        point = Point(self.finder.lr(step - 1), gain, se, np.nan)
-        self.measured[step] = RampPoint(point, relative_NS if point.is_finite else None)
+        kept_NS = relative_NS if np.isfinite(gain) else None
+        self.points[step] = point = Point(self.finder.lr(step - 1), gain, se, relative_NS=kept_NS)
         if step % max(1, self.finder.options.num_steps // 10) == 0:
             self.console.print(f"  lr {point.lr:.2e}  gain {point.gain:+.4%} +- {point.se:.4%}")
 
-    def with_log(self) -> tuple[RampPoint, ...]:
+    def with_log(self) -> tuple[Point, ...]:
         """What was measured, with what the log says of the updates."""
         rows = {row["step"]: row for row in step_rows(self.finder.folder / METRICS_FILE)}
-        return tuple(_logged(measured, rows.get(step, {})) for step, measured in self.measured.items())
-
-
-def _logged(measured: RampPoint, row: Mapping[str, Any]) -> RampPoint:
-    point = replace(measured.point, lr=row.get("lr", measured.point.lr), training_loss=row.get("loss", np.nan))
-    return replace(measured, point=point, grad_norm=row.get("grad_norm"))
+        told = {"lr": "lr", "training_loss": "loss", "grad_norm": "grad_norm"}
+        return tuple(
+            replace(point, **{name: rows[step][key] for name, key in told.items() if step in rows})
+            for step, point in self.points.items()
+        )
 
 
 def _relative(measurement: Measurement) -> np.ndarray:

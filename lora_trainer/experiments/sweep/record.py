@@ -19,13 +19,13 @@ from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Rules
 from lora_trainer.evidence.statistics.verdict import compare as compare_arms
 from lora_trainer.planning.prepare import Prepared
+from lora_trainer.report.runs import SWEEP_FILE, is_left_out
 from lora_trainer.tracking.metrics import HELD_OUT, probe_fault, read_rows
 from lora_trainer.training.group import Member, TrialGroup
 
 Json = dict[str, Any]
 
 FORMAT = 1
-FILE = "sweep.json"
 ENDED = ("finished", "failed", "stopped")
 """States of a trial that will not go on."""
 NOTHING: Json = {"groups": [], "trials": []}
@@ -41,7 +41,7 @@ def read_sweep(sweep_dir: Path) -> Json | None:
     Raises:
         SystemSetupError: the file is no JSON of ours.
     """
-    file = sweep_dir / FILE
+    file = sweep_dir / SWEEP_FILE
     if not file.exists():
         return None
     try:
@@ -119,11 +119,6 @@ def _stored_identity(folder: Path) -> Json | None:
         return completed(json.loads((folder / PLAN_FILE).read_text())["identity"])
     except (OSError, ValueError, KeyError):
         return None
-
-
-def is_left_out(trial: Json) -> bool:
-    """Whether a rule decided not to begin this trial."""
-    return trial["status"] == "stopped" and not trial["step"]
 
 
 def left_out(content: Json) -> dict[str, str]:

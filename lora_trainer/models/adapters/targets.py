@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from lora_trainer.config.schema import LoraConfig
 from lora_trainer.errors import ConfigError, Problem
@@ -72,6 +72,20 @@ def assign_param_groups(weights: Sequence[str], groups: Mapping[str, Sequence[st
         what = "no weight is left for the group"
         raise ConfigError(*(Problem(f"{what} `{name}`", "optimizer.groups", fix=fix) for name in empty))
     return assigned
+
+
+def kohya_notes(config: LoraConfig, layers: Collection[str], presets: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Which programs apply the file in kohya's layout otherwise than it was trained."""
+    if config.use_dora:
+        yield (
+            "DoRA's magnitudes act as trained in LyCORIS alone; of the kohya file ComfyUI and Forge apply them nearly, "
+            "A1111 otherwise, diffusers and kohya's network not at all: docs/lora_files.md"
+        )
+    if blocks := presets.get("transformer+resnet"):  # all that kohya's network reaches
+        beyond = [layer for layer in layers if not any(_matches(layer, pattern) for pattern in blocks)]
+        if beyond:
+            named = f"{', '.join(beyond[:3])}{' ...' * (len(beyond) > 3)}"
+            yield f"kohya's network drops {len(beyond)} layers, which ComfyUI and diffusers apply: {named}"
 
 
 def can_pack(config: LoraConfig) -> bool:
