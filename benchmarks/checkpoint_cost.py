@@ -27,7 +27,7 @@ from rich.progress import track
 from lora_trainer.config.schema import CheckpointConfig
 from lora_trainer.models.adapters.targets import select_targets
 from lora_trainer.models.stable_diffusion import StableDiffusion
-from lora_trainer.runtime.runtime import processor_name
+from lora_trainer.runtime.device import processor_name
 from lora_trainer.storage import atomic_files
 from lora_trainer.storage.checkpoint import prune, save_checkpoint
 from lora_trainer.storage.safetensors_io import Tensors

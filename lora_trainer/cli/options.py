@@ -73,6 +73,7 @@ Overrides = Annotated[
     typer.Argument(default_factory=list, metavar="[KEY.PATH=VALUE]...", help="Replace settings.", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
+Measure = Annotated[bool, typer.Option("--measure", help="With --dry-run: time a few updates, and their memory.")]
 Name = Annotated[str, typer.Argument(help="A schedule's name; `lora-trainer schedules list` has them all.")]
 Words = Annotated[list[str], typer.Argument(metavar="NAME [KEY=VALUE]...", help="A schedule, and options for it.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, max=10**6, help="Updates; default 1000, or the config's.")]

@@ -14,28 +14,38 @@ from ruamel.yaml import YAML
 
 from lora_trainer.cli.session import check_platform
 from lora_trainer.cli.show import show_views
-from lora_trainer.config.learning_rates import PRESETS, small_set_note
+from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import optimizer_row
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.source import Source, set_value
+from lora_trainer.config.trials import TrialConfig, load_sweep
 from lora_trainer.data.captions import long_captions, quoted
 from lora_trainer.data.records import survey
 from lora_trainer.errors import ConfigError, DataError, Problem
+from lora_trainer.experiments.sweep.derived import plan_short_runs
+from lora_trainer.experiments.sweep.prepare import PreparedSweep, prepare_sweep, sweep_rows
 from lora_trainer.models.registry import open_base, open_family
-from lora_trainer.planning.prepare import Prepared, checked_images_file, image_folders, plan_rows, prepare
-from lora_trainer.runtime.launch import read_launch
+from lora_trainer.planning.memory import memory_rows
+from lora_trainer.planning.prepare import Prepared, check_resume, checked_images_file, image_folders, prepare
+from lora_trainer.planning.rows import notes, plan_rows
+from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.tracking.console import MainConsole
+from lora_trainer.training.group import TrialGroup, solo_group
 
 CAPTIONS_SHOWN = 3
 
 
 def prepare_plan(config: RunConfig, num_processes: int | None = None) -> Prepared:
     """Check base and data and work out the plan, as for this many processes."""
+    return prepare(config, _launch(config, num_processes), MainConsole().track)
+
+
+def _launch(config: RunConfig, num_processes: int | None = None) -> Launch:
     launch = read_launch(config)
-    if num_processes is not None:
-        launch = replace(launch, num_processes=num_processes, num_local_processes=num_processes)
-    return prepare(config, launch, MainConsole().track)
+    if num_processes is None:
+        return launch
+    return replace(launch, num_processes=num_processes, num_local_processes=num_processes)
 
 
 def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = False, show: int = 0) -> None:
@@ -45,18 +55,38 @@ def check(config_file: Path, overrides: Sequence[str], *, config_only: bool = Fa
         show: so many crops are written, with their captions, as they are trained on.
 
     Raises:
-        TrainerError: they cannot; with all problems of the first kind that has any.
+        TrainerError: they cannot; with all problems of the first kind that has any, as `train` would.
     """
     check_platform()
     config = load_config(config_file, overrides)
+    sweeps = _sweeps(config_file, overrides) if config.sweep is not None else []
     console = MainConsole()
     console.print(f"configuration  {config_file} can be used")
-    if not config_only:
+    if config_only:
+        return
+    if not sweeps:
         prepared = prepare_plan(config)
-        for name, finding in _findings(prepared):
-            console.print(f"{name:<15}{finding}")
-        if show:
-            console.print(f"shown in       {show_views(prepared, show)}")
+        check_resume(prepared)
+        runs = [prepared]
+    for sweep in sweeps:
+        runs = _runs_of(prepare_sweep(*sweep, _launch(config), console.track))
+        console.print(f"trials         {len(runs)} to train")
+    for name, finding in _findings(runs):
+        console.print(f"{name:<15}{finding}")
+    if show:
+        console.print(f"shown in       {show_views(runs[0], show)}")
+
+
+def _runs_of(sweep: PreparedSweep) -> list[Prepared]:
+    return [member.prepared for group in sweep.groups for member in group.members]
+
+
+def _sweeps(config_file: Path, overrides: Sequence[str]) -> list[tuple[RunConfig, list[TrialConfig]]]:
+    """What `train` would start one after the other: the short runs that choose the rates, and the sweep itself."""
+    config, trials = load_sweep(config_file, overrides)
+    short = plan_short_runs(config, trials)
+    first = [] if short is None else [load_sweep(config_file, [*overrides, *short.overrides])]
+    return [*first, (config, trials)]
 
 
 def check_files(config_file: Path, overrides: Sequence[str]) -> None:
@@ -89,27 +119,42 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
         )
 
 
-def _findings(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    plan, base = prepared.plan, prepared.base
-    yield "base", f"{base.path} is a whole {base.family} folder, {prepared.prediction_type} prediction"
-    samples = f"{plan.num_samples} samples an epoch at {prepared.config.data.resolution} px"
-    yield "images", f"{plan.num_images} can be read and have their captions: {samples}"
-    yield "updates", f"{plan.num_steps} of {plan.global_batch} samples, {plan.num_epochs:.2f} epochs"
-    records = prepared.dataset.records
-    for index in range(min(len(records), CAPTIONS_SHOWN)):
-        record = records[index * len(records) // min(len(records), CAPTIONS_SHOWN)]
-        yield "" if index else "captions", f"{record.name}: {quoted(record.captions[0])}"
-    yield from (("", note) for note in prepared.dataset.notes)
-    yield "targets", f"{plan.num_modules} layers get an adapter"
-    yield from (("warning", warning) for group in plan.param_groups for warning in group.warnings)
+def _findings(runs: Sequence[Prepared]) -> Iterator[tuple[str, str]]:
+    """What was found of runs that share base and images."""
+    for prepared in runs[:1]:
+        plan, base, records = prepared.plan, prepared.base, prepared.dataset.records
+        yield "base", f"{base.path} is a whole {base.family} folder, {prepared.prediction_type} prediction"
+        samples = f"{plan.num_samples} samples an epoch at {prepared.config.data.resolution} px"
+        yield "images", f"{plan.num_images} can be read and have their captions: {samples}"
+        yield "updates", f"{plan.num_steps} of {plan.global_batch} samples, {plan.num_epochs:.2f} epochs"
+        for index in range(min(len(records), CAPTIONS_SHOWN)):
+            record = records[index * len(records) // min(len(records), CAPTIONS_SHOWN)]
+            yield "" if index else "captions", f"{record.name}: {quoted(record.captions[0])}"
+        yield from (("", note) for note in prepared.dataset.notes)
+        yield "targets", f"{plan.num_modules} layers get an adapter"
+    warnings = (warning for prepared in runs for group in prepared.plan.param_groups for warning in group.warnings)
+    yield from (("warning", warning) for warning in dict.fromkeys(warnings))
+    yield from (("note", note) for note in dict.fromkeys(note for prepared in runs for note in notes(prepared)))
+    for prepared in runs[:1]:
+        yield from memory_rows(prepared)
 
 
-def plan(config_file: Path, overrides: Sequence[str], num_processes: int | None) -> None:
-    """Print the plan of a run and how its numbers come about."""
-    prepared = prepare_plan(load_config(config_file, overrides), num_processes)
-    console = MainConsole()
-    console.table(f"Plan of {prepared.config.name}", plan_rows(prepared))
-    console.table("How the numbers come about", explanation(prepared))
+def plan(config_file: Path, overrides: Sequence[str], num_processes: int | None) -> Sequence[TrialGroup]:
+    """Print the plan of a run, or of a sweep, and how its numbers come about; what would be trained."""
+    config, console = load_config(config_file, overrides), MainConsole()
+    groups: Sequence[TrialGroup] = ()
+    if config.sweep is None:
+        prepared = prepare_plan(config, num_processes)
+        check_resume(prepared)
+        groups = [solo_group(prepared)]
+        console.table(f"Plan of {config.name}", plan_rows(prepared))
+    for sweep in _sweeps(config_file, overrides) if config.sweep is not None else ():
+        planned = prepare_sweep(*sweep, _launch(config, num_processes), console.track)
+        groups = planned.groups
+        console.table(f"Plan of {planned.config.name}", sweep_rows(planned))
+    for group in groups[:1]:
+        console.table("How the numbers come about", explanation(group.shared))
+    return groups
 
 
 def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:
@@ -138,8 +183,6 @@ def explanation(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "", f"weight decay {config.optimizer.weight_decay:g} alone shrinks a weight by {shrink:.2%} over the run"
     scale = config.adapter.alpha / (config.adapter.rank**0.5 if config.adapter.use_rslora else config.adapter.rank)
     yield "", f"the adapter's output is scaled by {scale:g}, and with it the effect of the learning rate"
-    if note := small_set_note(config, p.num_images):
-        yield "note", note
 
 
 def list_presets() -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ import typer
 
 from lora_trainer import __version__
 from lora_trainer.cli import schedule_commands
-from lora_trainer.cli.options import ConfigFile, DryRun, Overrides, Plugins, Program, finite
+from lora_trainer.cli.options import ConfigFile, DryRun, Measure, Overrides, Plugins, Program, finite
 
 app = typer.Typer(
     name="lora-trainer",
@@ -54,6 +54,7 @@ def train(
     _plugins: Plugins = False,
     dry_run: DryRun = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier run aside and start anew.")] = False,
+    measure: Measure = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a reported error.")] = False,
 ) -> None:
     """Train a LoRA. The same command resumes a run that was stopped."""
@@ -61,7 +62,9 @@ def train(
     _debug = _debug or debug
     from lora_trainer.cli.train import train as run
 
-    run(config[0], overrides, dry_run=dry_run, fresh=fresh)
+    if measure and not dry_run:
+        raise typer.BadParameter("--measure adds to what --dry-run prints: give both")
+    run(config[0], overrides, dry_run=dry_run, fresh=fresh, measure=measure)
 
 
 @app.command(
@@ -76,9 +79,7 @@ def sweep(
     _plugins: Plugins = False,
     dry_run: DryRun = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier run aside and start anew.")] = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="With --dry-run: time a few updates of each group, and their memory.")
-    ] = False,
+    measure: Measure = False,
     status: Annotated[bool, typer.Option("--status", help="Say where it stands, also while it runs.")] = False,
     confirm: Annotated[
         bool, typer.Option("--confirm", help="After a finished sweep: train its leaders again, on fresh seeds.")
@@ -197,11 +198,16 @@ def plan(
     overrides: Overrides,
     _plugins: Plugins = False,
     processes: Annotated[int | None, typer.Option("--processes", min=1, max=10**5, help="As for this many.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a few updates, too; loads torch.")] = False,
 ) -> None:
-    """Explain batch, accumulation, processes, repeats, epochs, updates and LR of a run. Never loads torch."""
+    """Explain batch, accumulation, processes, repeats, epochs, updates, LR and memory of a run."""
     from lora_trainer.cli.plan import plan as run
 
-    run(config[0], overrides, processes)
+    groups = run(config[0], overrides, processes)
+    if measure:
+        from lora_trainer.cli.train import measure_groups
+
+        measure_groups(groups)
 
 
 @app.command(

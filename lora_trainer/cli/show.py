@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_trainer.data.views import Framed, training_views
+from lora_trainer.data.entries import Framed, training_views
 from lora_trainer.errors import ConfigError, Problem
 from lora_trainer.models.family import Family
 from lora_trainer.models.registry import open_family

@@ -30,7 +30,6 @@ from lora_trainer.config.places import (
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.trials import TrialConfig, load_sweep
 from lora_trainer.errors import ConfigError, ExitCode, NumericStop, Problem
-from lora_trainer.evidence.statistics.paired import levels
 from lora_trainer.experiments.sweep import record
 from lora_trainer.experiments.sweep.derived import confirmation_directory, plan_confirmation, plan_short_runs
 from lora_trainer.experiments.sweep.prepare import (
@@ -42,7 +41,10 @@ from lora_trainer.experiments.sweep.prepare import (
     without,
 )
 from lora_trainer.experiments.sweep.record import Json, unfinished_trials
-from lora_trainer.planning.prepare import Prepared, files_to_come, plan_rows, prepare
+from lora_trainer.planning.memory import planned_peak_gib
+from lora_trainer.planning.preflight import check_places
+from lora_trainer.planning.prepare import Prepared, check_resume, prepare
+from lora_trainer.planning.rows import files_to_come, plan_rows
 from lora_trainer.report.runs import SWEEP_FILE
 from lora_trainer.runtime.launch import Launch, read_launch
 from lora_trainer.storage import atomic_files, disk_space
@@ -57,8 +59,13 @@ if TYPE_CHECKING:
 LR_CURVES = "lr-curves.png"
 
 
-def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False) -> None:
+def train(
+    config_file: Path, overrides: Sequence[str], *, dry_run: bool = False, fresh: bool = False, measure: bool = False
+) -> None:
     """Run one training, or the sweep that the config describes, to its end, or print its plan.
+
+    Args:
+        measure: add to a printed plan what a few updates took.
 
     Raises:
         TrainerError: whatever went wrong, with its exit code; also recorded in the run directory's exit.json.
@@ -66,11 +73,14 @@ def train(config_file: Path, overrides: Sequence[str], *, dry_run: bool = False,
     check_platform()
     config = load_config(config_file, overrides)
     if config.sweep is not None:
-        sweep(config_file, overrides, dry_run=dry_run, fresh=fresh)
+        sweep(config_file, overrides, dry_run=dry_run, fresh=fresh, measure=measure)
         return
-    with starting(config, dry_run=dry_run, fresh=fresh) as start, start.writing(config):
+    with starting(config, dry_run=dry_run, fresh=fresh, measure=measure) as start, start.writing(config):
         prepared = prepare(config, start.launch, start.console.track)
+        if dry_run and not fresh:
+            check_resume(prepared)
         start.console.table(f"Plan of {config.name}", plan_rows(prepared))
+        start.show_measured([solo_group(prepared)])
         if not dry_run:
             start.train_run(prepared)
 
@@ -165,6 +175,7 @@ class Start:
         """Be the only writer of a directory, where this process writes at all."""
         if self.dry_run or not self.launch.is_main:
             return nullcontext()
+        check_places(config)
         return writing(run_directory(config), self.console, fresh=self.fresh)
 
     def train_run(self, prepared: Prepared) -> None:
@@ -228,23 +239,27 @@ class Start:
 
             width = min(100, shutil.get_terminal_size().columns)
             self.console.drawing("\n" + terminal_plot(curves, title=prepared.config.name, width=width))
-        if self.measure:
-            self.console.table("Measured on this machine", list(self._measured_rows(prepared)))
+        self.show_measured(prepared.groups)
 
-    def _measured_rows(self, prepared: PreparedSweep) -> Iterator[tuple[str, str]]:
+    def show_measured(self, groups: Sequence[TrialGroup]) -> None:
+        """What a few updates took, where that was asked for."""
+        if self.measure and self.dry_run:
+            self.console.table("Measured on this machine", list(self._measured_rows(groups)))
+
+    def _measured_rows(self, groups: Sequence[TrialGroup]) -> Iterator[tuple[str, str]]:
         """Time and memory of each group, by a few updates of it."""
         from lora_trainer.training.fit import estimate
 
         joined, seconds = self.joined, 0.0
-        for group in prepared.groups:
+        for group in groups:
             cost = estimate(group, console=self.console, joined=joined)
             seconds += cost.seconds
+            packed = f"{cost.trials_per_pass} trials per pass, " if len(group.members) > 1 else ""
             activations = f"activations of {disk_space.mib(cost.activation_bytes)} per trial"
-            peak = f"peak memory {cost.peak_memory_gib:.1f} GiB"
-            yield (
-                group.name,
-                f"{cost.trials_per_pass} trials per pass, {activations}, {peak}, {_duration(cost.seconds)}",
-            )
+            planned = planned_peak_gib(group.shared, len(group.members), cost.trials_per_pass)
+            peak = f"peak memory {cost.peak_memory_gib:.1f} GiB (estimated: {planned:.1f})"
+            took = f"{cost.seconds_per_step:.2f} s per update, {_duration(cost.seconds)}"
+            yield group.name, f"{packed}{activations}, {peak}, {took}"
         yield "in all", f"{_duration(seconds)}, without exports and samples"
 
     def _train_groups(self, prepared: PreparedSweep, content: Json) -> None:
@@ -286,7 +301,7 @@ class Start:
             save()
         now = from_main(self.launch, record.refreshed(content, sweep_dir, finished))
         if self.launch.is_main:
-            self.console.table("Done", result_rows(now))
+            self.console.table("Done", record.result_rows(now))
             self.console.print(f"\nresults: {sweep_dir / SWEEP_FILE}; drawing the report")
             _report(sweep_dir / REPORT_FILE, self.console)
         statuses = {trial["status"] for trial in now["trials"]}
@@ -313,6 +328,13 @@ def done_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "", "copy it to ComfyUI/models/loras, or for A1111 and Forge to models/Lora"
     yield "for diffusers", str(diffusers_lora_file(config))
     yield from ((file.name, str(file)) for file in files_to_come(config) if file.suffix != ".safetensors")
+
+
+def measure_groups(groups: Sequence[TrialGroup]) -> None:
+    """Print what a few updates of each group take."""
+    if groups:
+        with starting(groups[0].shared.config, dry_run=True, fresh=False, measure=True) as start:
+            start.show_measured(groups)
 
 
 def _duration(seconds: float) -> str:
@@ -360,24 +382,4 @@ def show_status(config_file: Path, overrides: Sequence[str], *, confirmation: bo
     ]
     console = MainConsole()
     console.table(f"{now['name']}: {num_ended} of {len(now['trials'])} trials ended", groups)
-    console.table("Trials, the best so far first", result_rows(now))
-
-
-def result_rows(content: Json) -> Iterator[tuple[str, str]]:
-    """Trials by their last held-out loss, or their smallest while they are trained, relative to the base's.
-
-    Those of equal loss stand in the order of the sweep.
-    """
-
-    def loss(trial: Json) -> float:
-        probe = trial["final"] or trial["best"]
-        return probe["relative"] if probe else float("inf")
-
-    level = levels(map(loss, content["trials"]))
-    for trial in sorted(content["trials"], key=lambda trial: level[loss(trial)]):
-        words = [f"{trial['status']} at {trial['step']}/{trial['num_updates']}"]
-        probes = {name: trial[name] for name in ("final", "best") if trial[name] is not None}
-        words += [f"{name} {probe['relative']:.4f} (step {probe['step']})" for name, probe in probes.items()]
-        if trial["reason"]:
-            words.append(trial["reason"])
-        yield trial["name"], ", ".join(words)
+    console.table("Trials, the best so far first", record.result_rows(now))

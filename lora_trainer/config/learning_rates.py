@@ -8,7 +8,7 @@ ten to twenty times less. docs/learning_rates.md says where the values come from
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,12 @@ PRESETS: dict[str, Preset] = {
 """When evidence ties, the smaller learning rate wins."""
 
 
-def unusual_rates(config: RunConfig) -> Iterator[str]:
-    """A sentence for each base LR outside of its optimizer's usual range."""
+def unusual_rates(config: RunConfig, peaks: Mapping[str, float] | None = None) -> Iterator[str]:
+    """A sentence for each LR outside of its optimizer's usual range.
+
+    Args:
+        peaks: the highest LR of each group over the run, by its name, where that is known.
+    """
     kind = config.optimizer.type
     low, high = optimizer_row(kind).usual_lr
     rates = {"optimizer.lr": config.optimizer.lr}
@@ -86,6 +90,9 @@ def unusual_rates(config: RunConfig) -> Iterator[str]:
             yield f"{name} {lr:g} is above {usual}: the loss may swing or diverge"
         if lr < low:
             yield f"{name} {lr:g} is below {usual}: training may hardly move"
+    for name, peak in (peaks or {}).items():
+        if peak > high and max(rates.values()) <= high:
+            yield f"the LR of {name} peaks at {peak:g}, above {usual}, as its schedule multiplies it: it may diverge"
 
 
 def small_set_note(config: RunConfig, num_images: int) -> str | None:

@@ -6,8 +6,9 @@ optimizers join by the entry point group `lora_trainer.optimizers` (docs/extendi
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from importlib.metadata import entry_points
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, SerializeAsAny, Tag, WrapValidator
 
+from lora_trainer.errors import Problem
 from lora_trainer.schedules.registry import LRSchedulerOptions
 from lora_trainer.schedules.schedule import Duration, Horizon, to_steps
 from lora_trainer.strict_model import NotBool, NotNegative, Positive, Ratio, StrictModel, matching
@@ -52,6 +54,10 @@ class OptimizerOptions(StrictModel):
         """What the builder takes beside the groups of parameters: the options by their own names."""
         return self.model_dump(exclude={"type", "groups"})
 
+    def state_values(self, shape: Sequence[int]) -> float:
+        """Numbers of fp32 that it keeps for a tensor of this shape; two moments where nobody counted."""
+        return 2 * math.prod(shape)
+
 
 class AdamOptions(OptimizerOptions):
     """What Adam and its kin have."""
@@ -87,6 +93,9 @@ class SGD(OptimizerOptions):
     nesterov: bool = False
     """Look ahead along the momentum; needs momentum > 0."""
 
+    def state_values(self, shape: Sequence[int]) -> float:
+        return math.prod(shape) * (self.momentum > 0)
+
 
 class RMSprop(OptimizerOptions):
     """Gradient divided by a running root mean square (Tieleman and Hinton 2012)."""
@@ -99,6 +108,9 @@ class RMSprop(OptimizerOptions):
     momentum: Ratio = 0.0
     """Share of the last step that is kept."""
 
+    def state_values(self, shape: Sequence[int]) -> float:
+        return math.prod(shape) * (1 + (self.momentum > 0))
+
 
 class AdaGrad(OptimizerOptions):
     """Gradient divided by the root of the sum of its squares (Duchi et al. 2011)."""
@@ -108,6 +120,9 @@ class AdaGrad(OptimizerOptions):
     """Base learning rate; the accumulated squares shrink it as training goes on."""
     eps: Positive = 1e-10
     """Added to the denominator."""
+
+    def state_values(self, shape: Sequence[int]) -> float:
+        return math.prod(shape)
 
 
 class Adafactor(OptimizerOptions):
@@ -132,6 +147,12 @@ class Adafactor(OptimizerOptions):
     def arguments(self, horizon: Horizon) -> dict[str, Any]:
         return super().arguments(horizon) | {"relative_step": False, "warmup_init": False}
 
+    def state_values(self, shape: Sequence[int]) -> float:
+        """Of a matrix, and of each of a stack, a row and a column."""
+        *stack, rows, columns = shape if len(shape) > 1 else (1, *shape)
+        second = math.prod(stack) * (rows + columns) if len(shape) > 1 else math.prod(shape)
+        return second + math.prod(shape) * (self.beta1 is not None)
+
 
 class Lion(OptimizerOptions):
     """Sign of the momentum (Chen et al. 2023). Takes a third to a tenth of AdamW's LR and more decay."""
@@ -144,6 +165,9 @@ class Lion(OptimizerOptions):
     weight_decay: NotNegative = 0.1
     """Decoupled decay: three to ten times AdamW's."""
 
+    def state_values(self, shape: Sequence[int]) -> float:
+        return math.prod(shape)
+
 
 class AdamW8bit(AdamOptions):
     """AdamW with 8-bit moments (Dettmers et al. 2022). Tensors under 4096 values stay in 32 bits: most small LoRAs."""
@@ -151,6 +175,11 @@ class AdamW8bit(AdamOptions):
     type: Literal["adamw_8bit"] = "adamw_8bit"
     weight_decay: NotNegative = 0.01
     """Decoupled decay, multiplied by the learning rate of each update."""
+
+    def state_values(self, shape: Sequence[int]) -> float:
+        """A byte each for two moments, and a scale per 256 of them."""
+        number = math.prod(shape)
+        return 2 * number if number < 4096 else 2 * (number / 4 + number / 256)
 
 
 class Prodigy(OptimizerOptions):
@@ -169,6 +198,10 @@ class Prodigy(OptimizerOptions):
     """Adam's bias correction; its author advises it for diffusion."""
     safeguard_warmup: bool = True
     """Keep a warm-up from blocking the estimate."""
+
+    def state_values(self, shape: Sequence[int]) -> float:
+        """Two moments, where it began, and a sum for its estimate."""
+        return 4 * math.prod(shape)
 
 
 class ScheduleFreeAdamW(OptimizerOptions):
@@ -256,6 +289,13 @@ def optimizer_row(name: str) -> OptimizerRow:
             raise ValueError(f"`{entry.value}` is no OptimizerRow whose options have the type `{name}`")
         return row
     raise ValueError(f"`{name}` is no optimizer")
+
+
+def cannot_build(row: OptimizerRow, why: str) -> Problem:
+    """That the package of an optimizer is missing or broken."""
+    what = f"optimizer.type: {row.name} needs `{row.build}`, which cannot be imported"
+    package = f"install or mend the package `{row.build.partition(':')[0].partition('.')[0]}`"
+    return Problem(what, why=why, fix=f"pip install 'lora_trainer[{row.extra}]'" if row.extra else package)
 
 
 def _tag(value: Any) -> str | None:

@@ -6,8 +6,6 @@ weights. Each image is encoded alone, so an entry never depends on its neighbour
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +14,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from lora_trainer.config.places import cache_folder
 from lora_trainer.config.schema import DataConfig, RunConfig
 from lora_trainer.data.batches import LatentStore, PromptStore
+from lora_trainer.data.entries import Framed, entries_of, num_crops
 from lora_trainer.data.holdout import Split
-from lora_trainer.data.images import frame
-from lora_trainer.data.records import Progress, Record
-from lora_trainer.data.views import Framed, num_crops, training_views
+from lora_trainer.data.records import Progress
 from lora_trainer.diffusion.batch import ProbeItems
 from lora_trainer.errors import DataError, Problem
 from lora_trainer.models.family import Family
 from lora_trainer.runtime.runtime import Runtime
 from lora_trainer.storage import safetensors_io
-
-LAYOUT = "1"  # part of every entry's name: raise it when the way of encoding changes
 
 
 @dataclass(frozen=True)
@@ -61,36 +55,22 @@ def build_cache(
         DataError: an image has no finite latents.
         OutOfMemory: what is encoded by then stays.
     """
-    folder, resolution = cache_folder(config), config.data.resolution
-    records = [*split.training.records, *(record for watched in split.probes.values() for record in watched)]
-    texts = _texts(config, records)
-    encoders = "".join(base_digests[component] for component in family.prompt_components)
-    text_files = {text: _entry_file(folder / "prompts", "prompt tensors", encoders, text) for text in texts}
-    training = training_views(config, split.training.records)
-    probes = {name: [Framed(r, frame(r.size, resolution)) for r in watched] for name, watched in split.probes.items()}
-    images = dict.fromkeys([*training.values(), *(image for row in probes.values() for image in row)])
-    image_files = {image: _latent_file(image, folder, base_digests["vae"]) for image in images}
-    missing_texts, missing_images = _missing(text_files, runtime), _missing(image_files, runtime)
+    entries = entries_of(config, family, split.training.records, split.probes, base_digests)
+    texts, images = entries.texts, entries.images
+    missing_texts, missing_images = _missing(texts, runtime), _missing(images, runtime)
     with runtime.phase("encode", together=True):  # one image at a time: there is no setting that would need less
         if missing_texts:
-            _encode_texts(family, runtime, missing_texts, text_files, progress)
+            _encode_texts(family, runtime, missing_texts, texts, progress)
         if missing_images:
-            _encode_views(family, runtime, missing_images, image_files, progress)
+            _encode_views(family, runtime, missing_images, images, progress)
     with runtime.phase("loading", together=True):
-        prompts = {name: runtime.place(values) for name, values in _stacked(text_files.values()).items()}
+        prompts = {name: runtime.place(values) for name, values in _stacked(texts.values()).items()}
         return Cache(
-            latents=_read_latents(training, image_files, config.data, family, runtime),
+            latents=_read_latents(entries.training, images, config.data, family, runtime),
             prompts=PromptStore(prompts, {text: row for row, text in enumerate(texts)}),
-            probes={name: _read_probe(row, image_files, family, runtime) for name, row in probes.items()},
+            probes={name: _read_probe(row, images, family, runtime) for name, row in entries.probes.items()},
             num_encoded=len(missing_texts) + len(missing_images),
         )
-
-
-def _texts(config: RunConfig, records: Sequence[Record]) -> list[str]:
-    """Every prompt that a run may ask for: captions, the empty one, samples."""
-    captions = (caption for record in records for caption in record.captions)
-    samples = (text for p in config.sample.prompts for text in (p.prompt, p.negative_prompt))
-    return list(dict.fromkeys(["", *captions, *samples]))
 
 
 def _missing(files: Mapping[Any, Path], runtime: Runtime) -> list[Any]:
@@ -101,7 +81,7 @@ def _missing(files: Mapping[Any, Path], runtime: Runtime) -> list[Any]:
 
 @torch.no_grad()
 def _encode_texts(
-    family: Family, runtime: Runtime, texts: Sequence[str], files: dict[str, Path], progress: Progress
+    family: Family, runtime: Runtime, texts: Sequence[str], files: Mapping[str, Path], progress: Progress
 ) -> None:
     encoders = family.load_text_encoders(runtime.device)
     for text in progress(texts, "encoding prompts", len(texts)):
@@ -114,7 +94,7 @@ def _encode_texts(
 
 @torch.no_grad()
 def _encode_views(
-    family: Family, runtime: Runtime, images: Sequence[Framed], files: dict[Framed, Path], progress: Progress
+    family: Family, runtime: Runtime, images: Sequence[Framed], files: Mapping[Framed, Path], progress: Progress
 ) -> None:
     vae = family.load_vae(runtime.device)
     for image in progress(images, "encoding images", len(images)):
@@ -182,15 +162,3 @@ def _view_tensors(images: Iterable[Framed], family: Family, device: torch.device
     """What the denoiser is told of N views: [N, ...] by name."""
     values = [family.view_conditioning(image.view) for image in images]
     return {name: torch.tensor([row[name] for row in values], device=device) for name in values[0]}
-
-
-def _entry_file(folder: Path, *content: Any) -> Path:
-    """The entry of this content."""
-    return folder / f"{hashlib.sha256(json.dumps([LAYOUT, *content]).encode()).hexdigest()}.safetensors"
-
-
-def _latent_file(image: Framed, folder: Path, encoder: str) -> Path:
-    """Where the latents of an image are kept."""
-    view = image.view
-    place = (view.scaled_size, view.left, view.top, view.resolution)
-    return _entry_file(folder / "latents", "latent", encoder, image.record.sha256, place, image.mirrored)

@@ -20,13 +20,6 @@ from lora_trainer.models.family import View
 
 _AVIF = features.check("avif")
 _HEIF = find_spec("pillow_heif") is not None
-EXTENSIONS = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".jfif", ".jpe", ".tif", ".tiff"),
-    *((".avif",) if _AVIF else ()),
-    *((".heic", ".heif", ".hif") if _HEIF else ()),
-)
-PACKAGES = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif") | {".avif": "-U pillow"}
-"""What to install, by the ending, for kinds of pictures that are read only with it."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if _AVIF else ()))
 MAX_PIXELS = 200_000_000
 MAX_SCALED_PIXELS = 50_000_000

@@ -18,6 +18,7 @@ from lora_trainer.config.schema import DataConfig
 from lora_trainer.data.alike import clusters, is_plain, look_of
 from lora_trainer.data.captions import caption_notes, captions_of
 from lora_trainer.data.folders import (
+    EXTENSIONS,
     Inventory,
     few_of_a_kind,
     is_file,
@@ -29,7 +30,7 @@ from lora_trainer.data.folders import (
     some,
     take_stock,
 )
-from lora_trainer.data.images import EXTENSIONS, ImageFault, decode, frame, lost_share
+from lora_trainer.data.images import ImageFault, decode, frame, lost_share
 from lora_trainer.errors import DataError, Problem, remedy_of_absence
 from lora_trainer.storage import atomic_files
 

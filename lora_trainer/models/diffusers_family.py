@@ -61,6 +61,12 @@ class DiffusersFamily(Family):
     def view_conditioning(self, view: View) -> dict[str, tuple[float, ...]]:
         return {}
 
+    def entry_bytes(self, resolution: int) -> tuple[int, int]:
+        """Mean and standard deviation of the latents, and the (first) encoder's hidden states, in fp32."""
+        latents = self.base.component_config("vae")["latent_channels"] * (resolution // self.latent_factor) ** 2
+        encoder = self.base.component_config("text_encoder")
+        return 8 * latents, 4 * encoder["max_position_embeddings"] * encoder["hidden_size"]
+
     def load_vae(self, device: torch.device) -> Any:
         """The frozen VAE in fp32: SD's overflows in fp16 on some images."""
         import torch

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_trainer.diffusion.batch import Conditioning
+    from lora_trainer.models.unet_activations import AdaptedLayer, ForwardShape, Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,14 @@ class Family(Protocol):
 
     def view_conditioning(self, view: View) -> dict[str, tuple[float, ...]]:
         """What the denoiser is told of a view, by name; nothing in most families."""
+
+    def entry_bytes(self, resolution: int) -> tuple[int, int]:
+        """About what one image's latents and one prompt's embeddings take in the cache; 0 where it is not known."""
+        return 0, 0
+
+    def kept_activations(self, layers: Mapping[str, AdaptedLayer], shape: ForwardShape) -> Kept | None:
+        """What a forward with adapters on these layers of the denoiser keeps; None where nobody counted it."""
+        return None
 
     def load_text_encoders(self, device: torch.device) -> Any:
         """All that `encode_prompt` needs, frozen, in fp32."""

@@ -39,18 +39,9 @@ _KINDS = {
 }
 """Parts of tensor names that tell what a single file holds, the first found."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-BETA_SCHEDULERS = (
-    *("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep"),
-    *("DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete"),
-    *("HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD"),
-    "UniPCMultistep",
-)
-"""diffusers' schedulers, without the ending, that make of `beta_*` the betas that its DDPMScheduler makes."""
-_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _CHUNK_BYTES = 2**24
 _EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what is done, how many) -> the same items
-_SPACINGS = ("leading", "linspace", "trailing")
 
 
 _SHAPES = {
@@ -125,6 +116,10 @@ class BaseFolder:
         """Weight shape of every layer of the denoiser that has a matrix or kernel, by the layer's name."""
         shapes = self.tensor_shapes(self.denoiser).items()
         return {key.removesuffix(".weight"): shape for key, shape in shapes if key.endswith(".weight") and shape[1:]}
+
+    def num_weights(self, component: str) -> int:
+        """Numbers in all tensors of a component."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes(component).values())
 
     def digests(self, memory: Path | None = None, progress: Progress = lambda items, *_: items) -> dict[str, str]:
         """Identity of each component's content, wherever the folder lies.
@@ -280,39 +275,6 @@ def _single_file(file: Path) -> Problem:
     return Problem(f"a single-file base is not read yet (this one is {kind})", str(file), fix=fix)
 
 
-def schedule_problems(base: BaseFolder, prediction_types: Sequence[str]) -> Iterator[Problem]:
-    """What in the scheduler's settings is no noise schedule that a family trains on and draws samples by."""
-    settings, where = base.component_config("scheduler"), str(base.path / "scheduler" / "scheduler_config.json")
-    named, fix = str(settings.get("_class_name")), "fetch the base's own scheduler folder"
-    if named.startswith("FlowMatch") and "flow" in prediction_types:
-        return
-    if settings.get("use_flow_sigmas") or named.removesuffix("Scheduler") not in BETA_SCHEDULERS:
-        what = f"the scheduler `{named}` has no noise schedule of betas, on which the family {base.family} is trained"
-        yield Problem(what, where, fix=fix)
-        return
-    num, trained = settings.get("num_train_timesteps", 1000), settings.get("trained_betas")
-    start, end, kind = (settings.get(key) for key in ("beta_start", "beta_end", "beta_schedule"))
-    is_listed = isinstance(trained, list) and len(trained) == num and all(map(_is_beta, trained))
-    has_ends = trained is None and kind != "squaredcos_cap_v2"
-    for key, wanted, is_so in (
-        ("num_train_timesteps", "2 to 100,000", type(num) is int and 1 < num <= 100_000),
-        ("rescale_betas_zero_snr", "true or false", settings.get("rescale_betas_zero_snr") in (None, False, True)),
-        ("timestep_spacing", ", ".join(_SPACINGS), settings.get("timestep_spacing", "leading") in _SPACINGS),
-        ("steps_offset", "0 or 1", settings.get("steps_offset", 0) in (0, 1)),
-        ("trained_betas", "a number in 0..1 for each timestep", trained is None or is_listed),
-        ("beta_schedule", ", ".join(_BETA_SCHEDULES), trained is not None or kind in _BETA_SCHEDULES),
-        ("beta_start", "a number in 0..1", not has_ends or _is_beta(start)),
-        ("beta_end", "a number from beta_start to 1", not has_ends or (_is_beta(start) and _is_beta(end, start))),
-    ):
-        if not is_so:
-            what = f"`{key}` is {str(settings.get(key, 'missing'))[:60]}; expected: {wanted}"
-            yield Problem(what, where, fix=fix)
-
-
-def _is_beta(value: Any, least: Any = 0) -> bool:
-    return type(value) in (float, int) and 0 < value < 1 and value >= least
-
-
 def _check_component(folder: Path, component: str) -> list[Problem]:
     place = folder / component
     if not (place / "config.json").is_file():
@@ -368,7 +330,8 @@ def _find_weights(place: Path) -> tuple[str | None, list[Path], dict[str, str]]:
 def _header_keys(file: Path) -> tuple[list[str], str | None]:
     """Tensor names of a safetensors file, or why it is none."""
     try:
-        start = file.open("rb").read(64)
+        with file.open("rb") as raw:
+            start = raw.read(64)
         if start.startswith(b"version https://git-lfs"):
             return [], "it is a Git LFS pointer: run `git lfs pull`"
         if start.lstrip()[:1] == b"<":

@@ -6,7 +6,8 @@ from importlib.metadata import entry_points
 
 from lora_trainer.errors import ModelError, Problem
 from lora_trainer.models.family import Family
-from lora_trainer.models.folder import BaseFolder, locate_base, missing_parts, pipeline_name, schedule_problems
+from lora_trainer.models.folder import BaseFolder, locate_base, missing_parts, pipeline_name
+from lora_trainer.models.noise_scheduler import schedule_problems
 from lora_trainer.models.stable_diffusion import StableDiffusion
 
 ENTRY_POINTS = "lora_trainer.families"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_trainer.errors import Problem
@@ -12,6 +12,7 @@ from lora_trainer.models.clip import last_hidden_state
 from lora_trainer.models.diffusers_family import DiffusersFamily
 from lora_trainer.models.family import SampleSettings
 from lora_trainer.models.folder import read_object
+from lora_trainer.models.unet_activations import AdaptedLayer, ForwardShape, Kept, kept_activations
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +151,9 @@ class StableDiffusion(DiffusersFamily):
     @property
     def architecture(self) -> str:
         return f"{_ARCHITECTURES[self.kohya_version]}/lora"
+
+    def kept_activations(self, layers: Mapping[str, AdaptedLayer], shape: ForwardShape) -> Kept | None:
+        return kept_activations(self.base.component_config("unet"), layers, shape)
 
     def load_text_encoders(self, device: torch.device) -> Any:
         import torch

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config.identity import identity_fields
-from lora_trainer.config.learning_rates import unusual_rates
+from lora_trainer.config.identity import compare, identity_fields, refusal
 from lora_trainer.config.places import (
     CHECKPOINTS,
-    CURVES_FILE,
-    GRID_FILE,
-    METRICS_FILE,
     PLAN_FILE,
-    SAMPLES,
     VALIDATION_FILE,
     cache_folder,
-    diffusers_lora_file,
-    lora_file,
-    report_file,
     run_directory,
 )
-from lora_trainer.config.schema import CURVE_LENGTH, DataConfig, RunConfig
-from lora_trainer.data.captions import long_captions
-from lora_trainer.data.folders import few_of_a_kind, some
+from lora_trainer.config.schema import CURVE_LENGTH, FACTS, DataConfig, RunConfig
+from lora_trainer.data.entries import entries_of
 from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
-from lora_trainer.errors import ConfigError, DataError, ModelError, Problem, SystemSetupError
-from lora_trainer.models.adapters.targets import assign_param_groups, kohya_notes, select_targets
+from lora_trainer.errors import ConfigError, DataError, Problem
+from lora_trainer.models.adapters.targets import assign_param_groups, select_targets
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
+from lora_trainer.planning.preflight import (
+    check_inference_steps,
+    check_packages,
+    check_places,
+    check_prompts,
+    check_resolution,
+    check_room,
+    cut_texts,
+    prediction_type,
+)
 from lora_trainer.planning.run_plan import ParamGroup, RunPlan, plan_run, resolve_param_groups
+from lora_trainer.runtime.device import Device, Precision, find_devices, precision_on
 from lora_trainer.runtime.launch import Launch, default_threads
-from lora_trainer.storage import disk_space
+from lora_trainer.storage.atomic_files import read_json
 from lora_trainer.storage.records import Text, Update, read_record, shape
 
 
@@ -51,6 +53,11 @@ class Prepared:
     target_shapes: dict[str, tuple[int, ...]]
     plan: RunPlan
     threads: int
+    devices: tuple[Device, ...]
+    """What it would compute on, then a GPU that it could not use."""
+    precision: Precision
+    num_entries: tuple[int, int]
+    """Latents and prompts in the cache."""
 
     @property
     def run_dir(self) -> Path:
@@ -89,27 +96,32 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     Raises:
         ConfigError, DataError, ModelError, SystemSetupError: each with all problems of its kind.
     """
+    check_places(config)
+    check_packages(config)
+    check_prompts(config)
+    devices = find_devices()
+    precision = precision_on(config.train.precision, devices[0])
     base = open_base(**config.model.model_dump())
     family = open_family(base)
-    predicts = _prediction_type(config, base, family)
-    _check_resolution(config, family)
-    if config.sample.prompts and predicts != "flow" and config.sample.num_inference_steps > base.most_inference_steps:
-        what = f"the base's scheduler has no more than {base.most_inference_steps} steps"
-        fix = f"write sample.num_inference_steps={base.most_inference_steps} or fewer"
-        raise ConfigError(Problem(what, "sample.num_inference_steps", fix=fix))
-    _check_places(config)
+    predicts = prediction_type(config, base, family)
+    check_resolution(config, family)
+    check_inference_steps(config, base, predicts)
     fixed = _fixed_before(config, continues)
     split, prior = _split(config, checked_images_file(config), progress, fixed.held_out)
-    split = _with_cut_captions(config, family, split, prior)
+    shown = [*split.training.records, *split.held_out, *(prior.records if prior else ())]
+    cut = cut_texts(config, family, [(record.path, record.name, record.captions) for record in shown])
+    split = replace(split, training=replace(split.training, notes=(*split.training.notes, *cut)))
     targets = _targets(config, base, family)
     num_probes = 2 + (prior is not None)
     plan = _plan(config, base, split, targets, launch.num_processes, num_probes=num_probes, fixed=fixed)
-    _check_room(config, plan)
     if plan.validation is not None and config.validation is not None:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
-    threads = _threads(config, fixed, default_threads(launch))
     digests = base.digests(cache_folder(config) / "base-digests.json", progress)
-    return Prepared(config, base, digests, predicts, split, targets, plan, threads)
+    entries = entries_of(config, family, split.training.records, split.probes, digests)
+    check_room(config, plan, entries.missing_bytes(family, config.data.resolution))
+    threads = _threads(config, fixed, default_threads(launch))
+    num_entries = len(entries.images), len(entries.texts)
+    return Prepared(config, base, digests, predicts, split, targets, plan, threads, devices, precision, num_entries)
 
 
 def checked_images_file(config: RunConfig) -> Path:
@@ -126,6 +138,7 @@ def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | Non
     Raises:
         ConfigError: targets, groups or schedules do not fit.
     """
+    check_packages(config)
     base, split = prepared.base, prepared.split
     targets = _targets(config, base, open_family(base))
     fixed = _fixed_before(config, continues)
@@ -218,13 +231,44 @@ def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
         return _Fixed(held_out=held_out)
 
 
-def _check_room(config: RunConfig, plan: RunPlan) -> None:
-    """The checkpoints kept, one more while it is written, and what is reserved for the LoRA files must fit."""
-    run_dir, kept = run_directory(config), config.checkpoint.keep_last
-    one = plan.checkpoint_bytes(with_average=config.train.ema_decay is not None)
-    there = disk_space.size_of(run_dir / CHECKPOINTS)
-    purpose = f"{kept + 1} checkpoints of about {disk_space.mib(one)} and the LoRA files"
-    disk_space.check_room(run_dir, max(one, (kept + 1) * one - there) + plan.export_bytes(config.export.dtype), purpose)
+def check_resume(prepared: Prepared) -> None:
+    """What a start would refuse to continue, as far as the newest checkpoint's settings can be read.
+
+    Raises:
+        ConfigError: the run began with others, or its LR curve is over.
+    """
+    run_dir, config = prepared.run_dir, prepared.config
+    try:
+        newest = max((run_dir / CHECKPOINTS).glob("step-????????"))
+        state = read_json(newest / "state.json")
+        (stored,) = (trial["identity"] for trial in state["trials"].values())
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # none, damaged, or of the earlier format: the start itself tells
+        return
+    now = {key: stored[key] for key in FACTS if key in stored} | prepared.identity()
+    now |= {"train.precision": prepared.precision}
+    if refused := compare(stored, now, config.resume, str(run_dir)).refused:
+        raise ConfigError(refusal(stored, now, refused, str(run_dir)))
+    check_kept_curve(prepared)
+
+
+def check_kept_curve(prepared: Prepared) -> None:
+    """Refuse to go on along a curve that ended at 0.
+
+    Raises:
+        ConfigError: the updates after its end would do nothing.
+    """
+    length = prepared.plan.lr_horizon.num_steps
+    num_more = prepared.plan.num_steps - length
+    if num_more > 0 and all(group.lr(length) == 0 for group in prepared.param_groups()):
+        what = f"the LR curve of this run ends at 0 after {length} updates: {num_more} more would learn nothing"
+        where, why = f"{prepared.config.name}, resume.schedule", "`keep` holds the curve's last value"
+        fix = "write resume.schedule: stretch, which lays the curve over the new length"
+        raise ConfigError(Problem(what, where, why, fix))
 
 
 def image_folders(config: RunConfig) -> dict[str, DataConfig]:
@@ -261,136 +305,9 @@ def _split(
     return split, found.get("validation.prior_dir")
 
 
-def _with_cut_captions(config: RunConfig, family: Family, split: Split, prior: Dataset | None) -> Split:
-    """The split, with a note where captions are cut; an error where the policy says so."""
-    records = [*split.training.records, *split.held_out, *(prior.records if prior else ())]
-    long, lost = long_captions(family, [(record.path, record.name, record.captions) for record in records])
-    if not long:
-        return split
-    if config.data.captions.too_long == "error":
-        raise DataError(*few_of_a_kind(long))
-    note = f"{len(long)} captions are longer than the text encoder reads and are cut: {some(lost)}"
-    return replace(split, training=replace(split.training, notes=(*split.training.notes, note)))
-
-
 def _chosen_before(file: Path) -> tuple[str, ...] | None:
     """Content hashes of the images that an earlier start of this run held out."""
     try:
         return tuple(read_record(file, _CHOSEN)["images_held_out"])
     except (OSError, ValueError):
         return None
-
-
-def _prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str:
-    """What the denoiser predicts.
-
-    Raises:
-        ModelError: the family cannot be trained on it.
-        ConfigError: a loss weighting has no meaning on it.
-    """
-    chosen = base.prediction_type()
-    if chosen not in family.prediction_types:
-        what = f"prediction type `{chosen}` is not supported with the family {family.name}"
-        fix = f"set model.prediction_type to one of {', '.join(family.prediction_types)}, if the base was trained so"
-        raise ModelError(Problem(what, str(base.path / "scheduler"), fix=fix))
-    if chosen == "epsilon" and base.component_config("scheduler").get("rescale_betas_zero_snr"):
-        what, where = (
-            "at zero terminal SNR there is no signal left, of which epsilon could tell",
-            base.path / "scheduler",
-        )
-        fix = "write model.prediction_type: v_prediction, if it was trained so"
-        raise ModelError(Problem(what, str(where), fix=fix))
-    for name in config.objective.model_dump(exclude_none=True) if chosen == "flow" else ():
-        what, why = f"`objective.{name}` weights the timesteps of a noise schedule of betas", "the base has none"
-        raise ConfigError(Problem(what, str(base.path / "scheduler"), why, f"write objective.{name}: null"))
-    return chosen
-
-
-def _check_resolution(config: RunConfig, family: Family) -> None:
-    """Pixels must fill whole latents."""
-    side, factor = config.data.resolution, family.latent_factor
-    if side % factor:
-        what = f"`data.resolution` {side} is no multiple of {factor}, the factor of the base's autoencoder"
-        fix = f"write {side // factor * factor} or {side // factor * factor + factor}"
-        raise ConfigError(Problem(what, "data.resolution", fix=fix))
-
-
-def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    """The plan in words, row by row."""
-    config, plan, dataset = prepared.config, prepared.plan, prepared.dataset
-    repeats = f", {plan.num_samples} samples with repeats" if plan.num_samples != plan.num_images else ""
-    yield "images", f"{plan.num_images}{repeats}, {config.data.resolution} px"
-    for note in dataset.notes:
-        yield "", note
-    split = f"{plan.num_processes} process(es) x batch {plan.batch_size} x accumulation {plan.accumulation}"
-    yield "global batch", f"{plan.global_batch} = {split}"
-    yield (
-        "updates per epoch",
-        f"{plan.steps_per_epoch} = {plan.num_samples} samples / {plan.global_batch}, rounded up"
-        + ("" if len(plan.bucket_sizes) == 1 else f" in each of {len(plan.bucket_sizes)} buckets"),
-    )
-    yield "updates", f"{plan.num_steps} ({plan.num_epochs:.2f} epochs), warmup {plan.param_groups[0].num_warmup_steps}"
-    if plan.num_lr_steps is not None:
-        yield "", f"the LR curve keeps its first length, {plan.num_lr_steps} updates, and then its last value"
-    for group in plan.param_groups:
-        name = "learning rate" if len(plan.param_groups) == 1 else f"LR of {group.name}"
-        rates = f"start {group.lr_start:.3e}, peak {group.lr_peak:.3e}, last {group.lr_end:.3e}"
-        yield name, f"{group.schedule}: {rates}; budget {group.lr_budget:.2f}"
-        yield from (("", f"warning: {warning}") for warning in group.warnings)
-    yield from (("", f"warning: {note}") for note in unusual_rates(config))
-    yield "optimizer", f"{config.optimizer.type}, weight decay {config.optimizer.weight_decay:g}"
-    kind = "DoRA" if config.adapter.use_dora else "LoRA"
-    scale = "alpha / sqrt(rank)" if config.adapter.use_rslora else "alpha / rank"
-    yield "adapter", f"{kind} rank {config.adapter.rank}, {scale} with alpha {config.adapter.alpha:g}"
-    targets = config.adapter.targets if isinstance(config.adapter.targets, str) else "patterns"
-    yield "", f"{plan.num_modules} layers ({targets}), {plan.num_parameters:,} trainable parameters"
-    yield "base", f"{prepared.base.family}, {prepared.prediction_type}, {config.model.path}"
-    if plan.validation is not None:
-        probes = ", ".join(f"{len(records)} {name}" for name, records in prepared.split.probes.items())
-        every = f"every {plan.validation.every} updates, {plan.validation.num_measurements} times"
-        yield "validation", f"{probes} images x 16 timesteps {every}: {plan.validation.cost:.1%} of the training's cost"
-        yield from (("", f"note: {note}") for note in plan.validation.notes)
-    yield "saves", _saves(plan)
-    run_dir = run_directory(config)
-    names = ", ".join(str(file.relative_to(run_dir)) for file in files_to_come(config))
-    yield "files to come", f"{names} in {run_dir}"
-    presets = open_family(prepared.base).target_presets
-    yield from (("", f"note: {note}") for note in kohya_notes(config.adapter, prepared.target_shapes, presets))
-
-
-def files_to_come(config: RunConfig) -> list[Path]:
-    """What lies in the run directory in the end."""
-    return [*results_to_come(config), run_directory(config) / CURVES_FILE, report_file(config)]
-
-
-def results_to_come(config: RunConfig) -> list[Path]:
-    """The same without the pictures that can be drawn from it at any time: what a trial of a sweep leaves."""
-    run_dir = run_directory(config)
-    samples = [run_dir / SAMPLES / GRID_FILE] if config.sample.prompts else []
-    return [lora_file(config), diffusers_lora_file(config), run_dir / METRICS_FILE, *samples]
-
-
-def _saves(plan: RunPlan) -> str:
-    periods = {"checkpoint": plan.periods.checkpoint, "sample": plan.periods.sample, "export": plan.periods.export}
-    listed = [f"{name} every {period}" for name, period in periods.items() if period]
-    return ", ".join([*listed, "all at the end"])
-
-
-def _check_places(config: RunConfig) -> None:
-    """The output must be writable and must not lie among the images."""
-    run_dir = run_directory(config).resolve()
-    folders = [config.data.dir] if config.data.dir else [source.dir for source in config.data.sources or ()]
-    for folder in folders:
-        if folder and run_dir.is_relative_to(Path(folder).expanduser().resolve()):
-            raise ConfigError(
-                Problem(
-                    "the run directory would lie inside the image folder", str(run_dir), fix="set another output_dir"
-                )
-            )
-    place = run_dir
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise SystemSetupError(
-            Problem("a file is in the way of the run directory", str(place), fix="set another output_dir")
-        )

@@ -74,14 +74,17 @@ def default_threads(launch: Launch) -> int:
 
 def cpu_quota() -> float:
     """CPUs that the quotas of this process's control groups (v2 or v1) grant, as `docker --cpus`; inf without one."""
-    quotas = [math.inf]
+    return min(map(_quota_of, control_groups("cpu")), default=math.inf)
+
+
+def control_groups(controller: str) -> Iterator[Path]:
+    """The folder of each control group (v2 or v1) of this process that may limit it, and all above it."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if not controllers or "cpu" in controllers.split(","):
-                group = CGROUPS / ("cpu" if controllers else "") / path.lstrip("/")
-                quotas += map(_quota_of, (group, *group.parents))
-    return min(quotas)
+            if not controllers or controller in controllers.split(","):
+                group = CGROUPS / (controller if controllers else "") / path.lstrip("/")
+                yield from (group, *group.parents)
 
 
 def _quota_of(group: Path) -> float:

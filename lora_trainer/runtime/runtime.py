@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import psutil
 import torch
@@ -25,9 +24,9 @@ from accelerate.utils import reduce as reduce_over_processes
 
 from lora_trainer import __version__
 from lora_trainer.errors import OutOfMemory, Problem, SystemSetupError, refused_memory
+from lora_trainer.runtime.device import Device, Precision, precision_on, processor_name
 from lora_trainer.runtime.launch import Launch, forget_launcher
 
-Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 _PR_SET_PDEATHSIG = 1
@@ -227,29 +226,16 @@ def environment_report(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def processor_name() -> str:
-    """The model's name, or the architecture where the kernel does not say it."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return platform.machine()
-
-
 def choose_precision(asked: str, device: torch.device) -> Precision:
     """What `train.precision` means on a device.
 
     Raises:
         SystemSetupError: the device does not have it.
     """
-    lacks_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "bf16" and lacks_bf16:
-        name, fix = torch.cuda.get_device_name(device), "write fp16 or auto"
-        raise SystemSetupError(Problem("this GPU has no bf16", "train.precision", name, fix))
-    if asked != "auto":
-        return cast(Precision, asked)
     if device.type == "cpu":
-        return "fp32"
-    return "fp16" if lacks_bf16 else "bf16"
+        return precision_on(asked, Device("cpu", 0, 0))
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision_on(asked, Device(torch.cuda.get_device_name(device), 0, 0, str(device), has_bf16))
 
 
 def _die_with_launcher() -> None:

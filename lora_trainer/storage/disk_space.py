@@ -29,10 +29,20 @@ PLACE_FAULTS = frozenset(
 
 def free_bytes(folder: Path) -> int:
     """Bytes that this user may still write where `folder` lies or will lie."""
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def is_same_disk(one: Path, other: Path) -> bool:
+    """Whether what is written into both folders takes room from one disk."""
+    return _nearest(one).stat().st_dev == _nearest(other).stat().st_dev
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or what is there of those above it."""
     place = folder.resolve()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
 
 
 def size_of(folder: Path) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from accelerate import PartialState
 
 from lora_trainer.errors import OutOfMemory, Problem, StoppedBySignal
-from lora_trainer.planning.prepare import results_to_come
+from lora_trainer.planning.rows import results_to_come
 from lora_trainer.planning.saving import saving_keys
 from lora_trainer.runtime.launch import read_launch
 from lora_trainer.runtime.runtime import Runtime, choose_precision, start_runtime
@@ -189,6 +189,7 @@ class Estimate:
     activation_bytes: int
     """Kept by the forward of one trial and one micro-batch."""
     peak_memory_gib: float
+    seconds_per_step: float
     seconds: float
     """For the whole group: its updates, and its probes by their share of the cost."""
 
@@ -217,5 +218,6 @@ def estimate(group: TrialGroup, *, console: MainConsole, joined: PartialState | 
             setup.trials_per_pass,
             setup.optimizer_step.activation_bytes(),
             runtime.peak_memory_gib(),
+            min(seconds),
             min(seconds) * updates * (1 + probes),
         )

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lora_trainer.config.optimizers import OptimizerOptions, optimizer_row
-from lora_trainer.errors import Problem, SystemSetupError
+from lora_trainer.config.optimizers import OptimizerOptions, cannot_build, optimizer_row
+from lora_trainer.errors import SystemSetupError
 from lora_trainer.schedules.schedule import Horizon
 
 
@@ -24,10 +24,7 @@ def build_optimizer(
     try:
         build = pkgutil.resolve_name(row.build)
     except (ImportError, AttributeError, ValueError) as error:
-        what = f"optimizer.type: {options.type} needs `{row.build}`, which cannot be imported"
-        package = f"install or mend the package `{row.build.partition(':')[0].partition('.')[0]}`"
-        fix = f"pip install 'lora_trainer[{row.extra}]'" if row.extra else package
-        raise SystemSetupError(Problem(what, why=str(error), fix=fix)) from error
+        raise SystemSetupError(cannot_build(row, str(error))) from error
     optimizer = build([{"params": list(group)} for group in groups], **options.arguments(horizon))
     if callable(getattr(optimizer, "train", None)):  # a schedule-free one starts in neither of its modes
         optimizer.train()

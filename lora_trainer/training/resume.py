@@ -16,7 +16,7 @@ from typing import Any
 from lora_trainer.config.identity import compare, completed, difference, refusal
 from lora_trainer.config.places import METRICS_FILE, lora_file
 from lora_trainer.errors import ConfigError, Problem, SystemSetupError, told_once
-from lora_trainer.planning.prepare import Prepared
+from lora_trainer.planning.prepare import check_kept_curve
 from lora_trainer.runtime.runtime import Runtime, choose_precision, from_main
 from lora_trainer.storage.checkpoint import Checkpoint, newest_checkpoint
 from lora_trainer.tracking.console import MainConsole
@@ -146,25 +146,10 @@ def _accept(point: ResumePoint, group: TrialGroup, runtime: Runtime, console: Ma
     if refusals:
         raise ConfigError(*told_once(refusals, " "))
     for member in group.members:
-        _check_kept_curve(member.prepared)
+        check_kept_curve(member.prepared)
     for note in notes:
         console.print(note)
     return replace(point, trials=trials)
-
-
-def _check_kept_curve(prepared: Prepared) -> None:
-    """Refuse to go on along a curve that ended at 0.
-
-    Raises:
-        ConfigError: the updates after its end would do nothing.
-    """
-    length = prepared.plan.lr_horizon.num_steps
-    num_more = prepared.plan.num_steps - length
-    if num_more > 0 and all(group.lr(length) == 0 for group in prepared.param_groups()):
-        what = f"the LR curve of this run ends at 0 after {length} updates: {num_more} more would learn nothing"
-        where, why = f"{prepared.config.name}, resume.schedule", "`keep` holds the curve's last value"
-        fix = "write resume.schedule: stretch, which lays the curve over the new length"
-        raise ConfigError(Problem(what, where, why, fix))
 
 
 def restore(point: ResumePoint | None, group: TrialGroup, trials: Sequence[Trial]) -> int:

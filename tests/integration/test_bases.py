@@ -22,7 +22,7 @@ from lora_trainer.cli.sample import SampleRequest, sample
 from lora_trainer.cli.train import train
 from lora_trainer.diffusion.noise_paths import BetaPath
 from lora_trainer.errors import ConfigError, ExitCode, ModelError
-from lora_trainer.models.folder import BETA_SCHEDULERS
+from lora_trainer.models.noise_scheduler import BETA_SCHEDULERS
 from lora_trainer.models.registry import open_base, open_family
 
 Edit = Callable[[Path], object]

@@ -22,7 +22,7 @@ from lora_trainer.config.load import load_config
 from lora_trainer.config.optimizers import OptimizerOptions, OptimizerRow
 from lora_trainer.errors import ConfigError, SystemSetupError
 from lora_trainer.lora_files.files import read_lora, read_recipe
-from lora_trainer.planning.prepare import plan_rows
+from lora_trainer.planning.rows import plan_rows
 from lora_trainer.testing import OptimizerContract, ScheduleContract
 from lora_trainer.tracking.metrics import step_rows
 from lora_trainer.training.optimizers import build_optimizer

@@ -21,6 +21,7 @@ from worlds import run_in_a_process, run_in_world
 from lora_trainer.cli import train as train_command
 from lora_trainer.config.trials import load_sweep
 from lora_trainer.errors import ConfigError, StoppedBySignal
+from lora_trainer.experiments.sweep import record
 from lora_trainer.experiments.sweep.derived import plan_confirmation
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.metrics import TIMING_FIELDS, read_rows, step_rows
@@ -353,7 +354,7 @@ def test_trials_that_differ_by_rounding_are_shown_in_their_order(rounding: float
     row = {"status": "finished", "step": 6, "num_updates": 6, "reason": None, "best": None}
     losses = {"b": 0.9, "a": 0.9 + rounding, "best": 0.8, "none": None}
     trials = [{**row, "name": name, "final": loss and {"relative": loss, "step": 6}} for name, loss in losses.items()]
-    assert [name for name, _ in train_command.result_rows({"trials": trials})] == ["best", "b", "a", "none"]
+    assert [name for name, _ in record.result_rows({"trials": trials})] == ["best", "b", "a", "none"]
 
 
 def test_a_config_without_a_sweep_section_is_told(toy_config: Path) -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from lora_trainer.cli.program import main
 from lora_trainer.config.load import load_config
+from lora_trainer.data.entries import training_views
 from lora_trainer.data.records import discover
-from lora_trainer.data.views import training_views
 from lora_trainer.models.registry import open_base, open_family
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from lora_trainer.data import images
+from lora_trainer.data.folders import EXTENSIONS
 from lora_trainer.data.images import ImageFault, apply_frame, decode, frame, lost_share
 
 
@@ -127,7 +128,7 @@ def test_animations_and_other_formats() -> None:
             decode(data)
     with pytest.raises(ImageFault, match="floating-point"):
         decode(encoded(Image.new("F", (4, 4)), "TIFF"))
-    for known in ("TIFF", *(["AVIF"] if ".avif" in images.EXTENSIONS else [])):
+    for known in ("TIFF", *(["AVIF"] if ".avif" in EXTENSIONS else [])):
         assert decode(encoded(Image.new("RGB", (8, 8), (200, 50, 50)), known)).getpixel((0, 0))[0] > 190
 
 
@@ -180,7 +181,7 @@ def test_a_jpeg_that_breaks_off_is_told() -> None:
 
 def test_heic_is_read_with_the_package_for_it_and_named_without() -> None:
     head = b"\0\0\0\x1cftypheic" + bytes(16)
-    if ".heic" not in images.EXTENSIONS:
+    if ".heic" not in EXTENSIONS:
         with pytest.raises(ImageFault, match="pip install pillow-heif"):
             decode(head)
         pytest.skip("pillow-heif is not installed")

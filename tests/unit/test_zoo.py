@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from lora_trainer.cli.program import main
-from lora_trainer.data.images import EXTENSIONS
+from lora_trainer.data.folders import EXTENSIONS
 
 Content = bytes | str | Callable[[Path], object]
 MOST_SECONDS = 5

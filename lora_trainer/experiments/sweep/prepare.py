@@ -33,7 +33,9 @@ from lora_trainer.experiments.sweep.record import (
     worse_arms,
 )
 from lora_trainer.models.adapters.targets import can_pack
-from lora_trainer.planning.prepare import Prepared, plan_rows, prepare, prepare_like
+from lora_trainer.planning.memory import memory_rows
+from lora_trainer.planning.prepare import Prepared, prepare, prepare_like
+from lora_trainer.planning.rows import notes, plan_rows
 from lora_trainer.runtime.launch import Launch
 from lora_trainer.storage import disk_space
 from lora_trainer.training.group import Member, SharedPrefix, TrialGroup
@@ -44,9 +46,6 @@ OF_THE_RATES = ("optimizer.lr", "optimizer.groups", "lr_scheduler")
 SHARED_OUTPUT = ("sample", "checkpoint", "export", "tracking")
 SHARED_ROWS = ("images", "global batch", "updates per epoch", "updates", "base", "validation")
 """Rows of a run's plan that hold for all trials of a group."""
-
-BYTES_PER_PARAMETER = 4 * 4
-"""Adapter, gradient and two moments in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +250,9 @@ def sweep_rows(sweep: PreparedSweep) -> Iterator[tuple[str, str]]:
             shown = name or shown
             if shown in SHARED_ROWS:
                 yield name, value
-        states = disk_space.mib(sum(m.prepared.plan.num_parameters * BYTES_PER_PARAMETER for m in group.members))
-        yield "memory", f"adapters, gradients and moments of a group: {states}, beside base and activations"
+        most, per_pass = max(group.members, key=lambda m: m.prepared.plan.num_parameters), group.trials_per_pass
+        packed = 1 if per_pass == "auto" else min(per_pass, len(group.members))
+        yield from memory_rows(most.prepared, len(group.members), packed)
     total = sum(group.num_steps * len(group.members) for group in sweep.groups)
     shared = sum(member.prefix.step for member in members if member.prefix is not None)
     yield "work", f"{total - shared:,} updates of one trial" + (f"; {shared:,} more are shared" if shared else "")
@@ -260,6 +260,7 @@ def sweep_rows(sweep: PreparedSweep) -> Iterator[tuple[str, str]]:
         lrs = member.prepared.plan.param_groups[0]
         yield member.name, f"{lrs.schedule}: peak {lrs.lr_peak:.3e}, budget {lrs.lr_budget:.2f}"
         yield from (("", f"warning: {warning}") for warning in lrs.warnings)
+    yield from (("note", note) for note in dict.fromkeys(note for m in members for note in notes(m.prepared)))
 
 
 def _group_in_words(group: TrialGroup) -> str:

@@ -8,7 +8,7 @@ no schedule is judged before it came to its end. The level of 5 % is divided by 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from pydantic import Field
 from lora_trainer.config.identity import compare, completed, difference, refusal
 from lora_trainer.config.places import CHECKPOINTS, GROUPS, METRICS_FILE, PLAN_FILE, TRIALS
 from lora_trainer.errors import ConfigError, Problem, SystemSetupError, told_once
+from lora_trainer.evidence.statistics.paired import levels
 from lora_trainer.evidence.statistics.verdict import Arm, Outcome, Rules
 from lora_trainer.evidence.statistics.verdict import compare as compare_arms
 from lora_trainer.planning.prepare import Prepared
@@ -299,3 +300,23 @@ def worse_arms(content: Json, after: int, num_seeds: int) -> dict[str, str]:
                 f"(adjusted p {pair.adjusted_p:.2g}, {level:.2g} needed)",
             )
     return reasons
+
+
+def result_rows(content: Json) -> Iterator[tuple[str, str]]:
+    """Trials by their last held-out loss, or their smallest while they are trained, relative to the base's.
+
+    Those of equal loss stand in the order of the sweep.
+    """
+
+    def loss(trial: Json) -> float:
+        probe = trial["final"] or trial["best"]
+        return probe["relative"] if probe else float("inf")
+
+    level = levels(map(loss, content["trials"]))
+    for trial in sorted(content["trials"], key=lambda trial: level[loss(trial)]):
+        words = [f"{trial['status']} at {trial['step']}/{trial['num_updates']}"]
+        probes = {name: trial[name] for name in ("final", "best") if trial[name] is not None}
+        words += [f"{name} {probe['relative']:.4f} (step {probe['step']})" for name, probe in probes.items()]
+        if trial["reason"]:
+            words.append(trial["reason"])
+        yield trial["name"], ", ".join(words)
