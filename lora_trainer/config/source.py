@@ -144,7 +144,9 @@ def _plain(node: Any, path: KeyPath, where: str, places: dict[KeyPath, str]) -> 
         for index in range(len(node)):
             places[(*path, index)] = f"{where}:{node.lc.item(index)[0] + 1}"
         return [_plain(value, (*path, index), where, places) for index, value in enumerate(node)]
-    return next((kind(node) for kind in (bool, int, float, str) if isinstance(node, kind)), getattr(node, "value", node))
+    return next(
+        (kind(node) for kind in (bool, int, float, str) if isinstance(node, kind)), getattr(node, "value", node)
+    )
 
 
 def split_override(text: str, place: str | None) -> tuple[str, Any]:
