@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from lora_trainer.config.schema import LoraConfig, RunConfig, ValidationConfig
-from lora_trainer.errors import ConfigError, Problem
+from lora_trainer.errors import ConfigError, Problem, SystemSetupError
 from lora_trainer.schedules.schedule import Horizon, LRSchedule, ScheduleError, ScheduleOptions, facts_of, to_steps
 from lora_trainer.storage.records import read_record, reason
 from lora_trainer.strict_model import Count
@@ -130,13 +130,13 @@ class RunPlan:
         """The plan in a run's `plan.json`.
 
         Raises:
-            ConfigError: it cannot be read, or is none.
+            SystemSetupError: it cannot be read, or is none.
         """
         try:
             return cls.from_json(read_record(file, cls))
         except (OSError, ValueError) as error:
             fix = "restore it; a start of the run with its own configuration writes it anew"
-            raise ConfigError(Problem("the plan of this run cannot be read", str(file), reason(error), fix)) from error
+            raise SystemSetupError(Problem("the run's plan cannot be read", str(file), reason(error), fix)) from error
 
 
 def steps_per_epoch(bucket_sizes: Sequence[int], global_batch: int) -> int:
