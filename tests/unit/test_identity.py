@@ -112,7 +112,7 @@ def test_a_setting_that_an_older_run_lacks_counts_as_its_default(identity: dict[
     other = now | {key: "another"}
     changes = compare(before, other, ResumeConfig(), "here")
     assert (*changes.refused, *changes.noted) == (key,)
-    problem = refusal("toy", before, other, [key], "here")
+    problem = refusal(before, other, [key], "here")
     assert f"{key}: {DEFAULTS[key]} -> another" in str(problem)
 
 
