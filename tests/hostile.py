@@ -112,7 +112,7 @@ def set_key(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         path = (*path, part)
         inner = node.get(part)
         is_list = any("tuple" in str(m.model_fields[part].annotation) for m in models if part in m.model_fields)
-        if not isinstance(inner, dict | list) or (is_list != isinstance(inner, list)):
+        if not inner or not isinstance(inner, list if is_list else dict):
             node[part] = inner = [{}] if is_list else {}
         node = inner[0] if isinstance(inner, list) else inner
         models = section_models(RunConfig).get(path, [])
