@@ -34,20 +34,34 @@ _OPTION = re.compile(rf"(?<!\S)--({'|'.join(_OPTIONS)})(?!\S)")
 
 
 def check_places(config: RunConfig) -> None:
-    """The run's and the cache's folder take files, which is tried, and the run's does not lie among the images.
+    """The run's and the cache's folder take files, which is tried, and lie apart from what is read.
 
     Raises:
         ConfigError, SystemSetupError: they do not.
     """
-    run_dir = run_directory(config)
-    folders = [config.data.dir] if config.data.dir else [source.dir for source in config.data.sources or ()]
-    for folder in folders:
-        if folder and run_dir.resolve().is_relative_to(Path(folder).expanduser().resolve()):
-            what = "the run directory would lie inside the image folder"
-            raise ConfigError(Problem(what, str(run_dir.resolve()), fix="set another output_dir"))
-    problems = [_unwritable(run_dir, "output_dir"), _unwritable(cache_folder(config), "data.cache_dir")]
+    run_dir, cache = run_directory(config), cache_folder(config)
+    if mixed := [*_among_images(config, run_dir, "output_dir"), *_among_images(config, cache, "data.cache_dir")]:
+        raise ConfigError(*mixed)
+    problems = [_unwritable(cache, "data.cache_dir"), _unwritable(run_dir, "output_dir")]
     if found := [problem for problem in problems if problem is not None]:
         raise SystemSetupError(*{problem.where: problem for problem in found}.values())
+
+
+def _among_images(config: RunConfig, written: Path, key: str) -> Iterator[Problem]:
+    """Where a folder that is written would lie in one that is read, or around it, as `--fresh` moves a run aside."""
+    data, probes, place = config.data, config.validation, written.resolve()
+    images = [data.dir, *(source.dir for source in data.sources or ())]
+    images += [probes.dir, probes.prior_dir] if probes is not None else []
+    for folder in [Path(folder).expanduser().resolve() for folder in dict.fromkeys(images) if folder]:
+        if place.is_relative_to(folder):
+            what = f"{key} would lie inside the image folder {folder}"
+            yield Problem(what, str(place), fix=f"set another {key}")
+        elif folder.is_relative_to(place):
+            yield Problem(
+                "an image folder lies inside this one, which is written", str(place), fix=f"set another {key}"
+            )
+    if Path(config.model.path).expanduser().resolve().is_relative_to(place):
+        yield Problem("the base lies inside this folder, which is written", str(place), fix=f"set another {key}")
 
 
 def _unwritable(folder: Path, key: str) -> Problem | None:
@@ -56,6 +70,9 @@ def _unwritable(folder: Path, key: str) -> Problem | None:
     try:
         while not os.path.lexists(place):
             place = place.parent
+        if place.is_symlink() and not place.exists():
+            fix = "mount or make what it leads to, or choose another place"
+            return Problem("a link leads nowhere", str(place), f"to {place.readlink()}", fix)
         if not place.is_dir():
             return Problem("something that is no folder is in the way", str(place), fix=fix)
         with tempfile.TemporaryDirectory(prefix=".lora-trainer-", dir=place) as tried:

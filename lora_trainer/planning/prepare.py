@@ -19,7 +19,7 @@ from lora_trainer.config.schema import CURVE_LENGTH, FACTS, DataConfig, RunConfi
 from lora_trainer.data.entries import entries_of
 from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
-from lora_trainer.errors import ConfigError, DataError, Problem
+from lora_trainer.errors import ConfigError, DataError, Problem, told_once
 from lora_trainer.models.adapters.targets import assign_param_groups, select_targets
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.models.folder import BaseFolder
@@ -252,7 +252,7 @@ def check_resume(prepared: Prepared) -> None:
     now = {key: stored[key] for key in FACTS if key in stored} | prepared.identity()
     now |= {"train.precision": prepared.precision}
     if refused := compare(stored, now, config.resume, str(run_dir)).refused:
-        raise ConfigError(refusal(stored, now, refused, str(run_dir)))
+        raise ConfigError(*told_once([(f"`{config.name}`", refusal(stored, now, refused, str(run_dir)))], " "))
     check_kept_curve(prepared)
 
 

@@ -170,6 +170,9 @@ def resolve_param_groups(config: RunConfig, horizon: Horizon, denoiser: str) -> 
     optimizer = config.optimizer
     wanted = [(denoiser, optimizer.lr, config.lr_scheduler, "lr_scheduler")]
     for index, group in enumerate(optimizer.groups):
+        if group.name == denoiser:
+            what = f"`optimizer.groups[{index}].name`: `{denoiser}` is the name of all other weights"
+            raise ConfigError(Problem(what, fix="give the group another name"))
         place = f"optimizer.groups[{index}].lr_scheduler"
         wanted.append((group.name, group.lr or optimizer.lr, group.lr_scheduler or config.lr_scheduler, place))
     param_groups, problems = [], []

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 
 from lora_trainer.errors import OutOfMemory, Problem, StoppedBySignal
 from lora_trainer.planning.rows import results_to_come
@@ -178,7 +180,18 @@ def _is_finished(group: TrialGroup, point: ResumePoint) -> bool:
     """Whether no trial goes on, with all the files of those that came to the end."""
     complete = [member.prepared.config for member in group.members if point.endings[member.name] is None]
     is_over = point.step >= group.num_steps or not complete
-    return is_over and all(file.is_file() for config in complete for file in results_to_come(config))
+    return is_over and all(_is_whole(file) for config in complete for file in results_to_come(config))
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a result is there; of a LoRA also that no part of it is missing."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return file.is_file()
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ BASES: dict[str, tuple[Edit, str | None]] = {
     "no last token": (settings("text_encoder/config.json", eos_token_id=None), "`eos_token_id`"),
     "a VAE of fewer blocks": (settings("vae/config.json", down_block_types=["DownEncoderBlock2D"]), "not as long as"),
     "a VAE of other widths": (settings("vae/config.json", block_out_channels=[8, 16, 8, 16]), "weights do not fit"),
-    "a VAE without sizes": (settings("vae/config.json", block_out_channels="absent"), "`block_out_channels` is None"),
+    "a VAE without sizes": (settings("vae/config.json", block_out_channels="absent"), "`block_out_channels`"),
     "a scale of nothing": (settings("vae/config.json", scaling_factor=None), "`scaling_factor` is None"),
 }
 

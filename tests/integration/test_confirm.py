@@ -33,7 +33,12 @@ def trial(setting: str, lr: float, seed: int, loss: float | None, status: str = 
         "lr_budget": 1.0,
         "status": status,
         "reason": None,
-        "final": None if loss is None else {"relative": loss},
+        "final": None if loss is None else {"step": 6, "relative": loss},
+        "best": None,
+        "folder": f"trials/{arm}-seed{seed}",
+        "group": None,
+        "step": 6,
+        "num_updates": 6,
     }
 
 
@@ -44,7 +49,9 @@ def recorded(toy_config: Path, tmp_path: Path) -> Callable[..., Any]:
     def write(*trials: dict[str, Any], section: str = "", name: str = "toy") -> Any:
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "sweep.json").write_text(json.dumps({"format": 1, "name": name, "trials": trials, "groups": []}))
+        (folder / "sweep.json").write_text(
+            json.dumps({"format": 1, "name": name, "shared": {}, "trials": trials, "groups": []})
+        )
         words = ["validation={fraction: 0.34}", f"sweep={{{GRID}, {section}}}"]
         return load_sweep(toy_config, words)[0]
 

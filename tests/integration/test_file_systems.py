@@ -323,4 +323,4 @@ def test_a_place_that_holds_no_folders(toy_config: Path, capsys: pytest.CaptureF
 
     with pytest.raises(SystemExit, match="5"):
         main(["check", "-c", str(toy_config), "output_dir=/proc/none"])
-    assert "/proc/none: no folder can be made here" in capsys.readouterr().err
+    assert "/proc: nothing can be written here" in capsys.readouterr().err
