@@ -11,22 +11,21 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from PIL import features
-
+from lora_trainer.data.images import FORMATS, HEIF
 from lora_trainer.errors import Problem
 
 EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".jfif", ".jpe", ".tif", ".tiff"),
-    *((".avif",) if features.check("avif") else ()),
-    *((".heic", ".heif", ".hif") if find_spec("pillow_heif") is not None else ()),
+    *((".avif",) if "AVIF" in FORMATS else ()),
+    *((".heic", ".heif", ".hif") if HEIF else ()),
 )
 PACKAGES = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif") | {".avif": "-U pillow"}
 """What to install, by the ending, for kinds of pictures that are read only with it."""
 CAPTION_ENDINGS = (".txt", ".caption")
+BAD_IMAGE, MEND_IMAGE = "not a usable image", "replace the file or take it out"
 SHOWN = 5
 """Files of a kind that a message names; `check --json` lists all."""
 _HIDDEN = "hidden"
@@ -83,7 +82,7 @@ def take_stock(root: Path, caption_ending: str) -> Inventory:
             path = folder / entry.name
             if entry.name.startswith("."):
                 stock.skipped[path] = _HIDDEN
-            elif not _is_folder(entry):
+            elif not is_folder(path):
                 files.append(path)
             elif reason := _FOLDER_REASONS.get(entry.name.lower()):
                 stock.skipped[path] = reason
@@ -130,13 +129,6 @@ def few_of_a_kind(problems: Iterable[Problem]) -> Iterator[Problem]:
             yield Problem(what, fix="`lora-trainer check --json` lists every one")
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads in a circle
-        return False
-
-
 def _sort_in(stock: Inventory, files: list[Path], caption_ending: str) -> None:
     """Each file to its kind; a caption belongs to the picture that it is named like."""
     stems = {file.with_suffix("") for file in files if file.suffix.lower() in EXTENSIONS}
@@ -145,13 +137,10 @@ def _sort_in(stock: Inventory, files: list[Path], caption_ending: str) -> None:
         if ending in EXTENSIONS and file.stem.endswith(_MASK_ENDINGS):
             stock.skipped[file] = "a mask; masks are not used"
         elif ending in EXTENSIONS:
-            fault = not_regular(file)
-            if fault is None:
+            if (fault := not_regular(file)) is None:
                 stock.images.append(file)
             else:
-                stock.problems.append(
-                    Problem("not a usable image", str(file), fault, "replace the file or take it out")
-                )
+                stock.problems.append(Problem(BAD_IMAGE, str(file), fault, MEND_IMAGE))
         elif file.suffix == caption_ending and file.with_suffix("") in stems:
             stock.captions.append(file)
         else:
@@ -182,8 +171,8 @@ def not_regular(file: Path) -> str | None:
         mode = file.stat().st_mode
     except FileNotFoundError:
         return "it is a link to a file that is not there"
-    except (OSError, RuntimeError) as error:
-        return getattr(error, "strerror", None) or "it is a link that leads in a circle"
+    except OSError as error:
+        return error.strerror
     if stat.S_ISREG(mode):
         return None
     kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))

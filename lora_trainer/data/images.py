@@ -18,9 +18,8 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 from lora_trainer.models.family import View
 
-_AVIF = features.check("avif")
-_HEIF = find_spec("pillow_heif") is not None
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if _AVIF else ()))
+HEIF = find_spec("pillow_heif") is not None
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
 MAX_PIXELS = 200_000_000
 MAX_SCALED_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; ours is an error, checked before decoding
@@ -80,7 +79,11 @@ def apply_frame(image: Image.Image, view: View, *, mirrored: bool = False) -> np
 def _decode(data: bytes) -> Image.Image:
     if not data:
         raise ImageFault("the file is empty")
-    with Image.open(io.BytesIO(data), formats=_formats(data)) as opened:
+    if is_heif := HEIF and _is_heic(data):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    with Image.open(io.BytesIO(data), formats=("HEIF",) if is_heif else FORMATS) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ImageFault(f"{opened.width} x {opened.height} px is more than {MAX_PIXELS:,} px")
         if getattr(opened, "is_animated", False) and opened.format in ("PNG", "WEBP", "AVIF"):
@@ -95,16 +98,6 @@ def _decode(data: bytes) -> Image.Image:
         return colour
     white = Image.new("RGB", image.size, (255, 255, 255))
     return Image.composite(colour, white, image.convert("RGBA").getchannel("A"))
-
-
-def _formats(data: bytes) -> tuple[str, ...]:
-    """The kinds that Pillow may take bytes for."""
-    if not (_HEIF and _is_heic(data)):
-        return FORMATS
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-    return ("HEIF",)
 
 
 def _is_heic(data: bytes) -> bool:
@@ -125,7 +118,7 @@ def _what_it_is(data: bytes) -> str:
     if data.lstrip()[:1] == b"<":
         return "it is a page of text (HTML or XML), not a picture"
     if _is_heic(data):
-        return "it is HEIC, " + ("but not whole" if _HEIF else "which is read after pip install pillow-heif")
+        return "it is HEIC, " + ("but not whole" if HEIF else "which is read after pip install pillow-heif")
     return "its content is no whole picture of a known kind"
 
 

@@ -18,7 +18,9 @@ from lora_trainer.config.schema import DataConfig
 from lora_trainer.data.alike import clusters, is_plain, look_of
 from lora_trainer.data.captions import caption_notes, captions_of
 from lora_trainer.data.folders import (
+    BAD_IMAGE,
     EXTENSIONS,
+    MEND_IMAGE,
     Inventory,
     few_of_a_kind,
     is_file,
@@ -34,7 +36,6 @@ from lora_trainer.data.images import ImageFault, decode, frame, lost_share
 from lora_trainer.errors import DataError, Problem, remedy_of_absence
 from lora_trainer.storage import atomic_files
 
-BAD_IMAGE = "not a usable image"
 MAX_IMAGE_BYTES = 2**29
 MOST_BAD = 10
 """`data.on_bad_image: skip` leaves out one of so many images."""
@@ -233,7 +234,7 @@ def _look_at(image: tuple[Path, Path, int], config: DataConfig, checked: dict[st
             picture = decode(data)
             seen = Seen(digest, picture.size, look_of(picture))
     except ImageFault as fault:
-        problems.append(Problem(BAD_IMAGE, str(path), str(fault), "replace the file or take it out"))
+        problems.append(Problem(BAD_IMAGE, str(path), str(fault), MEND_IMAGE))
     except OSError as error:
         problems.append(Problem("the image cannot be read", str(path), error.strerror, "check its permissions"))
     if repeats < 1:
