@@ -20,6 +20,7 @@ from lora_trainer.models.family import View
 
 HEIF = find_spec("pillow_heif") is not None
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+_PNG, _TELLING_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tRNS", b"iCCP", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 MAX_PIXELS = 200_000_000
 MAX_SCALED_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; ours is an error, checked before decoding
@@ -83,14 +84,16 @@ def _decode(data: bytes) -> Image.Image:
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    with Image.open(io.BytesIO(data), formats=("HEIF",) if is_heif else FORMATS) as opened:
+    with Image.open(io.BytesIO(_without_remarks(data)), formats=("HEIF",) if is_heif else FORMATS) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ImageFault(f"{opened.width} x {opened.height} px is more than {MAX_PIXELS:,} px")
         if getattr(opened, "is_animated", False) and opened.format in ("PNG", "WEBP", "AVIF"):
             num_frames = getattr(opened, "n_frames", 2)
             raise ImageFault(f"it is an animation of {num_frames} frames; save one frame as an image")
         opened.load()
-        image = ImageOps.exif_transpose(opened)
+        image = opened.copy()
+        with suppress(*_DECODER_FAULTS):  # a record of the camera that cannot be read turns nothing
+            image = ImageOps.exif_transpose(opened)
         profile = opened.info.get("icc_profile")
     image = _eight_bits(image)
     colour = _to_srgb(image, profile)
@@ -102,6 +105,19 @@ def _decode(data: bytes) -> Image.Image:
 
 def _is_heic(data: bytes) -> bool:
     return data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+def _without_remarks(data: bytes) -> bytes:
+    """A PNG without texts and other chunks that change no pixel, which may be huge or damaged."""
+    if not data.startswith(_PNG):
+        return data
+    parts, start = [_PNG], len(_PNG)
+    while start < len(data):
+        end, kind = start + 12 + int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
+        if kind[:1].isupper() or kind in _TELLING_CHUNKS:
+            parts.append(data[start:end])
+        start = end
+    return b"".join(parts)
 
 
 def _cut_off(data: bytes) -> str | None:
@@ -126,6 +142,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit gray scaled to 8 bits; Pillow's own conversion clips it to white."""
     if not image.mode.startswith(("I", "F")):
         return image
+    if image.mode == "I":
+        raise ImageFault("its pixels are 32-bit numbers; save it with 8 or 16 bits")
     if image.mode.startswith("F"):
         raise ImageFault("its pixels are floating-point numbers; save it with 8 or 16 bits")
     values = np.asarray(image, dtype=np.float64)

@@ -198,3 +198,11 @@ def test_no_silent_fresh_start_when_every_checkpoint_is_damaged(train_toy: Calla
     (run_dir / "toy.safetensors").unlink()
     with pytest.raises(SystemSetupError, match="no checkpoint of this run can be read"):
         train_toy("checkpoint.every_steps=3")
+
+
+def test_a_damaged_lora_of_a_finished_run_is_written_again(train_toy: Callable[..., Path]) -> None:
+    lora = train_toy() / "toy.safetensors"
+    whole = lora.read_bytes()
+    lora.write_bytes(whole[:-100])
+    train_toy()
+    assert lora.read_bytes() == whole

@@ -196,3 +196,21 @@ def test_heic_is_read_with_the_package_for_it_and_named_without() -> None:
     for damaged in (head, data[: len(data) // 2], b""):
         with pytest.raises(ImageFault):
             decode(damaged)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [b"zTXt" + b"a\0\0" + zlib.compress(bytes(2**21)), b"pHYs", b"gAMA\1", b"tEXtno separator", b"eXIfgarbage"],
+)
+def test_what_surrounds_the_pixels_of_a_png_does_not_count(chunk: bytes) -> None:
+    plain = encoded(Image.new("RGB", (8, 8), (200, 50, 50)), "PNG")
+    for check in (zlib.crc32(chunk), 7):
+        if check == 7 and chunk.startswith(b"eXIf"):
+            continue
+        remark = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", check)
+        assert np.array_equal(np.asarray(decode(plain[:33] + remark + plain[33:])), np.asarray(decode(plain)))
+
+
+def test_32_bit_numbers_are_no_gray() -> None:
+    with pytest.raises(ImageFault, match="32-bit"):
+        decode(encoded(Image.fromarray(np.full((4, 4), 200, np.int32)), "TIFF"))

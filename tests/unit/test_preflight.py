@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,19 @@ FAULTS: dict[str, tuple[int, list[str], str]] = {
     "an output that takes no files": (5, ["output_dir=/proc/runs"], "/proc: nothing can be written here"),
     "a cache that takes no files": (5, ["data.cache_dir=/proc/cache"], "another data.cache_dir"),
     "an output among the images": (2, ["output_dir={images}/runs"], "inside the image folder"),
+    "a cache among the images": (2, ["data.cache_dir={images}"], "inside the image folder"),
+    "images inside the run": (2, ["output_dir={tmp}", "name=images"], "inside the image folder"),
+    "images below the run": (2, ["output_dir={parent}", "name={name}"], "lies inside this one, which is written"),
+    "an output among the held-out images": (
+        2,
+        ["validation={dir: {images}}", "data.dir={other}", "output_dir={images}/runs"],
+        "inside the image folder",
+    ),
+    "a group with the name of the first": (
+        2,
+        ["optimizer.groups=[{name: unet, match: [to_q], lr: 1e-4}]"],
+        "is the name of all other weights",
+    ),
     "a launcher that wants another precision": (5, [], "accelerate says mixed precision fp16"),
     "a disk without room for the cache": (5, ["data.cache_dir={tmp}/empty"], "latents and prompts to encode"),
     "a base that is incomplete": (4, ["model.path={tmp}/base"], "the base is incomplete"),
@@ -64,10 +78,13 @@ def test_every_start_refuses_with_the_same_code_and_words(
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     if "room" in fault:
         monkeypatch.setattr(disk_space, "free_bytes", lambda _: 3_400_000)
+    places = {"{tmp}": tmp_path, "{images}": images, "{other}": toy_images}
+    places |= {"{parent}": tmp_path.parent, "{name}": tmp_path.name}
+    places = {key: str(place) for key, place in places.items()}
     code, written, words = FAULTS[fault]
     overrides = [
         f"data.dir={images}",
-        *(word.replace("{tmp}", str(tmp_path)).replace("{images}", str(images)) for word in written),
+        *(reduce(lambda text, place: text.replace(*place), places.items(), word) for word in written),
     ]
     before = sorted(images.rglob("*"))
     for verb, *options in STARTS:
