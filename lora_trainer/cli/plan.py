@@ -114,9 +114,13 @@ def check_files(config_file: Path, overrides: Sequence[str]) -> None:
     content |= {kind: list(content[kind]) for kind in ("used", "captions")}
     MainConsole().print(json.dumps(content, indent=2))
     if content["refused"]:
-        raise DataError(
-            f"{len({problem['where'] for problem in content['refused']})} files are refused; the list says why"
-        )
+        num = len({problem["where"] for problem in content["refused"]})
+        raise DataError(f"{num} files are refused; the list says why")
+    sweeps = _sweeps(config_file, overrides) if config.sweep is not None else []
+    for sweep in sweeps:
+        prepare_sweep(*sweep, _launch(config), lambda items, *_: items)
+    if not sweeps:
+        check_resume(prepare(config, _launch(config), lambda items, *_: items))
 
 
 def _findings(runs: Sequence[Prepared]) -> Iterator[tuple[str, str]]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import CONFIG_FILE
 from lora_trainer.errors import ConfigError, ModelError, Problem, remedy_of_absence
+from lora_trainer.models.family import Family
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
+from lora_trainer.planning.preflight import check_prompts, long_prompts
 from lora_trainer.storage import atomic_files
 from lora_trainer.tracking.console import LOADING, MainConsole
 
@@ -29,6 +31,26 @@ class SampleRequest:
     lora_scale: float
     size_px: int | None
 
+    def texts(self) -> list[tuple[str, str]]:
+        """What is read of it, with its place."""
+        return [*(("--prompt", text) for text in self.prompts), ("--negative-prompt", self.negative_prompt)]
+
+
+def _check_request(request: SampleRequest, base: BaseFolder, family: Family) -> None:
+    """That the base can draw what is asked for.
+
+    Raises:
+        ConfigError: a prompt is too long, or the size or the number of steps is not possible.
+    """
+    if too_long := long_prompts(request.texts(), family):
+        raise ConfigError(*(replace(problem, fix="shorten it") for problem in too_long))
+    if request.size_px is not None and request.size_px % family.latent_factor:
+        what = f"--size {request.size_px} is no multiple of {family.latent_factor}"
+        raise ConfigError(Problem(what, fix=f"write {request.size_px // family.latent_factor * family.latent_factor}"))
+    if request.num_inference_steps > base.most_inference_steps:
+        what = f"the base's scheduler has no more than {base.most_inference_steps} steps"
+        raise ConfigError(Problem(what, fix=f"write --steps {base.most_inference_steps} or fewer"))
+
 
 def sample(lora: Path, model: str | None, revision: str | None, request: SampleRequest, output: Path) -> list[Path]:
     """Draw `num_images` per prompt with consecutive seeds and write them under `output`; the files.
@@ -39,6 +61,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     if not math.isfinite(request.lora_scale):
         raise ConfigError(Problem("--scale is no number", fix="write 1"))
     check_there(lora)
+    check_prompts(request.texts())
     base = find_base(lora, model, revision)
     console = MainConsole()
     console.aside(LOADING)
@@ -56,12 +79,7 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
         raise ModelError(Problem(what, str(lora), fix=fix))
     family = open_family(base)
     check_fit(tensors, lora, family)
-    if request.size_px is not None and request.size_px % family.latent_factor:
-        what = f"--size {request.size_px} is no multiple of {family.latent_factor}"
-        raise ConfigError(Problem(what, fix=f"write {request.size_px // family.latent_factor * family.latent_factor}"))
-    if request.num_inference_steps > base.most_inference_steps:
-        what = f"the base's scheduler has no more than {base.most_inference_steps} steps"
-        raise ConfigError(Problem(what, fix=f"write --steps {base.most_inference_steps} or fewer"))
+    _check_request(request, base, family)
     console.aside(f"loading {base.path} and {lora}")
     pipeline = family.load_pipeline()
     if (recipe := read_recipe(metadata)) is not None:

@@ -11,16 +11,18 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from lora_trainer.data.images import FORMATS, HEIF
+from PIL import features
+
 from lora_trainer.errors import Problem
 
 EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".jfif", ".jpe", ".tif", ".tiff"),
-    *((".avif",) if "AVIF" in FORMATS else ()),
-    *((".heic", ".heif", ".hif") if HEIF else ()),
+    *((".avif",) if features.check("avif") else ()),
+    *((".heic", ".heif", ".hif") if find_spec("pillow_heif") is not None else ()),
 )
 PACKAGES = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif") | {".avif": "-U pillow"}
 """What to install, by the ending, for kinds of pictures that are read only with it."""

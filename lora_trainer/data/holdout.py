@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lora_trainer.data.alike import clusters
-from lora_trainer.data.folders import some
+from lora_trainer.data.folders import few_of_a_kind, some
 from lora_trainer.data.records import Dataset, Record
 from lora_trainer.errors import DataError, Problem
 from lora_trainer.tracking.metrics import HELD_OUT, PRIOR, TRAIN
@@ -86,14 +86,19 @@ def split_by_folder(dataset: Dataset, held_out: Dataset) -> Split:
     """
     trained = {record.sha256: record for record in dataset.records}
     problems = [
-        Problem("a validation image is trained on too", str(record.path), f"it equals {trained[record.sha256].path}")
+        Problem(
+            "a validation image is trained on too",
+            str(record.path),
+            f"it equals {trained[record.sha256].path}",
+            "take it out of one of the folders",
+        )
         for record in held_out.records
         if record.sha256 in trained
     ]
     if len(held_out.records) < MIN_ITEMS:
-        problems.append(Problem(f"a probe needs {MIN_ITEMS} images at least", "validation.dir"))
+        problems.append(Problem(f"a probe needs {MIN_ITEMS} images at least", "validation.dir", fix="add images"))
     if problems:
-        raise DataError(*problems)
+        raise DataError(*few_of_a_kind(problems))
     near = _near(dataset.records, held_out.records)
     return Split(replace(dataset, notes=(*dataset.notes, *near)), _once(held_out.records))
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from lora_trainer.errors import ModelError, Problem, SystemSetupError, remedy_of_absence
-from lora_trainer.storage.atomic_files import read_json, write_json
+from lora_trainer.storage.atomic_files import read_json, read_regular, write_json
 from lora_trainer.storage.records import shape, shape_fault
 from lora_trainer.strict_model import Count
 
@@ -40,7 +40,12 @@ _KINDS = {
 """Parts of tensor names that tell what a single file holds, the first found."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CHUNK_BYTES = 2**24
-_EXPONENTS = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
+_EXPONENTS = {
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F32": (np.uint32, 0x7F800000),
+    "F64": (np.uint64, 0x7FF << 52),
+}
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what is done, how many) -> the same items
 
 
@@ -134,10 +139,19 @@ class BaseFolder:
         for component in (*self.models, *self.others):
             place, digest = self.path / component, hashlib.sha256()
             for file in [*sorted(place.glob("*.json")), *sorted(place.glob("*.txt")), *weights.get(component, ())]:
-                content = known.get(file) or hashlib.sha256(file.read_bytes()).hexdigest()
+                content = known.get(file) or hashlib.sha256(_small(file)).hexdigest()
                 digest.update(file.name.encode() + bytes.fromhex(content))
             digests[component] = digest.hexdigest()
         return digests
+
+
+def _small(file: Path) -> bytes:
+    """The content of a file of settings or words."""
+    try:
+        return read_regular(file)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ModelError(Problem("the base holds what cannot be read", str(file), why, "take it out")) from error
 
 
 def _weight_digests(files: Sequence[Path], memory: Path | None, progress: Progress) -> dict[Path, str]:

@@ -113,8 +113,8 @@ def check_room(config: RunConfig, plan: RunPlan, cache_bytes: int) -> None:
         disk_space.check_room(cache, cache_bytes, f"the {latents}")
 
 
-def check_prompts(config: RunConfig) -> None:
-    """Options of other programs in a prompt, which would be drawn as words.
+def check_prompts(prompts: Iterable[tuple[str, str]]) -> None:
+    """Options of other programs in texts to draw, given with their places: they would be drawn as words.
 
     Raises:
         ConfigError: with all of them.
@@ -123,14 +123,14 @@ def check_prompts(config: RunConfig) -> None:
         Problem(
             f"`--{option}` is no option here: it would be drawn as words", where, fix=f"take it out; {_OPTIONS[option]}"
         )
-        for where, text in _prompts(config)
+        for where, text in prompts
         for option in dict.fromkeys(_OPTION.findall(text))
     ]
     if problems:
         raise ConfigError(*problems)
 
 
-def _prompts(config: RunConfig) -> Iterator[tuple[str, str]]:
+def prompts_of(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Every text to draw or steer away from, with its key."""
     for index, prompt in enumerate(config.sample.prompts):
         yield f"sample.prompts[{index}]", prompt.prompt
@@ -144,7 +144,7 @@ def cut_texts(config: RunConfig, family: Family, images: Iterable[Captioned]) ->
         DataError, ConfigError: captions or prompts are too long and the policy refuses them.
     """
     long, lost = long_captions(family, images)
-    prompts, limit = list(_long_prompts(config, family)), family.max_tokens - 2
+    prompts, limit = long_prompts(prompts_of(config), family), family.max_tokens - 2
     if config.data.captions.too_long == "error":
         if long:
             raise DataError(*few_of_a_kind(long))
@@ -157,11 +157,12 @@ def cut_texts(config: RunConfig, family: Family, images: Iterable[Captioned]) ->
     ]
 
 
-def _long_prompts(config: RunConfig, family: Family) -> Iterator[Problem]:
+def long_prompts(prompts: Iterable[tuple[str, str]], family: Family) -> list[Problem]:
+    """The texts to draw that are longer than the text encoder reads."""
     limit, fix = family.max_tokens, "shorten it, or set data.captions.too_long: cut"
-    for where, text in _prompts(config):
-        if (n := family.count_tokens(text)) > limit:
-            yield Problem(f"the prompt has {n - 2} tokens, the text encoder reads {limit - 2}", where, fix=fix)
+    counts = [(where, family.count_tokens(text)) for where, text in prompts]
+    what = "the prompt has {} tokens, the text encoder reads {}"
+    return [Problem(what.format(n - 2, limit - 2), where, fix=fix) for where, n in counts if n > limit]
 
 
 def prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str:

@@ -33,6 +33,7 @@ from lora_trainer.planning.preflight import (
     check_room,
     cut_texts,
     prediction_type,
+    prompts_of,
 )
 from lora_trainer.planning.run_plan import ParamGroup, RunPlan, plan_run, resolve_param_groups
 from lora_trainer.runtime.device import Device, Precision, find_devices, precision_on
@@ -98,7 +99,7 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     """
     check_places(config)
     check_packages(config)
-    check_prompts(config)
+    check_prompts(prompts_of(config))
     devices = find_devices()
     precision = precision_on(config.train.precision, devices[0])
     base = open_base(**config.model.model_dump())
@@ -290,7 +291,9 @@ def _split(
         try:
             found[key] = discover(data, checked, progress)
         except DataError as error:
-            problems += error.problems
+            problems += [
+                replace(p, fix=p.fix and p.fix.replace("data.dir", _dir_of(key, data))) for p in error.problems
+            ]
     if problems:
         raise DataError(*problems)
     dataset, validation = found.pop("data"), config.validation
@@ -303,6 +306,11 @@ def _split(
     else:
         split = split_by_folder(dataset, found["validation.dir"])
     return split, found.get("validation.prior_dir")
+
+
+def _dir_of(key: str, data: DataConfig) -> str:
+    """The setting that names a folder of images."""
+    return key if key != "data" else "data.dir" if data.dir is not None else "data.sources"
 
 
 def _chosen_before(file: Path) -> tuple[str, ...] | None:
