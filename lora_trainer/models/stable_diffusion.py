@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,10 +29,15 @@ _WANTED: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), 3),
         **dict.fromkeys(("class_embeddings_concat", "dual_cross_attention", "only_cross_attention"), False),
         "act_fn": "silu",
+        "freq_shift": 0,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "time_cond_proj_dim": None,
+        "transformer_layers_per_block": 1,
         "_class_name": "UNet2DConditionModel",
     },
     "vae": {
         **dict.fromkeys(("in_channels", "out_channels"), 3),
+        **dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), True),
         "_class_name": "AutoencoderKL",
         "latent_channels": 4,
         "shift_factor": None,
@@ -46,6 +50,15 @@ _SIZES = {
     "vae": ("block_out_channels", "layers_per_block"),
     "text_encoder": ("hidden_size", "num_hidden_layers", "max_position_embeddings"),
 }
+_LARGEST = {"layers_per_block": 64, "num_hidden_layers": 256}
+"""Of a size; of others 2**17."""
+_PARTS = (
+    ("unet", "block_out_channels", "norm_num_groups", 32),
+    ("unet", "block_out_channels", "attention_head_dim", 8),
+    ("vae", "block_out_channels", "norm_num_groups", 32),
+    ("text_encoder", "hidden_size", "num_attention_heads", 12),
+)
+"""Component, a width, into how many equal parts it is divided, and that number where it is not said."""
 _LISTS = ("block_out_channels", "layers_per_block")
 _COUNTED = re.compile(r"_blocks\.\d+\.resnets\.\d+\.conv1\.weight$")
 """A weight of each resnet, of which there are no more than the config says."""
@@ -91,16 +104,23 @@ class StableDiffusion(DiffusersFamily):
         for component, key in ((component, key) for component, keys in _SIZES.items() for key in keys):
             value = configs[component].get(key)
             parts = value if isinstance(value, list) and key in _LISTS else [value]
-            if not parts or not all(type(part) is int and part > 0 for part in parts):
+            if not parts or not all(type(part) is int and 0 < part <= _LARGEST.get(key, 2**17) for part in parts):
                 yield f"{component}/config.json", f"`{key}` is {value}, which is no size"
+                return
+        for component, key, divisor, usual in _PARTS:
+            width, number = configs[component][key], configs[component].get(divisor, usual)
+            widths: list[int] = width if isinstance(width, list) else [width]
+            numbers = number if isinstance(number, list) else [number] * len(widths)
+            fits = [type(n) is int and n > 0 and w % n == 0 for w, n in zip(widths, numbers, strict=False)]
+            if len(numbers) != len(widths) or not all(fits):
+                yield f"{component}/config.json", f"`{key}` is {width}, which `{divisor}` {number} does not divide"
         for component, key in ((part, f"{way}_block_types") for part in ("unet", "vae") for way in ("down", "up")):
             types, widths = (configs[component].get(name) for name in (key, "block_out_channels"))
             if not isinstance(types, list) or not isinstance(widths, list) or len(types) != len(widths):
                 yield f"{component}/config.json", f"`{key}` is {types}, not as long as `block_out_channels`"
-        for component, key in ("vae", "scaling_factor"), ("vae", "norm_num_groups"), ("unet", "norm_num_groups"):
-            value = configs[component].get(key, 1)
-            if not isinstance(value, float | int) or not 0 < value < math.inf:
-                yield f"{component}/config.json", f"`{key}` is {value}, which is no number above 0"
+        value = configs["vae"].get("scaling_factor", 1)
+        if not isinstance(value, float | int) or not 0 < value < 1000:
+            yield "vae/config.json", f"`scaling_factor` is {value}, which is no number from 0 to 1000"
         width = configs["text_encoder"].get("hidden_size")
         for component, wanted in {**_WANTED, "unet": {**_WANTED["unet"], "cross_attention_dim": width}}.items():
             for key, usual in wanted.items():

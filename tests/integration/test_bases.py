@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -147,6 +148,11 @@ BASES: dict[str, tuple[Edit, str | None]] = {
     "a VAE of fewer blocks": (settings("vae/config.json", down_block_types=["DownEncoderBlock2D"]), "not as long as"),
     "a VAE of other widths": (settings("vae/config.json", block_out_channels=[8, 16, 8, 16]), "weights do not fit"),
     "a VAE without sizes": (settings("vae/config.json", block_out_channels="absent"), "`block_out_channels`"),
+    "a million layers": (settings("unet/config.json", layers_per_block=10**6), "`layers_per_block`"),
+    "groups that do not fit": (settings("vae/config.json", norm_num_groups=7), "`norm_num_groups` 7 does not divide"),
+    "heads that do not fit": (settings("text_encoder/config.json", num_attention_heads=7), "does not divide"),
+    "no middle": (settings("unet/config.json", mid_block_type=None), "`mid_block_type` is None"),
+    "a pipe among the words": (lambda base: os.mkfifo(base / "tokenizer" / "x.txt"), "what cannot be read"),
     "a scale of nothing": (settings("vae/config.json", scaling_factor=None), "`scaling_factor` is None"),
 }
 
