@@ -11,15 +11,14 @@ import math
 import struct
 import zlib
 from contextlib import suppress
-from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from lora_trainer.data.folders import AVIF, HEIF
 from lora_trainer.models.family import View
 
-HEIF = find_spec("pillow_heif") is not None
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if AVIF else ()))
 MAX_PIXELS = 200_000_000
 MAX_SCALED_PIXELS = 50_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; ours is an error, checked before decoding
