@@ -16,12 +16,12 @@ from lora_trainer.data.folders import (
     Layout,
     is_file,
     is_folder,
-    not_regular,
     number_before,
     some,
 )
 from lora_trainer.errors import Problem
 from lora_trainer.models.family import Family
+from lora_trainer.storage.atomic_files import read_regular
 
 MAX_CAPTION_BYTES = 100_000
 _PROMPT_SYNTAX = re.compile(r"\([^()]*:\s*\d+(\.\d+)?\s*\)|\{[^{}|]*\|[^{}]*\}|<(lora|lyco|hypernet|embedding):[^<>]*>")
@@ -33,11 +33,7 @@ Captioned = tuple[Path, str, tuple[str, ...]]
 def captions_of(image: Path, config: CaptionConfig, layout: Layout) -> tuple[str, ...] | Problem:
     """What an image is trained on, or why there is nothing."""
     file = image.with_suffix(config.extension)
-    there = is_file(file)
-    if not there and os.path.lexists(file) and not is_folder(file):
-        return Problem("the caption cannot be read", str(file), not_regular(file), "replace it or take it out")
-    lines = _caption_lines(file) if there else ()
-    if isinstance(lines, Problem):
+    if isinstance(lines := _caption_lines(file), Problem):
         return lines
     if lines:
         return lines if config.lines == "all" else lines[:1]
@@ -45,7 +41,7 @@ def captions_of(image: Path, config: CaptionConfig, layout: Layout) -> tuple[str
         return (_caption_from_name(image, layout),)
     if config.missing == "empty":
         return ("",)
-    what = "the caption file is empty" if there else "the image has no caption"
+    what = "the caption file is empty" if is_file(file) else "the image has no caption"
     fix = "write it, or set data.captions.missing to filename or empty"
     return Problem(what, str(image), f"looked for {file.name}{_elsewhere(image, file)}", fix)
 
@@ -63,13 +59,13 @@ def _elsewhere(image: Path, file: Path) -> str:
 
 def _caption_lines(file: Path) -> tuple[str, ...] | Problem:
     """The non-empty lines of a caption file, trimmed; a problem where it cannot be read as UTF-8 text."""
+    if not os.path.lexists(file) or is_folder(file):
+        return ()
     try:
-        size = file.stat().st_size
-        raw = file.read_bytes() if size <= MAX_CAPTION_BYTES else b""
+        raw = read_regular(file, MAX_CAPTION_BYTES)
     except OSError as error:
-        return Problem("the caption cannot be read", str(file), error.strerror, "check the file's permissions")
-    if size > MAX_CAPTION_BYTES:
-        return Problem(f"a caption of {size:,} bytes", str(file), fix="shorten it: is this really a caption?")
+        fix = "check its permissions: is this really a caption?"
+        return Problem("the caption cannot be read", str(file), error.strerror, fix)
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return Problem("the caption is UTF-16", str(file), fix=_as_utf8("UTF-16", file))
     if b"\0" in raw:
@@ -116,7 +112,7 @@ def caption_notes(images: Iterable[Captioned], config: CaptionConfig) -> Iterato
     if config.missing == "filename" and without:
         yield f"captions from names: {some([f'{name} `{captions[0]}`' for name, captions in without])}"
     if config.lines == "first":
-        lines = ((name, _caption_lines(file)) for file, name, _ in files if is_file(file))
+        lines = ((name, _caption_lines(file)) for file, name, _ in files)
         if longer := [name for name, read in lines if isinstance(read, tuple) and len(read) > 1]:
             rest = "of which only the first is used; data.captions.lines: all takes each as a variant"
             yield f"{len(longer)} captions have several lines, {rest}: {some(longer)}"

@@ -19,10 +19,12 @@ from PIL import features
 
 from lora_trainer.errors import Problem
 
+AVIF, HEIF = features.check("avif"), find_spec("pillow_heif") is not None
+
 EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".jfif", ".jpe", ".tif", ".tiff"),
-    *((".avif",) if features.check("avif") else ()),
-    *((".heic", ".heif", ".hif") if find_spec("pillow_heif") is not None else ()),
+    *((".avif",) if AVIF else ()),
+    *((".heic", ".heif", ".hif") if HEIF else ()),
 )
 PACKAGES = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif") | {".avif": "-U pillow"}
 """What to install, by the ending, for kinds of pictures that are read only with it."""
@@ -139,7 +141,7 @@ def _sort_in(stock: Inventory, files: list[Path], caption_ending: str) -> None:
         if ending in EXTENSIONS and file.stem.endswith(_MASK_ENDINGS):
             stock.skipped[file] = "a mask; masks are not used"
         elif ending in EXTENSIONS:
-            if (fault := not_regular(file)) is None:
+            if (fault := _not_regular(file)) is None:
                 stock.images.append(file)
             else:
                 stock.problems.append(Problem(BAD_IMAGE, str(file), fault, MEND_IMAGE))
@@ -167,7 +169,7 @@ def _why_skipped(file: Path, caption_ending: str) -> str:
     return f"{ending or 'no ending'}: not a kind of picture that is read"
 
 
-def not_regular(file: Path) -> str | None:
+def _not_regular(file: Path) -> str | None:
     """Why a file must not be opened; None where it may."""
     try:
         mode = file.stat().st_mode

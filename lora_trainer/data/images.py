@@ -11,15 +11,14 @@ import math
 import struct
 import zlib
 from contextlib import suppress
-from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from lora_trainer.data.folders import AVIF, HEIF
 from lora_trainer.models.family import View
 
-HEIF = find_spec("pillow_heif") is not None
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(("AVIF",) if AVIF else ()))
 _PNG, _TELLING_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"tRNS", b"iCCP", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 MAX_PIXELS = 200_000_000
 MAX_SCALED_PIXELS = 50_000_000

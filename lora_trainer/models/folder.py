@@ -21,8 +21,8 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from lora_trainer.errors import ModelError, Problem, SystemSetupError, remedy_of_absence
-from lora_trainer.storage.atomic_files import read_json, read_regular, write_json
-from lora_trainer.storage.records import shape, shape_fault
+from lora_trainer.storage.atomic_files import read_regular, write_json
+from lora_trainer.storage.records import read_record, shape, shape_fault
 from lora_trainer.strict_model import Count
 
 _CONVERT = (
@@ -46,6 +46,7 @@ _EXPONENTS = {
     "F32": (np.uint32, 0x7F800000),
     "F64": (np.uint64, 0x7FF << 52),
 }
+_MARKED = dict[str, tuple[int, int, int, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]]
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what is done, how many) -> the same items
 
 
@@ -157,9 +158,8 @@ def _small(file: Path) -> bytes:
 def _weight_digests(files: Sequence[Path], memory: Path | None, progress: Progress) -> dict[Path, str]:
     """sha256 of each file: as remembered, where nothing tells that it is another file now, else computed."""
     try:
-        entries = read_json(memory) if memory is not None else {}
-        remembered = {name: entry for name, entry in entries.items() if re.fullmatch("[0-9a-f]{64}", entry[-1])}
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError):
+        remembered = read_record(memory, _MARKED) if memory is not None else {}
+    except (OSError, ValueError):
         remembered = {}
     marks = {file: _mark(file) for file in files}
     anew = [file for file, mark in marks.items() if remembered.get(str(file.resolve()), ())[:-1] != mark]
@@ -255,7 +255,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     try:
         content = read_json(file)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(Problem(f"not valid JSON: {error}", str(file), fix="fetch the base again")) from error
     if not isinstance(content, dict):
         raise ModelError(Problem("a JSON object is expected", str(file), fix="fetch the base again"))
