@@ -203,7 +203,7 @@ def show_preset(name: str) -> str:
         raise ConfigError(Problem(f"`{name}` is no preset", fix=f"known: {', '.join(PRESETS)}"))
     preset, nested, text = PRESETS[name], Source({}), StringIO()
     for key, value in preset.settings.items():
-        set_value(nested, key, None, value)
+        set_value(nested, key, value, None)
     YAML().dump(nested.data, text)
     words = " ".join(f"'{word}'" if " " in word else word for word in preset.overrides())
     return f"# {preset.purpose}\n{text.getvalue()}\n# on the command line:\n#   {words}\n"

@@ -16,17 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_trainer.cli.session import StopRequest, check_platform, record_exit, writing
+from lora_trainer.config import places
 from lora_trainer.config.load import load_config, to_yaml
-from lora_trainer.config.places import (
-    CONFIG_FILE,
-    CURVES_FILE,
-    METRICS_FILE,
-    REPORT_FILE,
-    diffusers_lora_file,
-    lora_file,
-    report_file,
-    run_directory,
-)
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.config.trials import TrialConfig, load_sweep
 from lora_trainer.errors import ConfigError, ExitCode, NumericStop, Problem
@@ -131,7 +122,7 @@ def confirm(
     except NumericStop as error:  # an answer too
         failure = error
     if launch.is_main and not dry_run:
-        page = report_file(config)
+        page = places.report_file(config)
         _report(page, console, confirm=[confirmation_directory(config)])
     if failure is not None:
         raise failure
@@ -176,7 +167,7 @@ class Start:
         if self.dry_run or not self.launch.is_main:
             return nullcontext()
         check_places(config)
-        return writing(run_directory(config), self.console, fresh=self.fresh)
+        return writing(places.run_directory(config), self.console, fresh=self.fresh)
 
     def train_run(self, prepared: Prepared) -> None:
         """Train a run to its end, and report."""
@@ -196,13 +187,13 @@ class Start:
             self.console.print("this run is finished; nothing to do")
         if self.launch.is_main:
             record_exit(run_dir, ExitCode.DONE, "finished", f"{result.step} updates")  # the report tells of it
-            if not (result.was_finished and report_file(prepared.config).is_file()):
+            if not (result.was_finished and places.report_file(prepared.config).is_file()):
                 self.console.print("drawing the curves and the report")
-                with needless(CURVES_FILE, self.console.print):
+                with needless(places.CURVES_FILE, self.console.print):
                     from lora_trainer.report.pictures import draw_curves
 
-                    draw_curves(run_dir / METRICS_FILE, run_dir / CURVES_FILE, name)
-                _report(report_file(prepared.config), self.console, says=False)
+                    draw_curves(run_dir / places.METRICS_FILE, run_dir / places.CURVES_FILE, name)
+                _report(places.report_file(prepared.config), self.console, says=False)
         self.console.table("Done", done_rows(prepared.config))
 
     def agree(self, screened: dict[str, str]) -> dict[str, str]:
@@ -271,14 +262,14 @@ class Start:
         from lora_trainer.runtime.runtime import from_main
         from lora_trainer.training.fit import fit
 
-        sweep_dir, finished = run_directory(prepared.config), list[str]()
+        sweep_dir, finished = places.run_directory(prepared.config), list[str]()
 
         def save() -> None:
             if self.launch.is_main:
                 atomic_files.write_json(sweep_dir / SWEEP_FILE, record.refreshed(content, sweep_dir, finished))
 
         if self.launch.is_main:
-            atomic_files.write_file(sweep_dir / CONFIG_FILE, to_yaml(prepared.config).encode())
+            atomic_files.write_file(sweep_dir / places.CONFIG_FILE, to_yaml(prepared.config).encode())
             with needless(LR_CURVES, self.console.print):
                 from lora_trainer.report.pictures import draw_schedules
 
@@ -303,7 +294,7 @@ class Start:
         if self.launch.is_main:
             self.console.table("Done", record.result_rows(now))
             self.console.print(f"\nresults: {sweep_dir / SWEEP_FILE}; drawing the report")
-            _report(sweep_dir / REPORT_FILE, self.console)
+            _report(sweep_dir / places.REPORT_FILE, self.console)
         statuses = {trial["status"] for trial in now["trials"]}
         if "failed" in statuses and "finished" not in statuses:
             fix = "lower optimizer.lr in the arms (a tenth), use bf16 or fp32, and give the sweep another name"
@@ -324,9 +315,9 @@ def starting(config: RunConfig, *, dry_run: bool, fresh: bool, measure: bool = F
 
 def done_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What a finished run left, and what to do with it."""
-    yield "LoRA", str(lora_file(config))
+    yield "LoRA", str(places.lora_file(config))
     yield "", "copy it to ComfyUI/models/loras, or for A1111 and Forge to models/Lora"
-    yield "for diffusers", str(diffusers_lora_file(config))
+    yield "for diffusers", str(places.diffusers_lora_file(config))
     yield from ((file.name, str(file)) for file in files_to_come(config) if file.suffix != ".safetensors")
 
 
@@ -370,7 +361,7 @@ def show_status(config_file: Path, overrides: Sequence[str], *, confirmation: bo
         ConfigError: it was never started.
     """
     config = load_config(config_file, overrides)
-    sweep_dir = confirmation_directory(config) if confirmation else run_directory(config)
+    sweep_dir = confirmation_directory(config) if confirmation else places.run_directory(config)
     content = record.read_sweep(sweep_dir)
     if content is None:
         raise ConfigError(Problem("no sweep has been started here", str(sweep_dir), fix="start it without --status"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, SerializeAsAny, Tag, WrapValidator
 
@@ -42,6 +42,8 @@ class GroupConfig(StrictModel):
 class OptimizerOptions(StrictModel):
     """What every optimizer has."""
 
+    moments: ClassVar[int] = 2
+    """Numbers of fp32 that it keeps for each weight; two where nobody counted."""
     type: str
     lr: LearningRate = 1e-4
     """Base learning rate; the schedule multiplies it."""
@@ -55,8 +57,8 @@ class OptimizerOptions(StrictModel):
         return self.model_dump(exclude={"type", "groups"})
 
     def state_values(self, shape: Sequence[int]) -> float:
-        """Numbers of fp32 that it keeps for a tensor of this shape; two moments where nobody counted."""
-        return 2 * math.prod(shape)
+        """Numbers of fp32 that it keeps for a tensor of this shape."""
+        return self.moments * math.prod(shape)
 
 
 class AdamOptions(OptimizerOptions):
@@ -115,14 +117,12 @@ class RMSprop(OptimizerOptions):
 class AdaGrad(OptimizerOptions):
     """Gradient divided by the root of the sum of its squares (Duchi et al. 2011)."""
 
+    moments: ClassVar[int] = 1
     type: Literal["adagrad"] = "adagrad"
     lr: LearningRate = 1e-3
     """Base learning rate; the accumulated squares shrink it as training goes on."""
     eps: Positive = 1e-10
     """Added to the denominator."""
-
-    def state_values(self, shape: Sequence[int]) -> float:
-        return math.prod(shape)
 
 
 class Adafactor(OptimizerOptions):
@@ -157,6 +157,7 @@ class Adafactor(OptimizerOptions):
 class Lion(OptimizerOptions):
     """Sign of the momentum (Chen et al. 2023). Takes a third to a tenth of AdamW's LR and more decay."""
 
+    moments: ClassVar[int] = 1
     type: Literal["lion"] = "lion"
     lr: LearningRate = 2e-5
     """Base learning rate: a third to a tenth of AdamW's."""
@@ -164,9 +165,6 @@ class Lion(OptimizerOptions):
     """Decay of the update and of the momentum."""
     weight_decay: NotNegative = 0.1
     """Decoupled decay: three to ten times AdamW's."""
-
-    def state_values(self, shape: Sequence[int]) -> float:
-        return math.prod(shape)
 
 
 class AdamW8bit(AdamOptions):
@@ -185,6 +183,7 @@ class AdamW8bit(AdamOptions):
 class Prodigy(OptimizerOptions):
     """AdamW that estimates its own step size d (Mishchenko and Defazio 2023); the LR is a factor on d."""
 
+    moments: ClassVar[int] = 4  # two, where it began, and a sum for its estimate
     type: Literal["prodigy"] = "prodigy"
     lr: Annotated[float, Field(ge=0.1, le=10), NotBool] = 1.0
     """Factor on the estimate: keep 1. All groups have the same."""
@@ -198,10 +197,6 @@ class Prodigy(OptimizerOptions):
     """Adam's bias correction; its author advises it for diffusion."""
     safeguard_warmup: bool = True
     """Keep a warm-up from blocking the estimate."""
-
-    def state_values(self, shape: Sequence[int]) -> float:
-        """Two moments, where it began, and a sum for its estimate."""
-        return 4 * math.prod(shape)
 
 
 class ScheduleFreeAdamW(OptimizerOptions):

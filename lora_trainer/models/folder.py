@@ -21,7 +21,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from lora_trainer.errors import ModelError, Problem, SystemSetupError, remedy_of_absence
-from lora_trainer.storage.atomic_files import read_regular, write_json
+from lora_trainer.storage.atomic_files import read_json, read_regular, write_json
 from lora_trainer.storage.records import read_record, shape, shape_fault
 from lora_trainer.strict_model import Count
 

@@ -109,10 +109,10 @@ class StableDiffusion(DiffusersFamily):
                 return
         for component, key, divisor, usual in _PARTS:
             width, number = configs[component][key], configs[component].get(divisor, usual)
-            widths: list[int] = width if isinstance(width, list) else [width]
-            numbers = number if isinstance(number, list) else [number] * len(widths)
-            fits = [type(n) is int and n > 0 and w % n == 0 for w, n in zip(widths, numbers, strict=False)]
-            if len(numbers) != len(widths) or not all(fits):
+            sizes: list[int] = width if isinstance(width, list) else [width]
+            numbers = number if isinstance(number, list) else [number] * len(sizes)
+            fits = [type(n) is int and n > 0 and w % n == 0 for w, n in zip(sizes, numbers, strict=False)]
+            if len(numbers) != len(sizes) or not all(fits):
                 yield f"{component}/config.json", f"`{key}` is {width}, which `{divisor}` {number} does not divide"
         for component, key in ((part, f"{way}_block_types") for part in ("unet", "vae") for way in ("down", "up")):
             types, widths = (configs[component].get(name) for name in (key, "block_out_channels"))

@@ -178,12 +178,9 @@ def prediction_type(config: RunConfig, base: BaseFolder, family: Family) -> str:
         fix = f"set model.prediction_type to one of {', '.join(family.prediction_types)}, if the base was trained so"
         raise ModelError(Problem(what, str(base.path / "scheduler"), fix=fix))
     if chosen == "epsilon" and base.component_config("scheduler").get("rescale_betas_zero_snr"):
-        what, where = (
-            "at zero terminal SNR there is no signal left, of which epsilon could tell",
-            base.path / "scheduler",
-        )
+        what = "at zero terminal SNR there is no signal left, of which epsilon could tell"
         fix = "write model.prediction_type: v_prediction, if it was trained so"
-        raise ModelError(Problem(what, str(where), fix=fix))
+        raise ModelError(Problem(what, str(base.path / "scheduler"), fix=fix))
     for name in config.objective.model_dump(exclude_none=True) if chosen == "flow" else ():
         what, why = f"`objective.{name}` weights the timesteps of a noise schedule of betas", "the base has none"
         raise ConfigError(Problem(what, str(base.path / "scheduler"), why, f"write objective.{name}: null"))

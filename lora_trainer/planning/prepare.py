@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.config.identity import compare, identity_fields, refusal
-from lora_trainer.config.places import (
-    CHECKPOINTS,
-    PLAN_FILE,
-    VALIDATION_FILE,
-    cache_folder,
-    run_directory,
-)
+from lora_trainer.config.places import CHECKPOINTS, PLAN_FILE, VALIDATION_FILE, cache_folder, run_directory
 from lora_trainer.config.schema import CURVE_LENGTH, FACTS, DataConfig, RunConfig
 from lora_trainer.data.entries import entries_of
 from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
@@ -24,17 +18,7 @@ from lora_trainer.models.adapters.targets import assign_param_groups, select_tar
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.models.folder import BaseFolder
 from lora_trainer.models.registry import open_base, open_family
-from lora_trainer.planning.preflight import (
-    check_inference_steps,
-    check_packages,
-    check_places,
-    check_prompts,
-    check_resolution,
-    check_room,
-    cut_texts,
-    prediction_type,
-    prompts_of,
-)
+from lora_trainer.planning import preflight
 from lora_trainer.planning.run_plan import ParamGroup, RunPlan, plan_run, resolve_param_groups
 from lora_trainer.runtime.device import Device, Precision, find_devices, precision_on
 from lora_trainer.runtime.launch import Launch, default_threads
@@ -97,20 +81,20 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
     Raises:
         ConfigError, DataError, ModelError, SystemSetupError: each with all problems of its kind.
     """
-    check_places(config)
-    check_packages(config)
-    check_prompts(prompts_of(config))
+    preflight.check_places(config)
+    preflight.check_packages(config)
+    preflight.check_prompts(preflight.prompts_of(config))
     devices = find_devices()
     precision = precision_on(config.train.precision, devices[0])
     base = open_base(**config.model.model_dump())
     family = open_family(base)
-    predicts = prediction_type(config, base, family)
-    check_resolution(config, family)
-    check_inference_steps(config, base, predicts)
+    predicts = preflight.prediction_type(config, base, family)
+    preflight.check_resolution(config, family)
+    preflight.check_inference_steps(config, base, predicts)
     fixed = _fixed_before(config, continues)
     split, prior = _split(config, checked_images_file(config), progress, fixed.held_out)
     shown = [*split.training.records, *split.held_out, *(prior.records if prior else ())]
-    cut = cut_texts(config, family, [(record.path, record.name, record.captions) for record in shown])
+    cut = preflight.cut_texts(config, family, [(record.path, record.name, record.captions) for record in shown])
     split = replace(split, training=replace(split.training, notes=(*split.training.notes, *cut)))
     targets = _targets(config, base, family)
     num_probes = 2 + (prior is not None)
@@ -119,7 +103,7 @@ def prepare(config: RunConfig, launch: Launch, progress: Progress, *, continues:
         split = with_watched(split, prior, plan.validation.num_items, config.validation.seed)
     digests = base.digests(cache_folder(config) / "base-digests.json", progress)
     entries = entries_of(config, family, split.training.records, split.probes, digests)
-    check_room(config, plan, entries.missing_bytes(family, config.data.resolution))
+    preflight.check_room(config, plan, entries.missing_bytes(family, config.data.resolution))
     threads = _threads(config, fixed, default_threads(launch))
     num_entries = len(entries.images), len(entries.texts)
     return Prepared(config, base, digests, predicts, split, targets, plan, threads, devices, precision, num_entries)
@@ -139,7 +123,7 @@ def prepare_like(prepared: Prepared, config: RunConfig, *, continues: bool | Non
     Raises:
         ConfigError: targets, groups or schedules do not fit.
     """
-    check_packages(config)
+    preflight.check_packages(config)
     base, split = prepared.base, prepared.split
     targets = _targets(config, base, open_family(base))
     fixed = _fixed_before(config, continues)
@@ -198,19 +182,13 @@ class _Fixed:
     num_watched: int | None = None
     """Images of each probe."""
     threads: int | None = None
-    held_out: tuple[str, ...] | None = None
+    held_out: Sequence[str] | None = None
     """Content hashes of the images that it held out."""
 
 
-_BEFORE = shape(
-    {},
-    {
-        "num_updates": Update,
-        "lr_updates": Update | None,
-        "validation": shape({"num_items": Update}) | None,
-        "identity": shape({}, {"train.threads": Update}),
-    },
-)
+_PROBES, _IDENTITY = shape({"num_items": Update}) | None, shape({}, {"train.threads": Update})
+_LENGTHS = {"num_updates": Update, "lr_updates": Update | None}
+_BEFORE = shape({}, {**_LENGTHS, "validation": _PROBES, "identity": _IDENTITY})
 """What is looked at of an earlier start's plan."""
 _CHOSEN = shape({"images_held_out": list[Text]})
 
@@ -221,15 +199,19 @@ def _fixed_before(config: RunConfig, continues: bool | None) -> _Fixed:
         continues = any((run_dir / CHECKPOINTS).glob("step-*"))
     if not continues:
         return _Fixed()
-    held_out = _chosen_before(run_dir / VALIDATION_FILE)
+    before, chosen = _earlier(run_dir / PLAN_FILE, _BEFORE), _earlier(run_dir / VALIDATION_FILE, _CHOSEN)
+    length = None if config.resume.schedule == "stretch" else before.get("lr_updates") or before.get("num_updates")
+    num_watched = (before.get("validation") or {}).get("num_items")
+    threads = before.get("identity", {}).get("train.threads")
+    return _Fixed(length, num_watched, threads, chosen.get("images_held_out"))
+
+
+def _earlier(file: Path, wanted: Any) -> dict[str, Any]:
+    """A record of an earlier start; empty where none can be read."""
     try:
-        before = read_record(run_dir / PLAN_FILE, _BEFORE)
-        length = None if config.resume.schedule == "stretch" else before.get("lr_updates") or before.get("num_updates")
-        num_watched = (before.get("validation") or {}).get("num_items")
-        threads = before.get("identity", {}).get("train.threads")
-        return _Fixed(length, num_watched, threads, held_out)
+        return dict(read_record(file, wanted))
     except (OSError, ValueError):
-        return _Fixed(held_out=held_out)
+        return {}
 
 
 def check_resume(prepared: Prepared) -> None:
@@ -243,13 +225,8 @@ def check_resume(prepared: Prepared) -> None:
         newest = max((run_dir / CHECKPOINTS).glob("step-????????"))
         state = read_json(newest / "state.json")
         (stored,) = (trial["identity"] for trial in state["trials"].values())
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # none, damaged, or of the earlier format: the start itself tells
-        return
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, damaged, or of the earlier format: the start itself tells
     now = {key: stored[key] for key in FACTS if key in stored} | prepared.identity()
     now |= {"train.precision": prepared.precision}
     if refused := compare(stored, now, config.resume, str(run_dir)).refused:
@@ -311,11 +288,3 @@ def _split(
 def _dir_of(key: str, data: DataConfig) -> str:
     """The setting that names a folder of images."""
     return key if key != "data" else "data.dir" if data.dir is not None else "data.sources"
-
-
-def _chosen_before(file: Path) -> tuple[str, ...] | None:
-    """Content hashes of the images that an earlier start of this run held out."""
-    try:
-        return tuple(read_record(file, _CHOSEN)["images_held_out"])
-    except (OSError, ValueError):
-        return None

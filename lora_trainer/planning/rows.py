@@ -6,17 +6,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from lora_trainer.config import places
 from lora_trainer.config.learning_rates import small_set_note, unusual_rates
-from lora_trainer.config.places import (
-    CURVES_FILE,
-    GRID_FILE,
-    METRICS_FILE,
-    SAMPLES,
-    diffusers_lora_file,
-    lora_file,
-    report_file,
-    run_directory,
-)
 from lora_trainer.config.schema import RunConfig
 from lora_trainer.models.adapters.targets import kohya_notes
 from lora_trainer.models.registry import open_family
@@ -64,7 +55,7 @@ def plan_rows(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield from memory_rows(prepared)
     yield from (("note", note) for note in notes(prepared))
     yield "saves", _saves(plan)
-    run_dir = run_directory(config)
+    run_dir = places.run_directory(config)
     names = ", ".join(str(file.relative_to(run_dir)) for file in files_to_come(config))
     yield "files to come", f"{names} in {run_dir}"
     presets = open_family(prepared.base).target_presets
@@ -93,14 +84,14 @@ def notes(prepared: Prepared) -> Iterator[str]:
 
 def files_to_come(config: RunConfig) -> list[Path]:
     """What lies in the run directory in the end."""
-    return [*results_to_come(config), run_directory(config) / CURVES_FILE, report_file(config)]
+    return [*results_to_come(config), places.run_directory(config) / places.CURVES_FILE, places.report_file(config)]
 
 
 def results_to_come(config: RunConfig) -> list[Path]:
     """The same without the pictures that can be drawn from it at any time: what a trial of a sweep leaves."""
-    run_dir = run_directory(config)
-    samples = [run_dir / SAMPLES / GRID_FILE] if config.sample.prompts else []
-    return [lora_file(config), diffusers_lora_file(config), run_dir / METRICS_FILE, *samples]
+    run_dir = places.run_directory(config)
+    samples = [run_dir / places.SAMPLES / places.GRID_FILE] if config.sample.prompts else []
+    return [places.lora_file(config), places.diffusers_lora_file(config), run_dir / places.METRICS_FILE, *samples]
 
 
 def _saves(plan: RunPlan) -> str:

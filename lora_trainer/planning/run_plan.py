@@ -116,9 +116,8 @@ class RunPlan:
     def as_json(self) -> dict[str, Any]:
         """All numbers, the derived ones too."""
         derived = {name: getattr(self, name) for name in ("num_samples", "global_batch")}
-        return (
-            TypeAdapter(RunPlan).dump_python(self, by_alias=True) | derived | {"num_epochs": round(self.num_epochs, 4)}
-        )
+        derived["num_epochs"] = round(self.num_epochs, 4)
+        return TypeAdapter(RunPlan).dump_python(self, by_alias=True) | derived
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunPlan:

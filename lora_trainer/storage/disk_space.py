@@ -12,19 +12,16 @@ from lora_trainer.errors import Problem, SystemSetupError, refused_memory
 
 DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG})
 """What a full or failing disk answers."""
-PLACE_FAULTS = frozenset(
-    {
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.ENAMETOOLONG,
-        errno.ESTALE,
-        errno.EMFILE,
-        errno.EISDIR,
-        errno.ELOOP,
-    }
-)
-"""What a folder answers that cannot be written as it is."""
+_RIGHTS = "let this user write there (chmod, chown, a mount that is not read-only), or choose another place"
+_PLACE = "look after the disk or the mount, or choose another place"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
+    **dict.fromkeys((errno.EIO, errno.EFBIG, errno.ENOTDIR, errno.ENAMETOOLONG), _PLACE),
+    **dict.fromkeys((errno.ESTALE, errno.EISDIR, errno.ELOOP), _PLACE),
+    errno.EMFILE: "allow more open files: ulimit -n 4096",
+}
+"""What a disk answers, or a folder that cannot be written as it is, and what mends it: room, a right, another place."""
 
 
 def free_bytes(folder: Path) -> int:
@@ -84,22 +81,11 @@ def faults_in_words() -> Iterator[None]:
         if (asked := refused_memory(error)) is not None:
             fix = "free memory that other programs hold, or ask for less; the same command goes on"
             raise SystemSetupError(Problem("out of memory", why=asked, fix=fix)) from error
-        if not isinstance(error, OSError) or error.errno not in DISK_FAULTS | PLACE_FAULTS:
+        if not isinstance(error, OSError) or error.errno not in _REMEDIES:
             raise
         where = str(error.filename or "the run directory")
-        fix = f"{_remedy(error)}; the same command goes on from the newest checkpoint"
+        fix = f"{_REMEDIES[error.errno]}; the same command goes on from the newest checkpoint"
         raise SystemSetupError(Problem("the disk refused", where, error.strerror, fix)) from error
-
-
-def _remedy(error: OSError) -> str:
-    """What mends the fault: room, a right, or another place."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "let this user write there (chmod, chown, a mount that is not read-only), or choose another place"
-    if error.errno == errno.EMFILE:
-        return "allow more open files: ulimit -n 4096"
-    return "look after the disk or the mount, or choose another place"
 
 
 def mib(num_bytes: int) -> str:
