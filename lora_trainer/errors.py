@@ -29,7 +29,12 @@ class ExitCode(IntEnum):
 
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_NO_MEMORY = re.compile(r"(out of|not enough|can't allocate|cannot allocate) memory|_ALLOC_FAILED", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"(out of|not enough|can't allocate|cannot allocate) memory|_ALLOC_FAILED|failed to map segment"
+    r"|could not create a primitive|error return without exception set",
+    re.IGNORECASE,
+)
+"""As CUDA, torch, the loader of libraries, oneDNN and CPython say it."""
 _TRIED = re.compile(r"(?:tried|unable) to allocate ([\d.,]+ \w+)", re.IGNORECASE)
 
 
@@ -117,10 +122,11 @@ class SystemSetupError(TrainerError):
 
 def refused_memory(error: BaseException) -> str | None:
     """What an error says of memory that the device or the host refused; None where it is another fault."""
-    text, asked = str(error), (error, error.__cause__)
-    is_sure = any(isinstance(one, MemoryError) or getattr(one, "errno", None) == errno.ENOMEM for one in asked)
-    if isinstance(error, TrainerError) or not (is_sure or _NO_MEMORY.search(text)):
+    if isinstance(error, TrainerError):
         return None
+    text, is_sure = str(error), isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if not (is_sure or _NO_MEMORY.search(text)):
+        return None if error.__cause__ is None else refused_memory(error.__cause__)
     tried = _TRIED.search(text)
     return f"tried to allocate {tried[1]}" if tried else f"{type(error).__name__} {text.partition(chr(10))[0]}".strip()
 

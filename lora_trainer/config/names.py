@@ -13,7 +13,7 @@ from collections.abc import Collection
 _PEERS = {
     "model.path": "pretrained_model_name_or_path base_model_name name_or_path",
     "model.prediction_type: v_prediction": "v_parameterization is_v_pred",
-    "data.dir": "train_data_dir instance_data_dir folder_path",
+    "data.dir": "data.path data.image_dir image_dir train_data_dir instance_data_dir folder_path",
     "data.sources[].repeats": "num_repeats",
     "data.captions.extension": "caption_extension caption_ext",
     "data.captions.dropout": "caption_dropout_rate",
@@ -21,7 +21,8 @@ _PEERS = {
     "data.crop: center": "center_crop",
     "data.flip": "flip_aug random_flip",
     "name": "output_name",
-    "adapter.rank": "network_dim linear lora_rank dim",
+    "adapter.targets": "target_modules adapter.target_modules lora_target_modules",
+    "adapter.rank": "adapter.r network_dim linear lora_rank dim",
     "adapter.alpha": "network_alpha linear_alpha lora_alpha",
     "adapter.dropout": "network_dropout lora_dropout",
     "adapter.use_dora": "use_dora",

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -33,7 +34,7 @@ from lora_trainer.data.folders import (
     take_stock,
 )
 from lora_trainer.data.images import ImageFault, decode, frame, lost_share
-from lora_trainer.errors import DataError, Problem, remedy_of_absence
+from lora_trainer.errors import DataError, Problem, SystemSetupError, remedy_of_absence
 from lora_trainer.storage import atomic_files
 
 MAX_IMAGE_BYTES = 2**29
@@ -161,7 +162,8 @@ def survey(config: DataConfig, checked_file: Path, progress: Progress) -> tuple[
     seen = {look.seen.sha256: look.seen for look in looks if look.seen is not None}
     if not seen.keys() <= checked.keys():
         remembered = {digest: [*image.size, f"{image.look:016x}"] for digest, image in (checked | seen).items()}
-        atomic_files.write_json(checked_file, remembered)
+        with suppress(OSError, SystemSetupError):  # it is looked at again next time
+            atomic_files.write_json(checked_file, remembered)
     left_out, too_many = _left_out(looks, config.on_bad_image)
     problems += [*too_many, *(fault for look in looks if look.path not in left_out for fault in look.problems)]
     records = tuple(look.record for look in looks if look.record is not None)

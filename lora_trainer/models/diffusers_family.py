@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_trainer.errors import ModelError, Problem, TrainerError
+from lora_trainer.errors import ModelError, Problem, TrainerError, refused_memory
 from lora_trainer.models.clip import check_vocabulary
 from lora_trainer.models.family import Family, FileName, View
 from lora_trainer.models.folder import BaseFolder
@@ -101,7 +101,7 @@ class DiffusersFamily(Family):
         try:
             loaded, told = model.from_pretrained(place, output_loading_info=True, **options)
         except Exception as error:  # whatever the libraries make of a config
-            if isinstance(error, TrainerError | MemoryError) or "memory" in str(error):  # a request to stop is one
+            if isinstance(error, TrainerError) or refused_memory(error) is not None:  # a request to stop is one
                 raise
             what, why = f"the {component} cannot be made of its config and weights", str(error).partition("\n")[0]
             raise ModelError(Problem(what, str(place), why, "fetch the base again")) from error

@@ -96,7 +96,7 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.batch = self.shape.batch_size * self.shape.num_trials
-        self.side = self.shape.latent_side
+        self.side, self.sides = self.shape.latent_side, list[int]()
         self.channels: Sequence[int] = self.config["block_out_channels"]
         self.prompt = self.tensor(self.batch * self.shape.num_tokens * _at(self.config["cross_attention_dim"], 0))
 
@@ -237,8 +237,10 @@ class _Walk:
                     x = self.transformer(f"{name}.attentions.{index}", x, block)
                 self.skipped.append(x)
             if block + 1 < len(self.channels):
-                self.side //= 2
-                x = self.convolution(f"{name}.downsamplers.0.conv", x, x.numbers // 4, channels)
+                self.sides.append(self.side)
+                self.side = (self.side + 1) // 2
+                numbers = self.batch * self.side**2 * channels
+                x = self.convolution(f"{name}.downsamplers.0.conv", x, numbers, channels)
                 self.skipped.append(x)
         return x
 
@@ -263,8 +265,8 @@ class _Walk:
                 if kind.startswith("Cross"):
                     x = self.transformer(f"{name}.attentions.{layer}", x, block)
             if index < last:
-                self.side *= 2
-                x = self.convolution(
-                    f"{name}.upsamplers.0.conv", self.tensor(4 * x.numbers, x), 4 * x.numbers, self.channels[block]
-                )
+                self.side = self.sides.pop()
+                numbers = self.batch * self.side**2 * self.channels[block]
+                larger = self.tensor(numbers, x)
+                x = self.convolution(f"{name}.upsamplers.0.conv", larger, numbers, self.channels[block])
         return x

@@ -22,7 +22,7 @@ from lora_trainer.planning.saving import saving_keys
 from lora_trainer.runtime.device import Device, Precision, precision_on
 
 BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-GPU_SHARE, HOST_SHARE, HOST_SHARE_OF_GPU = 768 * 2**20, 512 * 2**20, 2 * 2**30
+GPU_SHARE, HOST_SHARE, HOST_SHARE_OF_GPU = 768 * 2**20, 768 * 2**20, 2 * 2**30
 """Allowances: a GPU's context, kernels and the allocator's gaps; Python with torch on the host, and more for a GPU."""
 WORKING_COPIES = 4
 """Of the largest tensor: gradients that a backward holds, or the widest layers of a VAE."""

@@ -110,7 +110,7 @@ def check_room(config: RunConfig, plan: RunPlan, cache_bytes: int) -> None:
         disk_space.check_room(run_dir, needed + cache_bytes, f"{purpose} and the {latents}" if cache_bytes else purpose)
     else:
         disk_space.check_room(run_dir, needed, purpose)
-        disk_space.check_room(cache, cache_bytes, f"the {latents}")
+        disk_space.check_room(cache, cache_bytes, f"the {latents}", "data.cache_dir")
 
 
 def check_prompts(prompts: Iterable[tuple[str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, cast
 
@@ -102,7 +104,8 @@ def _visible_card() -> Device | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         named = [name.strip() for name in visible.split(",")]
-        rows = [row for name in named for row in rows if name and (name == row[0] or row[1].startswith(name))]
+        cards = [[row for row in rows if name and (name == row[0] or row[1].startswith(name))] for name in named]
+        rows = [row for row, *_ in takewhile(bool, cards)]  # CUDA stops at the first that is none
     place = os.environ.get("LOCAL_RANK", "0")
     if not rows or not place.isdecimal() or int(place) >= len(rows):
         return None
@@ -119,17 +122,18 @@ def _ask_driver(what: str, fields: str) -> list[list[str]]:
         return []
     command = [program, f"--query-{what}={fields}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DRIVER_PATIENCE_S, check=True)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, timeout=DRIVER_PATIENCE_S, check=False)  # noqa: S603
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    told = done.stdout.decode(errors="replace").splitlines()  # of the cards that are well, where one is lost
+    rows = [[cell.strip() for cell in line.split(",")] for line in told if line.strip()]
     return [row for row in rows if len(row) == fields.count(",") + 1]
 
 
 def _number(text: str) -> float:
     """0 where the driver does not tell (`[N/A]`)."""
     with suppress(ValueError):
-        return float(text)
+        return number if 0 <= (number := float(text)) < math.inf else 0.0
     return 0.0
 
 

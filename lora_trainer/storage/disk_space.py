@@ -47,14 +47,14 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def check_room(folder: Path, needed: int, purpose: str) -> None:
-    """Refuse to go on where there is too little room.
+def check_room(folder: Path, needed: int, purpose: str, key: str = "output_dir") -> None:
+    """Refuse to go on where there is too little room in the folder of a setting.
 
     Raises:
         SystemSetupError: both numbers are named.
     """
     if (free := free_bytes(folder)) < needed:
-        why, fix = f"{purpose} need {mib(needed)}, free are {mib(free)}", "free some space, or set another output_dir"
+        why, fix = f"{purpose} need {mib(needed)}, free are {mib(free)}", f"free some space, or set another {key}"
         raise SystemSetupError(Problem("the disk has too little room for this run", str(folder), why, fix))
 
 

@@ -23,8 +23,9 @@ UP = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_
 
 
 def request(**changes: Any) -> sampling.SampleRequest:
-    usual: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "lora_scale": 1.0, "size_px": 32}
-    return sampling.SampleRequest(("x",), "", 0, 1, **{**usual, **changes})
+    usual: dict[str, Any] = {"prompts": ("x",), "negative_prompt": "", "seed": 0, "num_images": 1}
+    usual |= {"num_inference_steps": 1, "guidance_scale": 1.0, "lora_scale": 1.0, "size_px": 32}
+    return sampling.SampleRequest(**{**usual, **changes})
 
 
 def test_loras_are_judged_before_they_are_used(
@@ -82,7 +83,12 @@ def test_loras_are_judged_before_they_are_used(
     monkeypatch.setattr(StableDiffusion, "load_pipeline", watched)
     assert len(sampling.sample(file, None, None, request(), tmp_path)) == 1
     assert used == ["v_prediction"]
-    for odd in ({"size_px": 33}, {"lora_scale": float("nan")}):
+    for odd in (
+        {"size_px": 33},
+        {"lora_scale": float("nan")},
+        {"prompts": ("x --ar 3:2",)},
+        {"prompts": ("x " * 200,)},
+    ):
         with pytest.raises(ConfigError):
             sampling.sample(file, None, None, request(**odd), tmp_path)
 

@@ -118,6 +118,12 @@ def test_a_forward_keeps_what_is_counted(
     assert counted == pytest.approx(kept, rel=0.05)
 
 
+def test_a_side_that_does_not_halve_evenly_is_counted() -> None:
+    forward = Forward(toy_unet(), "transformer+resnet")
+    kept = forward.kept(2, 9, MAX_TOKENS, torch.float32)
+    assert forward.counted(2, 9, MAX_TOKENS, torch.float32, checkpointing=False) == pytest.approx(kept, rel=0.05)
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"dropout": 0.1}])
 def test_dora_and_dropout_keep_what_is_counted(options: dict[str, Any]) -> None:
     forward = Forward(toy_unet(), "transformer+resnet", **options)

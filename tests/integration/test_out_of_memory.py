@@ -25,7 +25,7 @@ from lora_trainer.cli.train import train
 from lora_trainer.config.identity import compare, identity_fields
 from lora_trainer.config.load import load_config
 from lora_trainer.data import images
-from lora_trainer.errors import ExitCode
+from lora_trainer.errors import ExitCode, refused_memory
 from lora_trainer.models.stable_diffusion import StableDiffusion
 from lora_trainer.planning.saving import Phase, saving_keys
 from lora_trainer.storage.checkpoint import open_checkpoint
@@ -271,3 +271,19 @@ def test_a_real_card_that_is_full(start: Start, tmp_path: Path, monkeypatch: pyt
         shutil.copytree(tmp_path / "refused", tmp_path / "copy", dirs_exist_ok=True)
         start("copy", *keys)
         shutil.rmtree(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("could not create a primitive"),
+        SystemError("error return without exception set"),
+    ],
+)
+def test_memory_is_refused_in_many_words(error: Exception) -> None:
+    outer = RuntimeError("Failed to import diffusers.models.unets")
+    outer.__cause__ = error
+    assert refused_memory(error) is not None
+    assert refused_memory(outer) == refused_memory(error)
+    assert refused_memory(RuntimeError("shapes differ")) is None

@@ -153,3 +153,18 @@ def test_what_the_encoders_get_is_shown(toy_config: Path, tmp_path: Path, capsys
 
 def test_options_of_check_that_exclude_each_other(toy_config: Path) -> None:
     assert check("-c", str(toy_config), "--json", "--show", "3") == 2
+
+
+def test_a_list_of_files_ends_with_the_code_of_check(
+    toy_config: Path, toy_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in (
+        "data.resolution=66",
+        "adapter.targets=[nothing]",
+        "sample.prompts=x --ar 3:2",
+        "output_dir=/dev/null",
+    ):
+        code = check("-c", str(toy_config), wrong)
+        capsys.readouterr()
+        assert check("-c", str(toy_config), "--json", wrong) == code != 0
+        assert len(json.loads(capsys.readouterr().out)["used"]) == 6

@@ -6,12 +6,15 @@ import ast
 import math
 import re
 import shlex
+from functools import reduce
 from pathlib import Path
 
 import pytest
 from claims import CLAIMS
 from conftest import COLLECTED
+from ruamel.yaml import YAML
 
+from lora_trainer.cli.plan import show_preset
 from lora_trainer.config.learning_rates import PRESETS
 from lora_trainer.config.optimizers import OPTIMIZERS, AdamW
 from lora_trainer.planning.run_plan import steps_per_epoch
@@ -99,6 +102,9 @@ def test_the_starting_points_are_the_presets() -> None:
         kind = optimizer.get("type", preset.settings.get("optimizer.type", "adamw"))
         lr = optimizer.get("lr", preset.settings.get("optimizer.lr", AdamW.model_fields["lr"].default))
         assert (rows[name][1], float(rows[name][2])) == (kind, lr)
+        shown = YAML(typ="safe").load(show_preset(name))
+        for key, value in preset.settings.items():
+            assert reduce(lambda section, part: section[part], key.split("."), shown) == value
 
 
 def test_the_usual_ranges_are_those_of_the_notes() -> None:
