@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +35,6 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     Raises:
         ModelError: the LoRA or the base cannot be used.
     """
-    if not math.isfinite(request.lora_scale):
-        raise ConfigError(Problem("--scale is no number", fix="write 1"))
     check_there(lora)
     base = find_base(lora, model, revision)
     console = MainConsole()

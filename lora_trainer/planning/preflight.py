@@ -45,7 +45,7 @@ def check_places(config: RunConfig) -> None:
         if folder and run_dir.resolve().is_relative_to(Path(folder).expanduser().resolve()):
             what = "the run directory would lie inside the image folder"
             raise ConfigError(Problem(what, str(run_dir.resolve()), fix="set another output_dir"))
-    problems = [_unwritable(run_dir, "output_dir"), _unwritable(cache_folder(config), "data.cache_dir")]
+    problems = [_unwritable(cache_folder(config), "data.cache_dir"), _unwritable(run_dir, "output_dir")]
     if found := [problem for problem in problems if problem is not None]:
         raise SystemSetupError(*{problem.where: problem for problem in found}.values())
 

@@ -20,7 +20,7 @@ from fix_rows.configuration import added
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import run_directory
 from lora_trainer.errors import Problem
-from lora_trainer.storage import atomic_files, checkpoint, disk_space
+from lora_trainer.storage import atomic_files, checkpoint, disk_space, locks
 
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
 PRECISION, ACCUMULATION = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
@@ -84,7 +84,7 @@ def written_to(world: World) -> None:
 
     def call() -> None:
         folder = run_directory(load_config(world.config, world.words))
-        with disk_space.faults_in_words(), atomic_files.sole_writer(folder, print):
+        with disk_space.faults_in_words(), locks.sole_writer(folder, print):
             disk_space.check_room(folder, 10_000, "some files")
             atomic_files.write_file(folder / "plan.json", b"{}")
 
@@ -102,10 +102,12 @@ def taken(wrong: str | Callable[[World], object], mend: Callable[[World, Problem
     return Row(act, mend)
 
 
-ATOMIC = [
+LOCKS = [
     taken(locked, said("stop it", freed)),
     taken(locked, said("another `name`", added("name=other"))),
     taken(locked, said("delete ", lambda _: Path("runs/run/.lock").unlink())),
+]
+ATOMIC = [
     taken(
         lambda world: (world.folder / "runs").symlink_to("gone"),
         said("make what it leads to", lambda _: Path("gone").mkdir()),
@@ -202,7 +204,12 @@ def healed(world: World) -> None:
     world.faults.undo()
 
 
+def out_of_memory(world: World) -> None:
+    world.faults.setattr(atomic_files, "write_file", lambda *_: bytearray(2**62))
+
+
 DISK = [
+    taken(out_of_memory, said("free memory", healed)),
     taken(crowded, said("free some space", healed)),
     taken(crowded, said("another output_dir", added("output_dir=elsewhere"))),
     *(
@@ -244,6 +251,8 @@ KEPT = [
         said("restore sweep.json", lambda world: shutil.copy(world.kept / "stopped/sweep.json", "runs/stopped")),
         command=("sweep",),
     ),
+]
+CURVE = [
     Row(
         lambda world: (
             world.trained("falling", "lr_scheduler={type: linear, end: inclusive}"),
@@ -283,9 +292,11 @@ IDENTITY = [
 ROWS: Mapping[str, Sequence[Row]] = {
     "config/identity.py": IDENTITY,
     "runtime/launch.py": LAUNCH,
+    "planning/prepare.py": CURVE,
     "storage/atomic_files.py": ATOMIC,
     "storage/checkpoint.py": CHECKPOINTS,
     "storage/disk_space.py": DISK,
+    "storage/locks.py": LOCKS,
     "training/fit.py": STOPPED,
     "training/resume.py": KEPT,
     "training/writers.py": WRITERS,

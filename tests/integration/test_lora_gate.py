@@ -82,9 +82,8 @@ def test_loras_are_judged_before_they_are_used(
     monkeypatch.setattr(StableDiffusion, "load_pipeline", watched)
     assert len(sampling.sample(file, None, None, request(), tmp_path)) == 1
     assert used == ["v_prediction"]
-    for odd in ({"size_px": 33}, {"lora_scale": float("nan")}):
-        with pytest.raises(ConfigError):
-            sampling.sample(file, None, None, request(**odd), tmp_path)
+    with pytest.raises(ConfigError):
+        sampling.sample(file, None, None, request(size_px=33), tmp_path)
 
     notes = tmp_path / "notes.txt"
     notes.write_text("mine")
