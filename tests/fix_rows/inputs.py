@@ -17,7 +17,7 @@ import torch
 from fixes import Row, World, removed, said, valued, written
 from safetensors.numpy import load_file, save_file
 
-from fix_rows.commands import PLANS, on_run
+from fix_rows.commands import DRAW, PLANS, SAMPLE, again, on_run
 from fix_rows.configuration import added
 from lora_trainer.errors import Problem
 from lora_trainer.models.stable_diffusion import StableDiffusion
@@ -360,7 +360,13 @@ PREFLIGHT = [
     Row("sample.prompts=['a cat --ar 3']", said("take it out; data.resolution", added("sample.prompts=['a cat']"))),
     Row(PROMPT, said("shorten it", added("sample.prompts=['a cat']"))),
     Row(PROMPT, written()),
-    Row(["sample.prompts=['a cat']", "sample.num_inference_steps=1001"], written()),
+    Row(
+        lambda world: (
+            setting("scheduler", num_train_timesteps=9)(world),
+            added("sample={prompts: ['a cat'], num_inference_steps: 10}")(world),
+        ),
+        written(),
+    ),
     Row(setting("scheduler", rescale_betas_zero_snr=True), written()),
     Row(setting("scheduler", prediction_type="sample"), valued(r"one of (\w+)", "model.prediction_type")),
     Row("data.resolution=70", valued(r"write (\d+)", "data.resolution")),
@@ -382,9 +388,10 @@ PREFLIGHT = [
         said("mend the folder", lambda _: (Path("file").unlink(), Path("file").mkdir())),
     ),
 ]
+POLYNOMIAL = "lr_scheduler={type: polynomial, lr_end: %s}"
 RUN_PLAN = [
     *PLANS,
-    Row("optimizer.lr=1e308", said("write usual numbers", added("optimizer.lr=1e-4"))),
+    Row(POLYNOMIAL % "1e-2", said("write usual numbers", added(POLYNOMIAL % "1e-6"))),
     Row("train={epochs: 1000000}", said("write fewer", added("train.epochs=3"))),
 ]
 
@@ -421,9 +428,29 @@ LORA = [
         said("an earlier LoRA", lambda world: shutil.copy("earlier.safetensors", "runs/run/run.safetensors")),
     ),
 ]
+
+
+def too_many_steps(world: World) -> None:
+    on_run(*SAMPLE, "--steps", "10")(world)
+    setting("scheduler", num_train_timesteps=9)(world)
+    world.words, world.command = [], [*world.command, "--model", str(world.folder / "base")]
+
+
+STEPS = [
+    Row(
+        too_many_steps,
+        lambda world, problem: again("10", re.search(r"--steps (\d+) or", str(problem.fix))[1])(world),  # type: ignore[index]
+    )
+]
+WHOLE = [*PLANS, *DRAW, *STEPS]
+"""Rows with commands of their own."""
 ROWS: Mapping[str, Sequence[Row]] = {
-    file: [row if row.command or file.startswith("lora_files") else replace(row, command=CHECK) for row in rows]
+    file: [
+        row if row.command or row in WHOLE or file.startswith("lora_files") else replace(row, command=CHECK)
+        for row in rows
+    ]
     for file, rows in {
+        "cli/sample.py": [*DRAW, *STEPS],
         "data/captions.py": CAPTIONS,
         "data/entries.py": ENTRIES,
         "data/records.py": RECORDS,
