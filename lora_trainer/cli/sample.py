@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,8 +57,6 @@ def sample(lora: Path, model: str | None, revision: str | None, request: SampleR
     Raises:
         ModelError: the LoRA or the base cannot be used.
     """
-    if not math.isfinite(request.lora_scale):
-        raise ConfigError(Problem("--scale is no number", fix="write 1"))
     check_there(lora)
     check_prompts(request.texts())
     base = find_base(lora, model, revision)

@@ -30,15 +30,12 @@ NOT_HERE: Mapping[str, Mapping[str, str]] = {
     "runtime/launch.py": {"torchrun --nproc_per_node": "starts processes; test_launch does it"},
     "runtime/runtime.py": {
         "start with torchrun": "starts processes; test_launch does it",
-        "write fp16 or auto": "a GPU without bf16",
+        "its own last words": "starts processes, and kills one; test_launch does it",
     },
     "storage/checkpoint.py": {
         "lower optimizer.lr": "states that are not finite are skipped before; test_checkpoint makes one"
     },
-    "data/cache.py": {
-        "check the base's": "a base whose encoders overflow",
-        "start again": "a picture that changes between two reads: test_cache does it",
-    },
+    "data/cache.py": {"check the base's": "a base whose encoders overflow"},
     "lora_files/files.py": {
         "check the disk": "a disk that gives back what was not written",
         ".*": "weights beyond the range of the export's dtype: test_export makes them",
@@ -52,8 +49,8 @@ NOT_HERE: Mapping[str, Mapping[str, str]] = {
         "write model.prediction_type: auto": OTHER_FAMILY,
     },
     "models/registry.py": {"write auto": OTHER_FAMILY},
-    "planning/prepare.py": {"write objective.": OTHER_FAMILY},
-    "training/optimizers.py": {
+    "planning/preflight.py": {"write objective.": OTHER_FAMILY},
+    "config/optimizers.py": {
         "pip install": "the network; a test below compares its extra with pyproject.toml",
         "install or mend": "the network",
     },

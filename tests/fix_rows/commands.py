@@ -6,14 +6,17 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from faults import spoil_gradients
 from fixes import Row, World, said, typed, written
 
 from fix_rows.configuration import added, swept
+from lora_trainer.cli import session
+from lora_trainer.cli.program import main
 from lora_trainer.config.load import load_config
-from lora_trainer.errors import Problem
+from lora_trainer.errors import Problem, TrainerError
 from lora_trainer.experiments.lr_finder.prepare import FinderOptions, prepare_finder
 from lora_trainer.runtime.launch import read_launch
 
@@ -83,17 +86,25 @@ EXPORT += [
         ),
         lambda world, problem: words("export", str(problem.fix).split()[-1], "-o", "x.safetensors")(world),
     ),
+]
+PLANS = [
     Row(
         lambda world: (
             on_run("export", "RUN", "-o", "x.safetensors")(world),
             Path("runs/run/plan.json").write_text("{"),
         ),
-        said("export from its LoRA file", again("runs/run", "runs/run/run.safetensors")),
+        said("restore it", lambda world: shutil.copy(world.kept / "run/plan.json", "runs/run")),
+    ),
+    Row(
+        lambda world: (
+            on_run("export", "RUN", "-o", "x.safetensors")(world),
+            Path("runs/run/plan.json").write_text("{"),
+        ),
+        said("writes it anew", lambda world: print(world.program("train", "-c", str(world.config)))),
     ),
 ]
 DRAW = [
     Row(words(*SAMPLE), said("runs/demo/demo.safetensors", on_run(*SAMPLE))),
-    Row(on_run(*SAMPLE, "--scale", "nan"), said("write 1", again("nan", "1"))),
     Row(on_run(*SAMPLE, "--size", "70"), said("write 64", again("70", "64"))),
     Row(
         lambda world: (
@@ -324,11 +335,38 @@ OPTIONS = [
     ),
     Row(words("check", "my.yaml"), lambda world, problem: words("check", *written_words(problem))(world)),
 ]
+
+
+def strictly(*command: str) -> Callable[[World], None]:
+    """The program as a shell starts it; what it would report is raised."""
+
+    def call() -> None:
+        with suppress(SystemExit):
+            main([*command])
+
+    def act(world: World) -> None:
+        def report_error(error: TrainerError, **_: bool) -> None:
+            raise error
+
+        world.patch.setattr(session, "report_error", report_error)
+        world.call = call
+
+    return act
+
+
+PROGRAM = [Row(strictly("train", "--nonsense"), typed(r"(\S+ \S+ --help)"))]
+SHOW = [
+    Row(
+        lambda world: (Path("runs/run-check").mkdir(parents=True), Path("runs/run-check/mine").write_text("")),
+        said("another `name`", added("name=other")),
+        command=("check", "--show", "1"),
+    )
+]
 ROWS: Mapping[str, Sequence[Row]] = {
     "cli/export.py": EXPORT,
     "cli/options.py": OPTIONS,
     "cli/plan.py": [Row(words("presets", "nothing"), said("known", again("nothing", "lora")))],
-    "cli/sample.py": DRAW,
+    "cli/program.py": PROGRAM,
     "cli/schedules.py": SCHEDULES,
     "cli/session.py": [
         Row(
@@ -336,6 +374,7 @@ ROWS: Mapping[str, Sequence[Row]] = {
             said("--output", again("x.html", "y.html")),
         )
     ],
+    "cli/show.py": SHOW,
     "cli/train.py": TRAIN,
     "evidence/diagnosis/log.py": [Row(words("diagnose", "."), said("<output_dir>/<name>", on_run("diagnose", "RUN")))],
     "experiments/lr_finder/prepare.py": FINDER,

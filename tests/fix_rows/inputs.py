@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from fixes import Row, World, removed, said, valued, written
 from safetensors.numpy import load_file, save_file
 
-from fix_rows.commands import on_run
+from fix_rows.commands import DRAW, PLANS, SAMPLE, again, on_run
 from fix_rows.configuration import added
 from lora_trainer.errors import Problem
+from lora_trainer.models.stable_diffusion import StableDiffusion
 
 CHECK = ("check",)
 
@@ -78,12 +80,12 @@ def opened(world: World) -> None:
     world.faults.undo()
 
 
-def unreadable(world: World) -> None:
+def unreadable(world: World, name: str = "00.txt") -> None:
     world.own_images()
     honest = Path.read_bytes
 
     def read_bytes(self: Path) -> bytes:
-        if self.name == "00.txt":
+        if self.name == name:
             raise PermissionError(13, "Permission denied", str(self))
         return honest(self)
 
@@ -105,6 +107,46 @@ def listed(world: World, problem: Problem) -> None:
         (world.own_images() / f"more{number}.png").unlink()
 
 
+def no_file(name: str) -> Callable[[World], None]:
+    """Something else than a file lies there, of which a read would never end."""
+
+    def act(world: World) -> None:
+        pictures(name, None)(world)
+        os.mkfifo(world.own_images() / name)
+
+    return act
+
+
+def repeated(world: World) -> None:
+    """The images lie in `5_cat`, which is given as the folder itself."""
+    shutil.copytree(world.images, "around/5_cat")
+    world.words += ["data.dir=around/5_cat", "data.layout=kohya"]
+
+
+def kohya(world: World) -> None:
+    world.own_images()
+    world.words.append("data.layout=kohya")
+
+
+def into_folder(world: World) -> None:
+    images = world.own_images()
+    (images / "2_cat").mkdir()
+    for file in [*images.glob("*.*")]:
+        file.rename(images / "2_cat" / file.name)
+
+
+def changing(world: World) -> None:
+    """An image is another one once all are checked."""
+    world.own_images()
+    honest = StableDiffusion.load_vae
+
+    def load_vae(self: StableDiffusion, device: torch.device) -> Any:
+        pictures("00.png", (world.images / "01.png").read_bytes())(world)
+        return honest(self, device)
+
+    world.faults.setattr(StableDiffusion, "load_vae", load_vae)
+
+
 LONG = b"a caption of far too many letters for this encoder"
 RECORDS = [
     Row(pictures("x.png", b"broken"), said("take it out", pictures("x.png", None))),
@@ -115,6 +157,26 @@ RECORDS = [
         said("point data.dir at", lambda world: world.words.append(f"data.dir={world.images}")),
     ),
     Row(numbered, said("rename it to 1_", moved("0_cat", "1_cat"))),
+    Row(lambda world: unreadable(world, "00.png"), said("check its permissions", opened)),
+    Row(
+        lambda world: (
+            world.words.append("data.on_bad_image=skip"),
+            [pictures(f"{name}.png", b"broken")(world) for name in "xy"],
+        ),
+        said("take them out", lambda world: [pictures(f"{name}.png", None)(world) for name in "xy"]),
+    ),
+    Row(
+        lambda world: (
+            world.words.append("data.on_bad_image=skip"),
+            [pictures(f"{name}.png", b"broken")(world) for name in ("00", "01")],
+        ),
+        said("replace them", lambda world: [healed(f"{name}.png")(world) for name in ("00", "01")]),
+    ),
+]
+CAPTIONS = [
+    Row(
+        no_file("00.txt"), said("replace it", lambda world: (pictures("00.txt", None)(world), healed("00.txt")(world)))
+    ),
     Row(pictures("00.txt", None), said("write it", healed("00.txt"))),
     Row(
         pictures("00.txt", None),
@@ -146,7 +208,12 @@ ADVICE = [
         ("train",),
     ),
 ]
+ENTRIES = [Row(changing, said("start again", opened), command=("train",))]
 FOLDERS = [
+    Row(repeated, valued(r"point data.dir at ([^\s,]+)", "data.dir")),
+    Row(repeated, written()),
+    Row(kohya, said("move it into such a folder", into_folder), about="00.png"),
+    Row(kohya, written(), about="00.png"),
     Row(many, listed, about="check --json"),
     Row(shut, said("permissions", opened)),
     Row(shut, said("take it out", lambda world: (opened(world), (world.own_images() / "more").rmdir()))),
@@ -235,8 +302,11 @@ def sharded(world: World) -> None:
     (place / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
-FOLDER = [
+NOISE = [
     Row(setting("scheduler", _class_name="OtherScheduler"), said("own scheduler folder", fetched)),
+    Row(setting("scheduler", beta_start=2), said("own scheduler folder", fetched)),
+]
+FOLDER = [
     Row(sharded, said("index and shards", fetched)),
     Row(part("unet/config.json", Path.unlink), said("fetch the whole", fetched)),
     Row(part("unet/config.json", rewritten(b"{")), said("fetch the base again", fetched)),
@@ -287,7 +357,18 @@ TARGETS = [
         ),
     ),
 ]
-PREPARE = [
+PROMPT = f"sample.prompts=[{{prompt: '{LONG.decode()}'}}]"
+PREFLIGHT = [
+    Row("sample.prompts=['a cat --ar 3']", said("take it out; data.resolution", added("sample.prompts=['a cat']"))),
+    Row(PROMPT, said("shorten it", added("sample.prompts=['a cat']"))),
+    Row(PROMPT, written()),
+    Row(
+        lambda world: (
+            setting("scheduler", num_train_timesteps=9)(world),
+            added("sample={prompts: ['a cat'], num_inference_steps: 10}")(world),
+        ),
+        written(),
+    ),
     Row(setting("scheduler", rescale_betas_zero_snr=True), written()),
     Row(setting("scheduler", prediction_type="sample"), valued(r"one of (\w+)", "model.prediction_type")),
     Row("data.resolution=70", valued(r"write (\d+)", "data.resolution")),
@@ -300,8 +381,21 @@ PREPARE = [
         lambda world: (Path("file").write_text(""), world.words.append("output_dir=file")),
         said("another output_dir", added("output_dir=elsewhere")),
     ),
+    Row(
+        lambda world: (Path("file").write_text(""), world.words.append("data.cache_dir=file")),
+        said("another data.cache_dir", added("data.cache_dir=elsewhere")),
+    ),
+    Row(
+        lambda world: (Path("file").write_text(""), world.words.append("output_dir=file")),
+        said("mend the folder", lambda _: (Path("file").unlink(), Path("file").mkdir())),
+    ),
 ]
-RUN_PLAN = [Row("train={epochs: 1000000}", said("write fewer", added("train.epochs=3")))]
+POLYNOMIAL = "lr_scheduler={type: polynomial, lr_end: %s}"
+RUN_PLAN = [
+    *PLANS,
+    Row(POLYNOMIAL % "1e-2", said("write usual numbers", added(POLYNOMIAL % "1e-6"))),
+    Row("train={epochs: 1000000}", said("write fewer", added("train.epochs=3"))),
+]
 
 
 def spoilt(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[World], None]:
@@ -336,18 +430,41 @@ LORA = [
         said("an earlier LoRA", lambda world: shutil.copy("earlier.safetensors", "runs/run/run.safetensors")),
     ),
 ]
+
+
+def too_many_steps(world: World) -> None:
+    on_run(*SAMPLE, "--steps", "10")(world)
+    setting("scheduler", num_train_timesteps=9)(world)
+    world.words, world.command = [], [*world.command, "--model", str(world.folder / "base")]
+
+
+STEPS = [
+    Row(
+        too_many_steps,
+        lambda world, problem: again("10", re.search(r"--steps (\d+) or", str(problem.fix))[1])(world),  # type: ignore[index]
+    )
+]
+WHOLE = [*PLANS, *DRAW, *STEPS]
+"""Rows with commands of their own."""
 ROWS: Mapping[str, Sequence[Row]] = {
-    file: [row if row.command or file.startswith("lora_files") else replace(row, command=CHECK) for row in rows]
+    file: [
+        row if row.command or row in WHOLE or file.startswith("lora_files") else replace(row, command=CHECK)
+        for row in rows
+    ]
     for file, rows in {
+        "cli/sample.py": [*DRAW, *STEPS],
+        "data/captions.py": CAPTIONS,
+        "data/entries.py": ENTRIES,
         "data/records.py": RECORDS,
         "data/folders.py": FOLDERS,
         "data/holdout.py": HOLDOUT,
         "models/folder.py": FOLDER,
+        "models/noise_scheduler.py": NOISE,
         "models/registry.py": REGISTRY,
         "models/clip.py": CLIP,
         "models/stable_diffusion.py": SD,
         "models/adapters/targets.py": TARGETS,
-        "planning/prepare.py": PREPARE,
+        "planning/preflight.py": PREFLIGHT,
         "planning/run_plan.py": RUN_PLAN,
         "lora_files/files.py": LORA,
     }.items()

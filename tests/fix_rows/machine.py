@@ -6,13 +6,14 @@ import errno
 import fcntl
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from faults import refusing, stop_after
-from fixes import Row, World, said, written
+from faults import refuse_memory, refusing, stop_after
+from fixes import Row, World, said, valued, written
 
 from fix_rows import commands
 from fix_rows.commands import again, words
@@ -20,7 +21,9 @@ from fix_rows.configuration import added
 from lora_trainer.config.load import load_config
 from lora_trainer.config.places import run_directory
 from lora_trainer.errors import Problem
-from lora_trainer.storage import atomic_files, checkpoint, disk_space
+from lora_trainer.runtime import device
+from lora_trainer.storage import atomic_files, checkpoint, disk_space, locks
+from lora_trainer.training.optimizer_step import OptimizerStep
 
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
 PRECISION, ACCUMULATION = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
@@ -84,7 +87,7 @@ def written_to(world: World) -> None:
 
     def call() -> None:
         folder = run_directory(load_config(world.config, world.words))
-        with disk_space.faults_in_words(), atomic_files.sole_writer(folder, print):
+        with disk_space.faults_in_words(), locks.sole_writer(folder, print):
             disk_space.check_room(folder, 10_000, "some files")
             atomic_files.write_file(folder / "plan.json", b"{}")
 
@@ -102,10 +105,12 @@ def taken(wrong: str | Callable[[World], object], mend: Callable[[World, Problem
     return Row(act, mend)
 
 
-ATOMIC = [
+LOCKS = [
     taken(locked, said("stop it", freed)),
     taken(locked, said("another `name`", added("name=other"))),
     taken(locked, said("delete ", lambda _: Path("runs/run/.lock").unlink())),
+]
+ATOMIC = [
     taken(
         lambda world: (world.folder / "runs").symlink_to("gone"),
         said("make what it leads to", lambda _: Path("gone").mkdir()),
@@ -202,7 +207,12 @@ def healed(world: World) -> None:
     world.faults.undo()
 
 
+def out_of_memory(world: World) -> None:
+    world.faults.setattr(atomic_files, "write_file", lambda *_: bytearray(2**62))
+
+
 DISK = [
+    taken(out_of_memory, said("free memory", healed)),
     taken(crowded, said("free some space", healed)),
     taken(crowded, said("another output_dir", added("output_dir=elsewhere"))),
     *(
@@ -227,6 +237,35 @@ def full(world: World) -> None:
 
 
 THREE = "sweep={grid: {optimizer.lr: [1e-3, 1e-4, 1e-5]}}"
+
+
+def old_card(world: World) -> None:
+    """A GPU without bf16."""
+    world.patch.setattr(device, "_visible_card", lambda: device.Device("Old", 2**34, 2**34, "GPU-a", has_bf16=False))
+    world.words.append("train.precision=bf16")
+
+
+DEVICE = [
+    Row(old_card, valued(r"write (\w+) or", "train.precision"), command=("check",)),
+    Row(old_card, valued(r"or (\w+)$", "train.precision"), command=("check",)),
+]
+
+
+def short_of_memory(world: World) -> None:
+    refuse_memory(world.faults, (OptimizerStep, "_losses"), operation=9)
+
+
+def first_line(world: World, problem: Problem) -> None:
+    """The first line of settings is added to the same command, and is enough."""
+    line = str(problem.fix).splitlines()[1]
+    world.words += shlex.split(line)
+    world.faults.undo()
+
+
+MEMORY = [
+    Row(short_of_memory, first_line, command=("train",), about="add the first of these lines"),
+    Row(short_of_memory, said("or free memory that other programs hold", healed), command=("train",)),
+]
 STOPPED = [
     Row(lambda world: stop_after(world.faults, 1), said("the same command", healed), command=("train",)),
 ]
@@ -244,6 +283,8 @@ KEPT = [
         said("restore sweep.json", lambda world: shutil.copy(world.kept / "stopped/sweep.json", "runs/stopped")),
         command=("sweep",),
     ),
+]
+CURVE = [
     Row(
         lambda world: (
             world.trained("falling", "lr_scheduler={type: linear, end: inclusive}"),
@@ -283,9 +324,13 @@ IDENTITY = [
 ROWS: Mapping[str, Sequence[Row]] = {
     "config/identity.py": IDENTITY,
     "runtime/launch.py": LAUNCH,
+    "errors.py": MEMORY,
+    "planning/prepare.py": CURVE,
+    "runtime/device.py": DEVICE,
     "storage/atomic_files.py": ATOMIC,
     "storage/checkpoint.py": CHECKPOINTS,
     "storage/disk_space.py": DISK,
+    "storage/locks.py": LOCKS,
     "training/fit.py": STOPPED,
     "training/resume.py": KEPT,
     "training/writers.py": WRITERS,

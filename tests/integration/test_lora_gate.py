@@ -83,12 +83,7 @@ def test_loras_are_judged_before_they_are_used(
     monkeypatch.setattr(StableDiffusion, "load_pipeline", watched)
     assert len(sampling.sample(file, None, None, request(), tmp_path)) == 1
     assert used == ["v_prediction"]
-    for odd in (
-        {"size_px": 33},
-        {"lora_scale": float("nan")},
-        {"prompts": ("x --ar 3:2",)},
-        {"prompts": ("x " * 200,)},
-    ):
+    for odd in ({"size_px": 33}, {"prompts": ("x --ar 3:2",)}, {"prompts": ("x " * 200,)}):
         with pytest.raises(ConfigError):
             sampling.sample(file, None, None, request(**odd), tmp_path)
 
