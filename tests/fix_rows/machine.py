@@ -237,6 +237,8 @@ def full(world: World) -> None:
 
 
 THREE = "sweep={grid: {optimizer.lr: [1e-3, 1e-4, 1e-5]}}"
+
+
 def old_card(world: World) -> None:
     """A GPU without bf16."""
     world.patch.setattr(device, "_visible_card", lambda: device.Device("Old", 2**34, 2**34, "GPU-a", has_bf16=False))
