@@ -134,7 +134,7 @@ class RunPlan:
         try:
             return cls.from_json(read_record(file, cls))
         except (OSError, ValueError) as error:
-            fix = "restore it; a start of the run with its own configuration writes it anew"
+            fix = "restore it; a run that is not at its end writes it anew where it goes on"
             raise SystemSetupError(Problem("the run's plan cannot be read", str(file), reason(error), fix)) from error
 
 

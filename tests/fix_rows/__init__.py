@@ -30,7 +30,7 @@ NOT_HERE: Mapping[str, Mapping[str, str]] = {
     "runtime/launch.py": {"torchrun --nproc_per_node": "starts processes; test_launch does it"},
     "runtime/runtime.py": {
         "start with torchrun": "starts processes; test_launch does it",
-        "its own last words": "starts processes, and kills one; test_launch does it",
+        "its own last words": "starts processes and kills one; test_worlds does it",
     },
     "storage/checkpoint.py": {
         "lower optimizer.lr": "states that are not finite are skipped before; test_checkpoint makes one"

@@ -97,10 +97,10 @@ PLANS = [
     ),
     Row(
         lambda world: (
-            on_run("export", "RUN", "-o", "x.safetensors")(world),
-            Path("runs/run/plan.json").write_text("{"),
+            words("export", world.trained("halted", stopped=True), "-o", "x.safetensors")(world),
+            Path("runs/halted/plan.json").write_text("{"),
         ),
-        said("writes it anew", lambda world: print(world.program("train", "-c", str(world.config)))),
+        said("writes it anew", lambda world: world.program("train", "-c", str(world.config), "name=halted")),
     ),
 ]
 DRAW = [

@@ -390,10 +390,13 @@ PREFLIGHT = [
         said("mend the folder", lambda _: (Path("file").unlink(), Path("file").mkdir())),
     ),
 ]
-POLYNOMIAL = "lr_scheduler={type: polynomial, lr_end: %s}"
+VALUES = "lr_scheduler={type: piecewise_constant, boundaries: [2], values: [1, %s]}"
 RUN_PLAN = [
     *PLANS,
-    Row(POLYNOMIAL % "1e-2", said("write usual numbers", added(POLYNOMIAL % "1e-6"))),
+    Row(
+        ["optimizer.lr=0.5", "train.max_steps=20", VALUES % "1e308"],
+        said("write usual numbers", added(VALUES % "1e-1")),
+    ),
     Row("train={epochs: 1000000}", said("write fewer", added("train.epochs=3"))),
 ]
 
