@@ -64,7 +64,7 @@ def _caption_lines(file: Path) -> tuple[str, ...] | Problem:
     try:
         raw = read_regular(file, MAX_CAPTION_BYTES)
     except OSError as error:
-        fix = "check its permissions: is this really a caption?"
+        fix = "make it a text file that you may read"
         return Problem("the caption cannot be read", str(file), error.strerror, fix)
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return Problem("the caption is UTF-16", str(file), fix=_as_utf8("UTF-16", file))

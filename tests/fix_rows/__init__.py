@@ -49,6 +49,7 @@ NOT_HERE: Mapping[str, Mapping[str, str]] = {
         "write model.prediction_type: auto": OTHER_FAMILY,
     },
     "models/registry.py": {"write auto": OTHER_FAMILY},
+    "planning/prepare.py": {".*": "the fix of another file, with the name of the setting that it is about"},
     "planning/preflight.py": {"write objective.": OTHER_FAMILY},
     "config/optimizers.py": {
         "pip install": "the network; a test below compares its extra with pyproject.toml",

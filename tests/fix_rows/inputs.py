@@ -82,14 +82,17 @@ def opened(world: World) -> None:
 
 def unreadable(world: World, name: str = "00.txt") -> None:
     world.own_images()
-    honest = Path.read_bytes
 
-    def read_bytes(self: Path) -> bytes:
-        if self.name == name:
-            raise PermissionError(13, "Permission denied", str(self))
-        return honest(self)
+    def refused(honest: Callable[..., Any]) -> Callable[..., Any]:
+        def act(self: Path, *options: Any) -> Any:
+            if self.name == name:
+                raise PermissionError(13, "Permission denied", str(self))
+            return honest(self, *options)
 
-    world.faults.setattr(Path, "read_bytes", read_bytes)
+        return act
+
+    for method in ("read_bytes", "open"):
+        world.faults.setattr(Path, method, refused(getattr(Path, method)))
 
 
 def many(world: World) -> None:
@@ -174,17 +177,15 @@ RECORDS = [
     ),
 ]
 CAPTIONS = [
-    Row(
-        no_file("00.txt"), said("replace it", lambda world: (pictures("00.txt", None)(world), healed("00.txt")(world)))
-    ),
+    Row(no_file("00.txt"), said("text file", lambda world: (pictures("00.txt", None)(world), healed("00.txt")(world)))),
     Row(pictures("00.txt", None), said("write it", healed("00.txt"))),
     Row(
         pictures("00.txt", None),
         said("missing to filename", added("data.captions.missing=filename", "data.captions.too_long=cut")),
     ),
     Row(pictures("00.txt", None), said("or empty", added("data.captions.missing=empty"))),
-    Row(unreadable, said("permissions", opened)),
-    Row(pictures("00.txt", b"x" * 2_000_000), said("shorten it", healed("00.txt"))),
+    Row(unreadable, said("may read", opened)),
+    Row(pictures("00.txt", b"x" * 2_000_000), said("text file", healed("00.txt"))),
     Row(pictures("00.txt", "a cat".encode("utf-16")), converted),
     Row(pictures("00.txt", "a b\xe4r".encode("latin-1")), converted),
     Row(pictures("00.txt", b"a\0b"), said("plain UTF-8", healed("00.txt"))),
@@ -230,7 +231,37 @@ def few(world: World) -> None:
     world.words.append("validation={fraction: 0.5}")
 
 
+def held(*names: str) -> Callable[[World], None]:
+    """A folder of validation images that are trained on."""
+
+    def act(world: World) -> None:
+        Path("held").mkdir(exist_ok=True)
+        for name in names:
+            for ending in ("png", "txt"):
+                shutil.copy(world.own_images() / f"{name}.{ending}", Path("held"))
+        world.words.append("validation={dir: held}")
+
+    return act
+
+
+def apart(world: World) -> None:
+    held("00", "01")(world)
+    for name in ("00", "01"):
+        pictures(f"{name}.png", None)(world)
+
+
 HOLDOUT = [
+    Row(held("00", "01"), said("take it out of one", apart)),
+    Row(
+        lambda world: (held("00")(world), pictures("00.png", None)(world)),
+        said(
+            "add images",
+            lambda world: (
+                [shutil.copy(world.own_images() / f"01.{ending}", Path("held")) for ending in ("png", "txt")],
+                pictures("01.png", None)(world),
+            ),
+        ),
+    ),
     Row(few, said("add images", lambda world: shutil.copytree(world.images, world.own_images(), dirs_exist_ok=True))),
     Row(few, removed("validation")),
 ]
@@ -307,6 +338,10 @@ NOISE = [
     Row(setting("scheduler", beta_start=2), said("own scheduler folder", fetched)),
 ]
 FOLDER = [
+    Row(
+        part("tokenizer", lambda folder: os.mkfifo(folder / "x.txt")),
+        said("take it out", part("tokenizer", lambda folder: (folder / "x.txt").unlink())),
+    ),
     Row(sharded, said("index and shards", fetched)),
     Row(part("unet/config.json", Path.unlink), said("fetch the whole", fetched)),
     Row(part("unet/config.json", rewritten(b"{")), said("fetch the base again", fetched)),
@@ -359,6 +394,10 @@ TARGETS = [
 ]
 PROMPT = f"sample.prompts=[{{prompt: '{LONG.decode()}'}}]"
 PREFLIGHT = [
+    Row(
+        lambda world: (Path("link").symlink_to("/none/none"), world.words.append("output_dir=link")),
+        said("make what it leads to", lambda _: (Path("link").unlink(), Path("link").mkdir())),
+    ),
     Row("sample.prompts=['a cat --ar 3']", said("take it out; data.resolution", added("sample.prompts=['a cat']"))),
     Row(PROMPT, said("shorten it", added("sample.prompts=['a cat']"))),
     Row(PROMPT, written()),
@@ -391,7 +430,9 @@ PREFLIGHT = [
     ),
 ]
 VALUES = "lr_scheduler={type: piecewise_constant, boundaries: [2], values: [1, %s]}"
+GROUP = "optimizer.groups=[{name: %s, match: ['*to_q'], lr: 1e-4}]"
 RUN_PLAN = [
+    Row(GROUP % "unet", said("another name", added(GROUP % "queries"))),
     *PLANS,
     Row(
         ["optimizer.lr=0.5", "train.max_steps=20", VALUES % "1e308"],
@@ -441,11 +482,16 @@ def too_many_steps(world: World) -> None:
     world.words, world.command = [], [*world.command, "--model", str(world.folder / "base")]
 
 
+TOO_LONG = "x " * 200
 STEPS = [
+    Row(
+        on_run("sample", "--lora", "RUN/run.safetensors", "-p", TOO_LONG, "--steps", "1"),
+        said("shorten it", again(TOO_LONG, "x")),
+    ),
     Row(
         too_many_steps,
         lambda world, problem: again("10", re.search(r"--steps (\d+) or", str(problem.fix))[1])(world),  # type: ignore[index]
-    )
+    ),
 ]
 WHOLE = [*PLANS, *DRAW, *STEPS]
 """Rows with commands of their own."""
