@@ -84,10 +84,10 @@ def unreadable(world: World, name: str = "00.txt") -> None:
     world.own_images()
 
     def refused(honest: Callable[..., Any]) -> Callable[..., Any]:
-        def act(self: Path, *options: Any) -> Any:
+        def act(self: Path, *options: Any, **named: Any) -> Any:
             if self.name == name:
                 raise PermissionError(13, "Permission denied", str(self))
-            return honest(self, *options)
+            return honest(self, *options, **named)
 
         return act
 
