@@ -335,7 +335,6 @@ def sharded(world: World) -> None:
 
 NOISE = [
     Row(setting("scheduler", _class_name="OtherScheduler"), said("own scheduler folder", fetched)),
-    Row(setting("scheduler", beta_start=2), said("own scheduler folder", fetched)),
 ]
 FOLDER = [
     Row(
@@ -477,8 +476,8 @@ LORA = [
 
 
 def too_many_steps(world: World) -> None:
-    on_run(*SAMPLE, "--steps", "10")(world)
-    setting("scheduler", num_train_timesteps=9)(world)
+    on_run(*SAMPLE, "--steps", "3")(world)
+    setting("scheduler", num_train_timesteps=2)(world)
     world.words, world.command = [], [*world.command, "--model", str(world.folder / "base")]
 
 
@@ -490,7 +489,7 @@ STEPS = [
     ),
     Row(
         too_many_steps,
-        lambda world, problem: again("10", re.search(r"--steps (\d+) or", str(problem.fix))[1])(world),  # type: ignore[index]
+        lambda world, problem: again("3", re.search(r"--steps (\d+) or", str(problem.fix))[1])(world),  # type: ignore[index]
     ),
 ]
 WHOLE = [*PLANS, *DRAW, *STEPS]

@@ -264,7 +264,6 @@ def first_line(world: World, problem: Problem) -> None:
 
 MEMORY = [
     Row(short_of_memory, first_line, command=("train",), about="add the first of these lines"),
-    Row(short_of_memory, said("or free memory that other programs hold", healed), command=("train",)),
 ]
 STOPPED = [
     Row(lambda world: stop_after(world.faults, 1), said("the same command", healed), command=("train",)),
