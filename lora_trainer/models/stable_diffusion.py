@@ -37,7 +37,7 @@ _WANTED: dict[str, dict[str, Any]] = {
     },
     "vae": {
         **dict.fromkeys(("in_channels", "out_channels"), 3),
-        **dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), True),
+        **dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), True),
         "_class_name": "AutoencoderKL",
         "latent_channels": 4,
         "shift_factor": None,
