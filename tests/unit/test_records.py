@@ -108,7 +108,7 @@ def test_captions_first_line_all_lines_bom(tmp_path: Path) -> None:
         ("schön".encode("latin-1"), "byte 3 is 0xf6"),
         ("a cat".encode("utf-16"), "UTF-16"),
         (b"a\0cat", "NUL"),
-        (b"x" * 100_001, "is this really a caption"),
+        (b"x" * 100_001, "a text file that you may read"),
     ],
 )
 def test_unreadable_captions_name_the_file(tmp_path: Path, raw: bytes, said: str) -> None:
