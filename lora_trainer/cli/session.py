@@ -125,11 +125,14 @@ def check_platform() -> None:
     """Linux and WSL2 are what the trainer is made for and tested on.
 
     Raises:
-        SystemSetupError: this is another system.
+        SystemSetupError: this is another system, or docstrings are left out.
     """
     if sys.platform != "linux":
         what = f"lora_trainer runs on Linux and WSL2, not on {sys.platform}"
         raise SystemSetupError(Problem(what, fix="on Windows, start it inside WSL2"))
+    if sys.flags.optimize > 1:
+        what, why = "Python runs without docstrings", "transformers builds its classes from them"
+        raise SystemSetupError(Problem(what, why=why, fix="start it without -OO: unset PYTHONOPTIMIZE"))
 
 
 def _set_aside(run_dir: Path, console: MainConsole) -> None:

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lora_trainer.errors import printable
 from lora_trainer.report.runs import sample_files
 from lora_trainer.schedules.schedule import Mark
 from lora_trainer.storage import atomic_files
@@ -163,7 +164,7 @@ def draw_grid(folder: Path, prompts: Sequence[str], picture: Path) -> None:
         axes.set_title(step_name(step), fontsize=10)
     for axes, prompt in zip(cells[:, 0], prompts, strict=True):
         label = "\n".join(textwrap.wrap(prompt, 26)[:5])
-        axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        axes.set_ylabel(printable(label), rotation=0, ha="right", va="center", fontsize=8)
     save_png(figure, picture)
 
 

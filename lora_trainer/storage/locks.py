@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ def sole_writer(folder: Path, emit: Callable[[str], None]) -> Iterator[None]:
     """
     make_folder(folder)
     path = folder / ".lock"
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):  # a link's target is somebody's
+        raise SystemSetupError(Problem("what is no file stands where the lock does", str(path), fix="take it out"))
     with path.open("a+", errors="replace") as file:
         try:
             is_locked, is_held = _lock(file), False

@@ -20,6 +20,7 @@ ADVICE: Sequence[Row] = [*configuration.ADVICE, *inputs.ADVICE]
 NOT_HERE: Mapping[str, Mapping[str, str]] = {
     "cli/session.py": {
         "start it inside WSL2": "another machine",
+        "unset PYTHONOPTIMIZE": "another start of Python",
         "the same command goes on": "test_signals does it, with a process of its own",
     },
     "cli/export.py": {

@@ -105,7 +105,14 @@ def taken(wrong: str | Callable[[World], object], mend: Callable[[World, Problem
     return Row(act, mend)
 
 
+def linked(world: World) -> None:
+    Path("runs/run").mkdir(parents=True)
+    Path("mine").write_text("mine")
+    Path("runs/run/.lock").symlink_to(Path("mine").absolute())
+
+
 LOCKS = [
+    taken(linked, said("take it out", lambda _: Path("runs/run/.lock").unlink())),
     taken(locked, said("stop it", freed)),
     taken(locked, said("another `name`", added("name=other"))),
     taken(locked, said("delete ", lambda _: Path("runs/run/.lock").unlink())),

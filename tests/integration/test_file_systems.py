@@ -324,3 +324,15 @@ def test_a_place_that_holds_no_folders(toy_config: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match="5"):
         main(["check", "-c", str(toy_config), "output_dir=/proc/none"])
     assert "/proc: nothing can be written here" in capsys.readouterr().err
+
+
+def test_a_lock_is_never_somebodys_file(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    with (
+        pytest.raises(SystemSetupError, match="stands where the lock does"),
+        locks.sole_writer(tmp_path / "run", print),
+    ):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
