@@ -88,7 +88,7 @@ def take_stock(root: Path, caption_ending: str) -> Inventory:
                 stock.skipped[path] = _HIDDEN
             elif not is_folder(path):
                 files.append(path)
-            elif reason := _FOLDER_REASONS.get(entry.name.lower()):
+            elif reason := _FOLDER_REASONS.get(re.sub(r"_?\d+$", "", entry.name.lower())):
                 stock.skipped[path] = reason
             else:
                 (links if entry.is_symlink() else folders).append(path)

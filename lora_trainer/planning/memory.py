@@ -118,7 +118,8 @@ def memory_rows(prepared: Prepared, num_trials: int = 1, trials_per_pass: int = 
     host = used if used.gpu is None else other
     for device in (used, other) if other.why_unused else (used,):
         unused = f"; not used, as {device.why_unused}: what follows is as if it were" if device.why_unused else ""
-        yield "device", f"{device.name}, {_size(device.free_bytes)} of {_size(device.total_bytes)} free{unused}"
+        room = f"{_size(device.free_bytes)} of {_size(device.total_bytes)} free"
+        yield "device", f"{device.name}, {room if device.total_bytes else 'whose memory is not told'}{unused}"
         asked = prepared.config.train.precision
         yield "precision", precision_on(asked, device) + (", which `auto` is here" if asked == "auto" else "")
         yield from _fit_rows(prepared, device, host, num_trials, trials_per_pass)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.config.identity import compare, identity_fields, refusal
-from lora_trainer.config.places import CHECKPOINTS, PLAN_FILE, VALIDATION_FILE, cache_folder, run_directory
+from lora_trainer.config.places import CHECKPOINTS, PLAN_FILE, VALIDATION_FILE, cache_folder, lora_file, run_directory
 from lora_trainer.config.schema import CURVE_LENGTH, FACTS, DataConfig, RunConfig
 from lora_trainer.data.entries import entries_of
 from lora_trainer.data.holdout import Split, split_by_folder, split_by_fraction, with_watched
 from lora_trainer.data.records import Dataset, Progress, content_digest, discover, order_digest
-from lora_trainer.errors import ConfigError, DataError, Problem, told_once
+from lora_trainer.errors import ConfigError, DataError, Problem, SystemSetupError, told_once
 from lora_trainer.models.adapters.targets import assign_param_groups, select_targets
 from lora_trainer.models.family import Family, joined_layers
 from lora_trainer.models.folder import BaseFolder
@@ -219,8 +219,11 @@ def check_resume(prepared: Prepared) -> None:
 
     Raises:
         ConfigError: the run began with others, or its LR curve is over.
+        SystemSetupError: its checkpoints are gone.
     """
     run_dir, config = prepared.run_dir, prepared.config
+    if not any((run_dir / CHECKPOINTS).glob("step-*")):
+        check_not_lost(config)
     try:
         newest = max((run_dir / CHECKPOINTS).glob("step-????????"))
         state = read_json(newest / "state.json")
@@ -232,6 +235,19 @@ def check_resume(prepared: Prepared) -> None:
     if refused := compare(stored, now, config.resume, str(run_dir)).refused:
         raise ConfigError(*told_once([(f"`{config.name}`", refusal(stored, now, refused, str(run_dir)))], " "))
     check_kept_curve(prepared)
+
+
+def check_not_lost(config: RunConfig) -> None:
+    """Refuse to begin a run anew where its LoRA is.
+
+    Raises:
+        SystemSetupError: it lies there, without a checkpoint.
+    """
+    if lora_file(config).exists():
+        what = "this run has its LoRA but no checkpoint, so nothing could be continued"
+        why = "its checkpoints were removed, or the disk never took one"
+        fix = "start anew with --fresh (the old run is kept beside it), or give the new run another `name`"
+        raise SystemSetupError(Problem(what, str(run_directory(config)), why, fix))
 
 
 def check_kept_curve(prepared: Prepared) -> None:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -52,8 +52,9 @@ class Device:
 def find_devices() -> tuple[Device, ...]:
     """The device of this process first; the host and the GPU, where there is one."""
     card, host = _visible_card(), _host()
-    if card is None:
-        return (host,)
+    if card is None:  # a driver that fails or hangs must not look like a machine without a card
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None or shutil.which("nvidia-smi") is None
+        return (host if hidden else replace(host, name=f"{host.name} (nvidia-smi tells of no card)"),)
     return (card, host) if card.why_unused is None else (host, card)
 
 

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora_trainer.config.identity import compare, completed, difference, refusal
-from lora_trainer.config.places import METRICS_FILE, lora_file
-from lora_trainer.errors import ConfigError, Problem, SystemSetupError, told_once
-from lora_trainer.planning.prepare import check_kept_curve
+from lora_trainer.config.places import METRICS_FILE
+from lora_trainer.errors import ConfigError, Problem, told_once
+from lora_trainer.planning.prepare import check_kept_curve, check_not_lost
 from lora_trainer.runtime.runtime import Runtime, choose_precision, from_main
 from lora_trainer.storage.checkpoint import Checkpoint, newest_checkpoint
 from lora_trainer.tracking.console import MainConsole
@@ -71,11 +71,7 @@ def _newest(group: TrialGroup, console: MainConsole) -> Checkpoint | None:
         console.print(fault)
     silent = checkpoint is not None or group.log_only
     for prepared in (member.prepared for member in group.members) if not silent else ():
-        if lora_file(prepared.config).exists():
-            what = "this run has its LoRA but no checkpoint, so nothing could be continued"
-            why = "its checkpoints were removed, or the disk never took one"
-            fix = "start anew with --fresh (the old run is kept beside it), or give the new run another `name`"
-            raise SystemSetupError(Problem(what, str(prepared.run_dir), why, fix))
+        check_not_lost(prepared.config)
         if (prepared.run_dir / METRICS_FILE).exists():
             console.print("an earlier start ended before its first checkpoint; this one begins at step 0 again")
             break

@@ -278,12 +278,14 @@ STOPPED = [
 WRITERS = [
     Row(full, said("free some space", healed), command=("train",)),
 ]
-KEPT = [
+LOST = [
     Row(
         lambda world: (damaged("none")(world), shutil.rmtree("runs/saved/checkpoints")),
         said("--fresh", afresh),
         command=("train",),
     ),
+]
+KEPT = [
     Row(
         lambda world: (commands.stopped_sweep(THREE)(world), Path("runs/stopped/sweep.json").unlink()),
         said("restore sweep.json", lambda world: shutil.copy(world.kept / "stopped/sweep.json", "runs/stopped")),
@@ -331,7 +333,7 @@ ROWS: Mapping[str, Sequence[Row]] = {
     "config/identity.py": IDENTITY,
     "runtime/launch.py": LAUNCH,
     "errors.py": MEMORY,
-    "planning/prepare.py": CURVE,
+    "planning/prepare.py": [*CURVE, *LOST],
     "runtime/device.py": DEVICE,
     "storage/atomic_files.py": ATOMIC,
     "storage/checkpoint.py": CHECKPOINTS,

@@ -214,6 +214,16 @@ def test_a_card_that_this_torch_cannot_use_is_said(toy_config: Path, card: Calla
 
 
 @pytest.mark.process
+def test_a_driver_that_tells_nothing_is_said(
+    toy_config: Path, card: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert "nvidia-smi tells of no card" in dict(rows_of(toy_config))["device"]
+
+
+@pytest.mark.process
 def test_what_does_not_fit_names_who_holds_the_card_and_keys_that_help(
     toy_config: Path, card: Callable[..., None]
 ) -> None:

@@ -267,6 +267,7 @@ def test_a_real_card_that_is_full(start: Start, tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", backward)
         printed = start("refused", code=ExitCode.ENVIRONMENT)
+    assert printed
     for keys in printed:
         shutil.copytree(tmp_path / "refused", tmp_path / "copy", dirs_exist_ok=True)
         start("copy", *keys)

@@ -110,6 +110,17 @@ def test_a_changed_setting_of_a_run_is_refused_before_it_is_started(
         assert told(["train", "--dry-run", *changed, *allowed], capsys)[0] == 0
 
 
+def test_a_run_without_its_checkpoints_is_refused_by_every_start(
+    train_toy: Callable[..., Path], toy_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(train_toy() / "checkpoints")
+    capsys.readouterr()
+    starts = {told([verb, *options, "-c", str(toy_config)], capsys) for verb, *options in STARTS}
+    assert len(starts) == 1
+    code, words = starts.pop()
+    assert code == 5 and "no checkpoint" in words
+
+
 NOTED = {
     "train.batch_size=16": "more than the set of 6 samples",
     "train.max_steps=700": "each sample is seen 233 times",

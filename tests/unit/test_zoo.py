@@ -231,7 +231,18 @@ def captions() -> Iterator[Case]:
 
 def folders() -> Iterator[Case]:
     for name in (
-        *("mask", "masks", "reg", "regularization", "class_images", "@eaDir", "Thumbs", "#recycle", "$RECYCLE.BIN"),
+        *(
+            "mask",
+            "masks",
+            "masks_2",
+            "reg",
+            "regularization",
+            "class_images",
+            "@eaDir",
+            "Thumbs",
+            "#recycle",
+            "$RECYCLE.BIN",
+        ),
         *("lost+found", "__MACOSX", ".hidden", ".ipynb_checkpoints", "System Volume Information"),
     ):
         yield Case(f"folder {name}", SIDE | pair(f"{name}/in/a.png"), ("side.png",))
