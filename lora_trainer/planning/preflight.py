@@ -30,6 +30,7 @@ _SETTINGS = {
 }
 _OPTIONS = {option: setting for setting, options in _SETTINGS.items() for option in options.split()}
 """Options that other programs take from a prompt, with what stands for each here."""
+_PROMPT_FILE = re.compile(r"\S+\.(txt|toml|json|ya?ml)")
 _OPTION = re.compile(rf"(?<!\S)--({'|'.join(_OPTIONS)})(?!\S)")
 
 
@@ -114,18 +115,22 @@ def check_room(config: RunConfig, plan: RunPlan, cache_bytes: int) -> None:
 
 
 def check_prompts(prompts: Iterable[tuple[str, str]]) -> None:
-    """Options of other programs in texts to draw, given with their places: they would be drawn as words.
+    """Options of other programs and names of files in texts to draw, given with their places: they would be drawn.
 
     Raises:
         ConfigError: with all of them.
     """
-    problems = [
-        Problem(
-            f"`--{option}` is no option here: it would be drawn as words", where, fix=f"take it out; {_OPTIONS[option]}"
-        )
-        for where, text in prompts
-        for option in dict.fromkeys(_OPTION.findall(text))
-    ]
+    problems = []
+    for where, text in prompts:
+        for option in dict.fromkeys(_OPTION.findall(text)):
+            what = f"`--{option}` is no option here: it would be drawn as words"
+            problems.append(Problem(what, where, fix=f"take it out; {_OPTIONS[option]}"))
+        if _PROMPT_FILE.fullmatch(text):
+            what, fix = (
+                f"no file of prompts is read: `{text}` would be drawn",
+                "write the prompts themselves, as a list",
+            )
+            problems.append(Problem(what, where, fix=fix))
     if problems:
         raise ConfigError(*problems)
 

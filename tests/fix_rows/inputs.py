@@ -393,6 +393,7 @@ TARGETS = [
 ]
 PROMPT = f"sample.prompts=[{{prompt: '{LONG.decode()}'}}]"
 PREFLIGHT = [
+    Row("sample.prompts=prompts.txt", said("prompts themselves", added("sample.prompts=['a cat']"))),
     Row(
         lambda world: (Path("link").symlink_to("/none/none"), world.words.append("output_dir=link")),
         said("make what it leads to", lambda _: (Path("link").unlink(), Path("link").mkdir())),

@@ -23,6 +23,7 @@ FAULTS: dict[str, tuple[int, list[str], str]] = {
         "sample.prompts[0].negative_prompt: the prompt has",
     ),
     "options of other programs": (2, ["sample.prompts=cat --n blue --w 64"], "`--w` is no option here"),
+    "a file of prompts": (2, ["sample.prompts=my/prompts.txt"], "no file of prompts is read"),
     "an optimizer's package": (5, ["optimizer.type=adamw_8bit"], "pip install 'lora_trainer[8bit]'"),
     "an output that is no folder": (5, ["output_dir={tmp}/file/runs"], "is in the way"),
     "an output that takes no files": (5, ["output_dir=/proc/runs"], "/proc: nothing can be written here"),
